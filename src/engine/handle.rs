@@ -1,0 +1,230 @@
+//! What do the layers above hold of the engine?
+//!
+//! An `EngineHandle` for everyone; a `KvHandle` for the one actor of a conversation; a `TurnHandle` while a turn runs.
+//! Commands go down through one bounded mailbox; events come up through one bounded channel a turn, with room for all
+//! that the turn may say, so that the engine never waits for a reader and a slow one fills only its own.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError};
+
+use arc_swap::ArcSwap;
+use dashmap::DashMap;
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+
+use super::core::StartTurn;
+use super::status::{EngineStatus, Residency};
+use super::{TurnEvent, TurnRequest};
+use crate::kv::block::PrefixHash;
+use crate::kv::transfer::TransferDone;
+use crate::model::ModelSpec;
+use crate::types::{BlockSize, KvKey, TenantId, TenantKey, TokenCount, TurnId};
+
+/// Why the engine did not take a command.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    #[error("{queued} turns wait already, the bound of `engine.queue_depth`; retry in a moment")]
+    Overloaded { queued: usize },
+    #[error("the prompt has {prompt} tokens and the window {window}; shorten it")]
+    PromptTooLong { prompt: TokenCount, window: TokenCount },
+    #[error("the prompt is empty")]
+    PromptEmpty,
+    #[error("a turn of this conversation runs")]
+    Busy,
+    #[error("the engine has stopped")]
+    Gone,
+}
+
+/// What forgetting a conversation gave back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Forgotten {
+    pub device_bytes: u64,
+    pub host_bytes: u64,
+    /// Bytes that stay, because other conversations of the tenant share them.
+    pub kept_shared_bytes: u64,
+}
+
+/// What an offload moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offloaded {
+    /// Device bytes given up.
+    pub bytes: u64,
+    /// From the request to the last copy.
+    pub ms: u64,
+}
+
+/// Where an asked-for offload goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OffloadTo {
+    Host,
+    /// Forget the KV in every tier; the transcript stays.
+    None,
+}
+
+/// A message to the engine's thread.
+pub(super) enum Message {
+    Start(Box<StartTurn>, mpsc::Sender<TurnEvent>),
+    Forget(KvKey, oneshot::Sender<Forgotten>),
+    Offload(KvKey, OffloadTo, oneshot::Sender<Result<Offloaded, SubmitError>>),
+    End(KvKey),
+    Transferred(TransferDone),
+    /// Cancels wait in `Shared::cancels`.
+    Wake,
+    Shutdown,
+}
+
+/// What the handles and the thread share. Nothing here makes the engine wait.
+pub(super) struct Shared {
+    pub spec: ModelSpec,
+    pub block_size: BlockSize,
+    pub window: TokenCount,
+    pub queue_depth: usize,
+    pub queued: AtomicUsize,
+    pub next_turn: AtomicU64,
+    pub cancels: Mutex<Vec<TurnId>>,
+    pub status: ArcSwap<EngineStatus>,
+    pub residency: DashMap<KvKey, Residency>,
+}
+
+/// The engine, for all who submit work or look on. Cheap to clone.
+#[derive(Clone)]
+pub struct EngineHandle {
+    pub(super) mailbox: SyncSender<Message>,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl EngineHandle {
+    pub fn spec(&self) -> &ModelSpec {
+        &self.shared.spec
+    }
+
+    /// The longest sequence that can run: the model's context, or what the device pool holds.
+    pub fn window(&self) -> TokenCount {
+        self.shared.window
+    }
+
+    /// The newest snapshot; never waits for the engine.
+    pub fn status(&self) -> Arc<EngineStatus> {
+        self.shared.status.load_full()
+    }
+
+    /// Where a conversation's KV is; `None` if no tier holds any. Never waits for the engine.
+    pub fn residency(&self, key: KvKey) -> Option<Residency> {
+        self.shared.residency.get(&key).map(|entry| entry.value().clone())
+    }
+
+    /// The handle of one conversation's KV. The caller keeps to one a key: `sessions` has one actor a conversation.
+    pub fn kv(&self, tenant: TenantId, tenant_key: TenantKey, key: KvKey) -> KvHandle {
+        KvHandle { key, tenant, tenant_key, engine: self.clone() }
+    }
+
+    /// Asks the engine to end its running turns as cancelled and stop. Returns at once.
+    pub fn shut_down(&self) {
+        // A full mailbox is drained each step and a closed one means that it has stopped: a blocking send is short.
+        if self.mailbox.send(Message::Shutdown).is_err() {
+            tracing::debug!("the engine has stopped already");
+        }
+    }
+
+    fn send(&self, message: Message) -> Result<(), SubmitError> {
+        self.mailbox.try_send(message).map_err(|error| match error {
+            TrySendError::Full(_) => SubmitError::Overloaded { queued: self.shared.queued.load(Ordering::Relaxed) },
+            TrySendError::Disconnected(_) => SubmitError::Gone,
+        })
+    }
+}
+
+/// A conversation's claim on its KV. Not `Clone`: one owner, the conversation's actor. Dropping it leaves the blocks to
+/// the evictor; `forget` gives them up.
+pub struct KvHandle {
+    key: KvKey,
+    tenant: TenantId,
+    tenant_key: TenantKey,
+    engine: EngineHandle,
+}
+
+impl KvHandle {
+    pub fn key(&self) -> KvKey {
+        self.key
+    }
+
+    /// Starts a turn. Returns at once; the tokens come through `TurnEvents`.
+    pub fn start_turn(&mut self, request: TurnRequest) -> Result<(TurnHandle, TurnEvents), SubmitError> {
+        let shared = &self.engine.shared;
+        let prompt = TokenCount::of(&request.prompt);
+        if prompt.0 == 0 {
+            return Err(SubmitError::PromptEmpty);
+        }
+        if prompt >= shared.window {
+            return Err(SubmitError::PromptTooLong { prompt, window: shared.window });
+        }
+        let queued = shared.queued.load(Ordering::Relaxed);
+        if queued >= shared.queue_depth {
+            return Err(SubmitError::Overloaded { queued });
+        }
+        let turn = TurnId(shared.next_turn.fetch_add(1, Ordering::Relaxed));
+        let hashes = PrefixHash::chain(&self.tenant_key, &request.prompt, shared.block_size);
+        let room = request.max_tokens.0.min(shared.window.0 - prompt.0) as usize + 2;
+        let (events, listener) = mpsc::channel(room);
+        let start = StartTurn { turn, key: self.key, tenant: self.tenant, tenant_key: self.tenant_key, hashes, request };
+        self.engine.send(Message::Start(Box::new(start), events))?;
+        shared.queued.fetch_add(1, Ordering::Relaxed);
+        Ok((TurnHandle { turn, engine: self.engine.clone() }, TurnEvents { listener }))
+    }
+
+    /// Gives up every copy of this conversation's KV, zeroed, and waits until all tiers have let go.
+    pub async fn forget(self) -> Result<Forgotten, SubmitError> {
+        let (reply, answer) = oneshot::channel();
+        self.engine.send(Message::Forget(self.key, reply))?;
+        answer.await.map_err(|_| SubmitError::Gone)
+    }
+
+    /// Copies down and gives up the device copy; resolves when that is done. `Busy` while a turn runs.
+    pub async fn offload(&self, to: OffloadTo) -> Result<Offloaded, SubmitError> {
+        let (reply, answer) = oneshot::channel();
+        self.engine.send(Message::Offload(self.key, to, reply))?;
+        answer.await.map_err(|_| SubmitError::Gone)?
+    }
+
+    /// Says that the conversation is over: its blocks are the first to go, and serve as shared prefixes until then.
+    pub fn end(self) {
+        if let Err(error) = self.engine.send(Message::End(self.key)) {
+            tracing::debug!(%error, "the end of a conversation was not told to the engine");
+        }
+    }
+}
+
+/// A running turn. Dropping it cancels the turn within a step; after the turn's end that does nothing.
+pub struct TurnHandle {
+    turn: TurnId,
+    engine: EngineHandle,
+}
+
+impl Drop for TurnHandle {
+    fn drop(&mut self) {
+        self.engine.shared.cancels.lock().push(self.turn);
+        // Only an idle engine needs waking; a full mailbox is being drained already.
+        match self.engine.mailbox.try_send(Message::Wake) {
+            Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {}
+        }
+    }
+}
+
+/// The events of one turn, in order.
+pub struct TurnEvents {
+    listener: mpsc::Receiver<TurnEvent>,
+}
+
+impl TurnEvents {
+    /// The next event; `None` after the last, or if the engine has stopped.
+    pub async fn next(&mut self) -> Option<TurnEvent> {
+        self.listener.recv().await
+    }
+
+    /// An event that is there already, if any.
+    pub fn try_next(&mut self) -> Option<TurnEvent> {
+        self.listener.try_recv().ok()
+    }
+}
+

@@ -1,0 +1,119 @@
+//! How do turns become steps of the model?
+//!
+//! `handle` is what the layers above hold; `thread` is the one loop; `core` decides, purely.
+
+pub mod batch;
+pub mod core;
+pub mod fairness;
+pub mod handle;
+pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
+pub mod status;
+pub mod thread;
+
+pub use handle::{EngineHandle, KvHandle, SubmitError, TurnEvents, TurnHandle};
+pub use sampler::Sampling;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::types::{TokenCount, TokenId};
+
+/// A turn as the engine takes it: the whole prompt in tokens, and how to answer.
+#[derive(Clone, Debug)]
+pub struct TurnRequest {
+    /// The whole prompt, history included. What of it is in a tier already is found by hash, never by trust.
+    pub prompt: Arc<[TokenId]>,
+    /// Tokens at the prompt's front that an earlier turn of this conversation encoded: what of them is not found in any
+    /// tier is counted as re-encoded.
+    pub encoded_before: TokenCount,
+    pub sampling: Sampling,
+    /// Most tokens to generate, at least 1. The window may cut it shorter.
+    pub max_tokens: TokenCount,
+    /// Tokens that end the answer. The one that did is part of the answer's tokens.
+    pub stop_tokens: Arc<[TokenId]>,
+    /// Longest wait in the queue.
+    pub queue_deadline: Duration,
+    /// How many alternatives to report with each token; `None`: no log probabilities at all.
+    pub logprobs: Option<u8>,
+}
+
+/// What a turn tells its listener, in this order: one `Started`, any number of `Token`, one `Finished` or `Failed`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TurnEvent {
+    /// The prompt is encoded; the first token follows.
+    Started(PromptUsage),
+    Token(Token),
+    Finished { reason: FinishReason, usage: TurnUsage },
+    Failed(TurnFailure),
+}
+
+/// A generated token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Token {
+    pub id: TokenId,
+    /// Natural log of the model's raw probability; asked for by `TurnRequest::logprobs`.
+    pub logprob: Option<Logprob>,
+}
+
+/// The model's own (raw) log probability of a token and of the likeliest ones.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprob {
+    pub logprob: f32,
+    /// Likeliest first.
+    pub top: Vec<(TokenId, f32)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token.
+    Stop,
+    /// The turn's limit, or the window.
+    Length,
+    /// The listener went away, or asked for it.
+    Cancelled,
+}
+
+/// Why a turn ended without an answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TurnFailure {
+    #[error("the turn waited {waited_ms} ms for memory or its place, its deadline; retry, or give the server more `kv.device_bytes`")]
+    QueueTimeout { waited_ms: u64 },
+    #[error("the model failed in this step: {0}")]
+    Model(String),
+}
+
+/// Where the prompt's tokens came from. `resident + shared + reloaded + encoded` is the prompt's length.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PromptUsage {
+    /// On the device, of this conversation.
+    pub resident: TokenCount,
+    /// On the device, of another conversation of the tenant with the same prefix.
+    pub shared: TokenCount,
+    /// Copied back from the host pool.
+    pub reloaded_host: TokenCount,
+    /// Run through the model.
+    pub encoded: TokenCount,
+    /// The part of `encoded` that this conversation had encoded before and lost.
+    pub reencoded: TokenCount,
+    pub queue_ms: u64,
+    pub reload_ms: u64,
+    pub prefill_ms: u64,
+}
+
+impl PromptUsage {
+    /// What was not encoded again.
+    pub fn cached(&self) -> TokenCount {
+        TokenCount(self.resident.0 + self.shared.0 + self.reloaded_host.0)
+    }
+}
+
+/// A finished turn's account.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TurnUsage {
+    pub prompt: PromptUsage,
+    pub generated: TokenCount,
+    pub ttft_ms: u64,
+    pub decode_ms: u64,
+}

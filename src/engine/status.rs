@@ -1,0 +1,94 @@
+//! What does the engine show to those who only look?
+//!
+//! A snapshot swapped after each step, and one residency entry a conversation, kept as things change. Readers never
+//! touch the engine's loop.
+
+use crate::types::{BlockCount, TenantId, Tick, Tier, TokenCount};
+
+/// Counters and gauges since the start; totals only ever rise.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EngineStatus {
+    pub now: Tick,
+    pub steps: u64,
+    pub running: u32,
+    pub queued: u32,
+    pub reloading: u32,
+    pub device: PoolStatus,
+    pub host: PoolStatus,
+    pub turns_finished: u64,
+    pub turns_cancelled: u64,
+    pub turns_failed: u64,
+    pub preemptions: u64,
+    pub evictions: u64,
+    pub prompt: PromptTotals,
+    pub generated_tokens: u64,
+    /// Evictions for another tenant that took one below its floor. There are none.
+    pub isolation_faults: u64,
+    /// Blocks whose bytes did not match their checksum on reload; each was re-encoded.
+    pub verification_failures: u64,
+    pub offloaded_bytes: u64,
+    pub reloaded_bytes: u64,
+    /// Moving averages of what was seen; 0 before the first.
+    pub prefill_tokens_per_s: u64,
+    pub reload_bytes_per_s: u64,
+}
+
+/// Where prompt tokens came from, summed over all turns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PromptTotals {
+    pub resident_tokens: u64,
+    pub shared_tokens: u64,
+    pub reloaded_host_tokens: u64,
+    pub encoded_tokens: u64,
+    pub reencoded_tokens: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolStatus {
+    pub total: BlockCount,
+    pub free: BlockCount,
+    pub block_bytes: u64,
+}
+
+/// One conversation's whereabouts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Residency {
+    pub tenant: TenantId,
+    pub state: ResidencyState,
+    pub device: TierShare,
+    pub host: TierShare,
+    pub last_used: Tick,
+    pub last_eviction: Option<LastEviction>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResidencyState {
+    /// A turn runs, or waits for its place.
+    Running,
+    Reloading,
+    /// All of it on the device.
+    Resident,
+    /// Some of it on the device.
+    Partial,
+    /// None on the device, some of it below.
+    Offloaded,
+}
+
+/// What a tier holds of a conversation. Shared bytes are counted whole for every sharer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TierShare {
+    pub tokens: TokenCount,
+    pub bytes_private: u64,
+    pub bytes_shared: u64,
+}
+
+/// The newest decision that took KV of this conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LastEviction {
+    pub journal: u64,
+    pub at: Tick,
+    pub rule: &'static str,
+    pub for_tenant: TenantId,
+    pub from: Tier,
+    pub freed_bytes: u64,
+}

@@ -1,0 +1,106 @@
+//! Where do the bytes of KV blocks lie?
+//!
+//! An arena is one anonymous mapping cut into blocks of equal size. It moves and checks bytes; which block is whose is
+//! the pools' business (`kv::pool`).
+//! Invariant: a block has one writer, or any number of readers. `kv` keeps it by ownership: an `OpenBlock` has one owner
+//! and is written by the step alone; sealed blocks and tails at rest are only read.
+
+use std::cell::UnsafeCell;
+
+use memmap2::MmapMut;
+
+/// A fixed number of blocks of `block_bytes` bytes each, page aligned, zeroed at first.
+pub struct Arena {
+    map: UnsafeCell<MmapMut>,
+    base: *mut u8,
+    block_bytes: usize,
+    blocks: usize,
+}
+
+// SAFETY: the mapping is plain memory, and the module's invariant (one writer or many readers a block) is what makes
+// sharing it sound; nothing in it is tied to a thread.
+unsafe impl Send for Arena {}
+// SAFETY: as above.
+unsafe impl Sync for Arena {}
+
+/// Why an arena could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ArenaError {
+    #[error("a pool of {blocks} blocks of {block_bytes} bytes does not fit an address space")]
+    TooLarge { blocks: usize, block_bytes: usize },
+    #[error("the system did not give {bytes} bytes for a pool: {source}")]
+    Map { bytes: usize, source: std::io::Error },
+}
+
+impl Arena {
+    /// Reserves room for `blocks` blocks. Pages are only used once they are written.
+    pub fn new(blocks: usize, block_bytes: usize) -> Result<Self, ArenaError> {
+        let bytes = blocks.checked_mul(block_bytes).ok_or(ArenaError::TooLarge { blocks, block_bytes })?;
+        let mut map = MmapMut::map_anon(bytes.max(1)).map_err(|source| ArenaError::Map { bytes, source })?;
+        // Fewer TLB misses where the system offers it; nothing depends on it.
+        #[cfg(target_os = "linux")]
+        if let Err(error) = map.advise(memmap2::Advice::HugePage) {
+            tracing::debug!(%error, "no huge pages for a pool");
+        }
+        let base = map.as_mut_ptr();
+        Ok(Self { map: UnsafeCell::new(map), base, block_bytes, blocks })
+    }
+
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    pub fn block_bytes(&self) -> usize {
+        self.block_bytes
+    }
+
+    /// The first byte of a block. Panics if the arena has no such block.
+    pub(super) fn block_ptr(&self, block: u32) -> *mut u8 {
+        let block = block as usize;
+        assert!(block < self.blocks, "block {block} is outside an arena of {} blocks", self.blocks);
+        // SAFETY: the block lies inside the mapping, whose size is `blocks * block_bytes`.
+        unsafe { self.base.add(block * self.block_bytes) }
+    }
+
+    /// The bytes of a block, to read.
+    pub fn bytes(&self, block: u32) -> &[u8] {
+        let start = self.block_ptr(block);
+        // SAFETY: in bounds (above); no one writes a block that is being read (the module's invariant).
+        unsafe { std::slice::from_raw_parts(start, self.block_bytes) }
+    }
+
+    /// Runs `write` on the bytes of a block.
+    pub fn with_bytes_mut<R>(&self, block: u32, write: impl FnOnce(&mut [u8]) -> R) -> R {
+        let start = self.block_ptr(block);
+        // SAFETY: in bounds (above); the caller owns the block alone (the module's invariant).
+        write(unsafe { std::slice::from_raw_parts_mut(start, self.block_bytes) })
+    }
+
+    /// Copies a block of `source` into block `to` and returns the CRC-32C of what was copied.
+    ///
+    /// Sums and copies in one pass of cache-sized pieces, so that the sum costs little beside the copy.
+    pub fn copy_from(&self, to: u32, source: &Arena, from: u32) -> u32 {
+        const PIECE: usize = 16 * 1024;
+        assert_eq!(self.block_bytes, source.block_bytes, "blocks of two sizes");
+        let from = source.bytes(from);
+        self.with_bytes_mut(to, |to| {
+            to.chunks_mut(PIECE).zip(from.chunks(PIECE)).fold(0, |sum, (to, from)| {
+                to.copy_from_slice(from);
+                crc32c::crc32c_append(sum, to)
+            })
+        })
+    }
+
+    /// Overwrites a block with zeros, so that a forgotten conversation leaves nothing behind.
+    pub fn zero(&self, block: u32) {
+        self.with_bytes_mut(block, |bytes| bytes.fill(0));
+    }
+}
+
+impl std::fmt::Debug for Arena {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // SAFETY: reads the mapping's length only, which never changes.
+        let len = unsafe { (*self.map.get()).len() };
+        write!(f, "Arena({} blocks, {len} bytes)", self.blocks)
+    }
+}

@@ -1,0 +1,162 @@
+//! What do the layers above and a session say to each other?
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+pub use crate::engine::{FinishReason, Sampling, TurnUsage};
+use crate::types::{TokenCount, TokenId};
+
+/// A conversation's id: `conv_` and 32 hex digits at the API.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ConversationId(pub u128);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    System,
+    Developer,
+    User,
+    Assistant,
+    Tool,
+}
+
+/// A part of a message's content. Other kinds are refused at the API.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Part {
+    Text(String),
+    Refusal(String),
+}
+
+/// A message of a conversation, or of a stateless request.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Message {
+    pub role: Role,
+    pub name: Option<String>,
+    pub content: Vec<Part>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ItemStatus {
+    Completed,
+    /// Cut by a limit, a cancel or a lost connection.
+    Incomplete,
+}
+
+/// A message with its id, as it lies in a conversation.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Item {
+    pub id: String,
+    pub message: Message,
+    pub status: ItemStatus,
+}
+
+/// An item to add: the client's own id if it gave a usable one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NewItem {
+    pub id: Option<String>,
+    pub message: Message,
+}
+
+/// A conversation as clients see it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Conversation {
+    pub id: ConversationId,
+    pub created_at: i64,
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// What to do when a turn runs already.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OnConflict {
+    Queue,
+    Reject,
+}
+
+/// How to answer, common to every kind of turn.
+#[derive(Clone, Debug)]
+pub struct TurnLimits {
+    pub sampling: Sampling,
+    /// `None`: what the window still holds, at most `api.default_max_tokens`.
+    pub max_tokens: Option<TokenCount>,
+    /// Strings that end the answer; the match is never sent.
+    pub stop: Vec<String>,
+    pub queue_deadline: Duration,
+    /// Alternatives to report with each token; `None`: no log probabilities.
+    pub logprobs: Option<u8>,
+}
+
+/// A turn of a stored conversation.
+#[derive(Clone, Debug)]
+pub struct Respond {
+    /// `None`: a conversation of its own, that nobody can name, forgotten at the end.
+    pub conversation: Option<ConversationId>,
+    pub input: Vec<NewItem>,
+    /// One system message before everything, for this turn only.
+    pub instructions: Option<String>,
+    pub limits: TurnLimits,
+    pub on_conflict: OnConflict,
+}
+
+/// A stateless turn: the client sends all messages.
+#[derive(Clone, Debug)]
+pub struct Complete {
+    pub messages: Vec<Message>,
+    pub limits: TurnLimits,
+}
+
+/// A generated token with its log probability, as clients see it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct TokenLogprob {
+    pub token: TokenId,
+    pub bytes: Vec<u8>,
+    pub logprob: f32,
+    pub top: Vec<(TokenId, Vec<u8>, f32)>,
+}
+
+/// What a running turn tells, in this order: `Started`, any number of `Text`, one of `Done` and `Failed`.
+#[derive(Clone, PartialEq, Debug)]
+pub enum TurnUpdate {
+    Started { prompt_tokens: TokenCount },
+    /// Whole characters only. Deltas add up to the answer exactly; a slow reader gets fewer, longer ones.
+    Text { delta: String, logprobs: Vec<TokenLogprob> },
+    Done(TurnDone),
+    Failed(TurnError),
+}
+
+/// A finished turn.
+#[derive(Clone, PartialEq, Debug)]
+pub struct TurnDone {
+    pub text: String,
+    pub finish: FinishReason,
+    pub prompt_tokens: TokenCount,
+    pub usage: TurnUsage,
+    /// The answer's item id (`msg_…`), durable by now where the conversation is stored.
+    pub item_id: String,
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+/// Why a turn was not done.
+#[derive(Clone, PartialEq, Debug, thiserror::Error)]
+pub enum TurnError {
+    #[error("no such conversation")]
+    NoConversation,
+    #[error("a turn runs in this conversation and {waiting} wait; retry when it is done")]
+    Locked { waiting: usize },
+    #[error("item `{0}` is in the conversation already")]
+    DuplicateItem(String),
+    #[error("there is nothing to answer: give `input`, or a conversation that has items")]
+    NothingToAnswer,
+    #[error("the prompt has {prompt} tokens and the window {window}")]
+    ContextLength { prompt: TokenCount, window: TokenCount },
+    #[error("the model's chat template refuses these messages: {0}")]
+    Template(String),
+    #[error("{0}")]
+    Overloaded(String),
+    #[error("{0}")]
+    QueueTimeout(String),
+    #[error("the store can't be reached: {0}")]
+    Store(String),
+    #[error("the server is draining; retry on another node or later")]
+    Draining,
+    #[error("{0}")]
+    Internal(String),
+}

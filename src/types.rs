@@ -1,0 +1,125 @@
+//! Which ids and units cross module borders?
+//!
+//! Newtypes over integers; each conversion between units is written once, here. Uses nothing, is used by all.
+
+use std::fmt;
+
+/// A tenant as the engine knows it: an index that `tenants` gave out. Names and keys stay above.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct TenantId(pub u32);
+
+/// The secret that keys a tenant's prefix hashes (BLAKE3 keyed mode): equal prefixes of two tenants never meet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct TenantKey(pub [u8; 32]);
+
+impl fmt::Debug for TenantKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TenantKey(..)")
+    }
+}
+
+/// Identity of one conversation's KV: 128 random bits. `sessions` uses the conversation's own id.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct KvKey(pub u128);
+
+/// One turn in the engine, unique in a process.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct TurnId(pub u64);
+
+/// A token of the model's vocabulary.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+pub struct TokenId(pub u32);
+
+/// A block of the device pool.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct BlockId(pub u32);
+
+/// A block of the host pool.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct HostBlockId(pub u32);
+
+/// Microseconds since the engine started. The core has no clock: its driver tells the time.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Tick(pub u64);
+
+impl Tick {
+    /// Milliseconds from `earlier` to `self`; 0 if `earlier` is later.
+    pub fn ms_since(self, earlier: Tick) -> u64 {
+        self.0.saturating_sub(earlier.0) / 1000
+    }
+}
+
+/// Tokens of one block; a power of two is not needed. 16 on the CPU, the kernels' panel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockSize(pub u32);
+
+/// A number of tokens.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Hash)]
+pub struct TokenCount(pub u32);
+
+impl TokenCount {
+    /// Blocks that hold this many tokens; the last may be part full.
+    pub fn blocks(self, size: BlockSize) -> BlockCount {
+        BlockCount(self.0.div_ceil(size.0))
+    }
+
+    /// Blocks that this many tokens fill.
+    pub fn full_blocks(self, size: BlockSize) -> BlockCount {
+        BlockCount(self.0 / size.0)
+    }
+
+    /// As an index or a length.
+    pub fn get(self) -> usize {
+        self.0 as usize
+    }
+
+    /// The length of a token list. Lists longer than `u32::MAX` can't exist: a window bounds them.
+    pub fn of(tokens: &[TokenId]) -> Self {
+        Self(u32::try_from(tokens.len()).expect("a token list is bounded by the window"))
+    }
+}
+
+/// A number of blocks.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Hash)]
+pub struct BlockCount(pub u32);
+
+impl BlockCount {
+    /// Tokens that this many blocks hold.
+    pub fn tokens(self, size: BlockSize) -> TokenCount {
+        TokenCount(self.0 * size.0)
+    }
+
+    /// As an index or a length.
+    pub fn get(self) -> usize {
+        self.0 as usize
+    }
+}
+
+macro_rules! display_inner {
+    ($($name:ident),*) => {$(
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    )*};
+}
+display_inner!(TenantId, TurnId, TokenId, BlockId, HostBlockId, TokenCount, BlockCount, BlockSize);
+
+/// Where KV may be, from fast to slow.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Tier {
+    Device,
+    Host,
+}
+
+impl Tier {
+    /// Its word in the API, in metrics and in logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Tier::Device => "device",
+            Tier::Host => "host",
+        }
+    }
+}
