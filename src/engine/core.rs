@@ -1,8 +1,23 @@
 //! What happens in the next step? Pure: no clock, channel, thread or randomness of its own.
+//!
+//! `plan(now, commands)` takes in what was asked and chooses the step's rows; `commit(plan, logits)` takes in what the
+//! model said. The same inputs give the same outputs, so a thread, a simulation and a replay drive the same core.
 
-use super::TurnRequest;
+use std::collections::HashMap;
+
+use super::batch::Rows;
+use super::fairness::Fairness;
+use super::sampler;
+use super::sequence::{Phase, Sequence};
+use super::status::{EngineStatus, LastEviction, PoolStatus, PromptTotals, Residency, ResidencyState, TierShare};
+use super::{FinishReason, Token, TurnEvent, TurnFailure, TurnRequest};
 use crate::kv::block::PrefixHash;
-use crate::types::{KvKey, TenantId, TenantKey, TurnId};
+use crate::kv::journal::Rule;
+use crate::kv::manager::{Chores, Freed, Rate};
+use crate::kv::transfer::{TransferDone, TransferOrder};
+use crate::kv::{KvSettings, Manager};
+use crate::model::{ForwardError, Logits};
+use crate::types::{BlockCount, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId, TurnId};
 
 /// A turn to start.
 #[derive(Clone, Debug)]
@@ -14,4 +29,421 @@ pub struct StartTurn {
     /// The chain over the prompt's full blocks.
     pub hashes: Vec<PrefixHash>,
     pub request: TurnRequest,
+}
+
+/// What the core is told.
+#[derive(Debug)]
+pub enum Command {
+    Start(Box<StartTurn>),
+    Cancel(TurnId),
+    /// Give up every copy of a conversation's KV; a running turn of it is cancelled.
+    Forget(KvKey),
+    /// Take an idle conversation off the device.
+    Leave(KvKey),
+    /// The conversation is over.
+    End(KvKey),
+    Transferred(TransferDone),
+}
+
+/// What the core tells.
+#[derive(Debug, PartialEq)]
+pub enum Event {
+    Turn(TurnId, TurnEvent),
+    /// Every tier has let go.
+    Forgotten(KvKey, Freed),
+    /// An asked-for offload is over, with the device bytes given up. `None`: a turn runs.
+    Left(KvKey, Option<u64>),
+}
+
+/// Bounds of the scheduler.
+#[derive(Clone, Copy, Debug)]
+pub struct CoreSettings {
+    /// Most sequences in a step.
+    pub max_running: usize,
+    /// Most rows of a step: all decodes, and prefill chunks up to this.
+    pub step_tokens: usize,
+}
+
+/// The rows of one sequence in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    pub turn: TurnId,
+    pub key: KvKey,
+    pub first_row: usize,
+    pub rows: usize,
+    /// Whether the last row's logits are wanted.
+    pub samples: bool,
+}
+
+/// One step: what to tell, what to copy, what to run.
+#[derive(Debug, Default)]
+pub struct Plan {
+    pub started: Tick,
+    pub events: Vec<Event>,
+    /// To be done before the model runs; holds places until it is dropped.
+    pub chores: Chores,
+    /// To be started in this order.
+    pub orders: Vec<TransferOrder>,
+    pub tokens: Vec<TokenId>,
+    pub spans: Vec<Span>,
+    pub sampled: Vec<usize>,
+}
+
+impl Plan {
+    /// Whether the model has nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.spans.is_empty()
+    }
+}
+
+/// How often deadlines of waiting turns are looked at, in microseconds.
+const DEADLINE_EVERY_US: u64 = 20_000;
+
+/// The engine's state and decisions.
+#[derive(Debug)]
+pub struct Core {
+    pub(super) settings: CoreSettings,
+    pub(super) manager: Manager,
+    pub(super) sequences: HashMap<TurnId, Sequence>,
+    /// Turns that hold places on the device, oldest admission first.
+    pub(super) running: Vec<TurnId>,
+    pub(super) fairness: Fairness,
+    pub(super) admissions: u64,
+    preemptions: u64,
+    /// Conversations that are over as soon as their turn is.
+    ending: Vec<KvKey>,
+    deadlines_seen: Tick,
+    steps: u64,
+    finished: u64,
+    cancelled: u64,
+    failed: u64,
+    prompt: PromptTotals,
+    generated: u64,
+    prefill: Rate,
+}
+
+impl Core {
+    pub fn new(settings: CoreSettings, kv: KvSettings) -> Self {
+        Self {
+            settings,
+            manager: Manager::new(kv),
+            sequences: HashMap::new(),
+            running: Vec::new(),
+            fairness: Fairness::default(),
+            admissions: 0,
+            preemptions: 0,
+            ending: Vec::new(),
+            deadlines_seen: Tick(0),
+            steps: 0,
+            finished: 0,
+            cancelled: 0,
+            failed: 0,
+            prompt: PromptTotals::default(),
+            generated: 0,
+            prefill: Rate::default(),
+        }
+    }
+
+    /// Takes in what was asked, and chooses the next step. The driver does the plan's chores, starts its orders, runs the
+    /// model on `rows` unless the plan is empty, and commits it.
+    pub fn plan(&mut self, now: Tick, commands: &mut Vec<Command>) -> Plan {
+        let mut plan = Plan { started: now, ..Plan::default() };
+        for command in commands.drain(..) {
+            self.take_in(now, command, &mut plan.events);
+        }
+        self.end_waits(now, &mut plan.events);
+        self.schedule(now, &mut plan);
+        self.manager.work_ahead(now);
+        self.collect(&mut plan);
+        plan
+    }
+
+    /// The plan's rows as the model reads them. Nothing can be evicted while they live.
+    pub fn rows<'a>(&'a self, plan: &'a Plan) -> Rows<'a> {
+        Rows::new(plan, &self.manager)
+    }
+
+    /// Takes in what the model said of a plan: KV of all its rows, and `logits` of those that sample. On an error the
+    /// step's turns fail; nothing of the step counts as written.
+    pub fn commit(&mut self, now: Tick, plan: &Plan, logits: Result<&Logits, ForwardError>, events: &mut Vec<Event>) {
+        self.steps += 1;
+        let logits = match logits {
+            Ok(logits) => logits,
+            Err(error) => {
+                for span in &plan.spans {
+                    self.fail_turn(now, span.turn, TurnFailure::Model(error.to_string()), events);
+                }
+                return;
+            }
+        };
+        self.observe_prefill(now, plan);
+        let mut sampled = 0;
+        for span in &plan.spans {
+            self.manager.append(span.key, &plan.tokens[span.first_row..][..span.rows]);
+            let sequence = self.sequences.get(&span.turn).expect("a planned turn is known");
+            self.fairness.serve(sequence.tenant, span.rows as u64);
+            if span.samples {
+                self.sample(now, span.turn, logits.row(sampled), events);
+                sampled += 1;
+            }
+        }
+    }
+
+    /// Takes in a step's speed, if it was mostly prefill.
+    fn observe_prefill(&mut self, now: Tick, plan: &Plan) {
+        let took_us = now.0.saturating_sub(plan.started.0);
+        let decodes = plan.spans.iter().filter(|span| span.rows == 1).count();
+        if plan.tokens.len() > 2 * decodes {
+            self.prefill.add((plan.tokens.len() - decodes) as u64, took_us);
+        }
+    }
+
+    /// Chooses a sequence's next token, tells it, and ends the turn if that was the last.
+    fn sample(&mut self, now: Tick, turn: TurnId, logits: &[f32], events: &mut Vec<Event>) {
+        let window = self.manager.settings().window;
+        let sequence = self.sequences.get_mut(&turn).expect("a planned turn is known");
+        let request = &sequence.start.request;
+        let may_stop = !request.sampling.ignore_eos;
+        let too_early = sequence.usage.generated.0 < request.sampling.min_tokens;
+        let banned: &[TokenId] = if may_stop && too_early { &request.stop_tokens } else { &[] };
+        let id = sequence.sampler.sample(logits, banned);
+        let logprob = request.logprobs.map(|top| sampler::logprob(logits, id, top));
+        sequence.phase = Phase::Decode;
+        if sequence.first_token.is_none() {
+            sequence.first_token = Some(now);
+            sequence.usage.prompt.prefill_ms = now.ms_since(sequence.ready);
+            sequence.usage.ttft_ms = now.ms_since(sequence.arrived);
+            let prompt = sequence.usage.prompt;
+            self.prompt.resident_tokens += u64::from(prompt.resident.0);
+            self.prompt.shared_tokens += u64::from(prompt.shared.0);
+            self.prompt.reloaded_host_tokens += u64::from(prompt.reloaded_host.0);
+            self.prompt.encoded_tokens += u64::from(prompt.encoded.0);
+            self.prompt.reencoded_tokens += u64::from(prompt.reencoded.0);
+            events.push(Event::Turn(turn, TurnEvent::Started(prompt)));
+        }
+        sequence.tokens.push(id);
+        sequence.usage.generated.0 += 1;
+        self.generated += 1;
+        events.push(Event::Turn(turn, TurnEvent::Token(Token { id, logprob })));
+        let reason = if may_stop && sequence.start.request.stop_tokens.contains(&id) {
+            FinishReason::Stop
+        } else if sequence.usage.generated >= sequence.start.request.max_tokens
+            || TokenCount::of(&sequence.tokens) >= window
+        {
+            FinishReason::Length
+        } else {
+            return;
+        };
+        self.finish(now, turn, reason, events);
+    }
+
+    /// Ends a turn, wherever it is on its way. Its blocks come to rest.
+    fn finish(&mut self, now: Tick, turn: TurnId, reason: FinishReason, events: &mut Vec<Event>) {
+        let Some(sequence) = self.take_out(now, turn) else { return };
+        let mut usage = sequence.usage;
+        usage.decode_ms = sequence.first_token.map_or(0, |first| now.ms_since(first));
+        match reason {
+            FinishReason::Stop | FinishReason::Length => self.finished += 1,
+            FinishReason::Cancelled => self.cancelled += 1,
+        }
+        events.push(Event::Turn(turn, TurnEvent::Finished { reason, usage }));
+    }
+
+    fn fail_turn(&mut self, now: Tick, turn: TurnId, failure: TurnFailure, events: &mut Vec<Event>) {
+        if self.take_out(now, turn).is_some() {
+            self.failed += 1;
+            events.push(Event::Turn(turn, TurnEvent::Failed(failure)));
+        }
+    }
+
+    /// Takes a turn out of wherever it is. `None` if it has ended already.
+    fn take_out(&mut self, now: Tick, turn: TurnId) -> Option<Sequence> {
+        let sequence = self.sequences.remove(&turn)?;
+        match sequence.phase {
+            Phase::Queued => self.fairness.remove(sequence.tenant, turn),
+            Phase::Reloading | Phase::Prefill | Phase::Decode => {
+                self.running.retain(|running| *running != turn);
+                self.manager.rest(now, sequence.key);
+            }
+        }
+        if let Some(place) = self.ending.iter().position(|key| *key == sequence.key) {
+            self.ending.swap_remove(place);
+            self.manager.end(sequence.key);
+        }
+        Some(sequence)
+    }
+
+    fn take_in(&mut self, now: Tick, command: Command, events: &mut Vec<Event>) {
+        match command {
+            Command::Start(start) => {
+                self.manager.expect_soon(start.key);
+                self.fairness.push(start.tenant, start.turn);
+                self.sequences.insert(start.turn, Sequence::new(start, now));
+            }
+            Command::Cancel(turn) => self.finish(now, turn, FinishReason::Cancelled, events),
+            Command::Forget(key) => {
+                // Rare, and bounded by the queue: no index of turns by conversation is kept for it.
+                let turns = self.sequences.values().filter(|sequence| sequence.key == key);
+                let mut turns: Vec<TurnId> = turns.map(|sequence| sequence.turn).collect();
+                turns.sort_unstable();
+                for turn in turns {
+                    self.finish(now, turn, FinishReason::Cancelled, events);
+                }
+                self.manager.forget(key);
+            }
+            Command::Leave(key) if self.manager.runs(key) => events.push(Event::Left(key, None)),
+            Command::Leave(key) => self.manager.leave(now, key),
+            Command::End(key) if self.manager.runs(key) => self.ending.push(key),
+            Command::End(key) => self.manager.end(key),
+            Command::Transferred(done) => {
+                if let Some(reloaded) = self.manager.transferred(now, done) {
+                    self.go_on(now, reloaded.key, reloaded.context, reloaded.took_ms);
+                }
+            }
+        }
+    }
+
+    /// A reload is back: its sequence encodes what is left of its tokens.
+    fn go_on(&mut self, now: Tick, key: KvKey, context: TokenCount, took_ms: u64) {
+        let waits = |turn: &&TurnId| {
+            let sequence = &self.sequences[*turn];
+            sequence.key == key && sequence.phase == Phase::Reloading
+        };
+        let Some(turn) = self.running.iter().find(waits) else { return };
+        let sequence = self.sequences.get_mut(turn).expect("a running turn is known");
+        sequence.phase = Phase::Prefill;
+        if sequence.first_token.is_none() && !sequence.accounted {
+            sequence.ready = now;
+            sequence.usage.prompt.reload_ms = took_ms;
+            sequence.account(context);
+        }
+    }
+
+    /// Fails turns that waited for their first admission longer than they may.
+    fn end_waits(&mut self, now: Tick, events: &mut Vec<Event>) {
+        if self.fairness.waiting() == 0 || now.0 < self.deadlines_seen.0 + DEADLINE_EVERY_US {
+            return;
+        }
+        self.deadlines_seen = now;
+        let late = self.sequences.values().filter(|sequence| {
+            let waited_us = u128::from(now.0.saturating_sub(sequence.arrived.0));
+            sequence.phase == Phase::Queued
+                && !sequence.admitted_once
+                && waited_us > sequence.start.request.queue_deadline.as_micros()
+        });
+        let mut late: Vec<(TurnId, u64)> =
+            late.map(|sequence| (sequence.turn, now.ms_since(sequence.arrived))).collect();
+        late.sort_unstable();
+        for (turn, waited_ms) in late {
+            self.fail_turn(now, turn, TurnFailure::QueueTimeout { waited_ms }, events);
+        }
+    }
+
+    fn collect(&mut self, plan: &mut Plan) {
+        plan.orders = self.manager.take_orders();
+        plan.chores = self.manager.take_chores();
+        let forgotten = self.manager.take_forgotten().into_iter();
+        plan.events.extend(forgotten.map(|(key, freed)| Event::Forgotten(key, freed)));
+        let left = self.manager.take_left().into_iter();
+        plan.events.extend(left.map(|(key, bytes)| Event::Left(key, Some(bytes))));
+    }
+
+    /// Whether no turn is in the engine.
+    pub fn is_idle(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Whether a turn waits for its place.
+    pub fn is_queued(&self, turn: TurnId) -> bool {
+        self.sequences.get(&turn).is_some_and(|sequence| sequence.phase == Phase::Queued)
+    }
+
+    /// All turns that have not ended, in no order.
+    pub fn turns(&self) -> impl Iterator<Item = TurnId> {
+        self.sequences.keys().copied()
+    }
+
+    pub fn manager(&self) -> &Manager {
+        &self.manager
+    }
+
+    pub(super) fn note_preemption(&mut self, now: Tick, key: KvKey, for_tenant: TenantId) {
+        self.preemptions += 1;
+        self.manager.note_decision(now, key, for_tenant, Rule::Preempted);
+    }
+
+    /// Residency of the conversations whose whereabouts changed since the last call; `None`: no tier holds any.
+    pub fn take_residencies(&mut self) -> Vec<(KvKey, Option<Residency>)> {
+        let mut touched = self.manager.take_touched();
+        touched.sort_unstable();
+        touched.dedup();
+        touched.into_iter().map(|key| (key, self.residency(key))).collect()
+    }
+
+    fn residency(&self, key: KvKey) -> Option<Residency> {
+        let at = self.manager.whereabouts(key)?;
+        let block_bytes = self.manager.settings().block_bytes;
+        let share = |tokens, (private, shared): (BlockCount, BlockCount)| TierShare {
+            tokens,
+            bytes_private: u64::from(private.0) * block_bytes,
+            bytes_shared: u64::from(shared.0) * block_bytes,
+        };
+        let state = if at.reloading {
+            ResidencyState::Reloading
+        } else if at.running {
+            ResidencyState::Running
+        } else if at.device_tokens.0 == 0 {
+            ResidencyState::Offloaded
+        } else if at.device_tokens < at.host_tokens {
+            ResidencyState::Partial
+        } else {
+            ResidencyState::Resident
+        };
+        Some(Residency {
+            tenant: at.tenant,
+            state,
+            device: share(at.device_tokens, at.device_blocks),
+            host: share(at.host_tokens, at.host_blocks),
+            last_used: at.last_used,
+            last_eviction: at.last_eviction.map(|entry| LastEviction {
+                journal: entry.id,
+                at: entry.at,
+                rule: entry.rule.name(),
+                for_tenant: entry.for_tenant,
+                from: entry.from,
+                freed_bytes: u64::from(entry.freed.0) * block_bytes,
+            }),
+        })
+    }
+
+    /// A snapshot of counters and gauges. Cost: O(running sequences).
+    pub fn status(&self, now: Tick) -> EngineStatus {
+        let settings = self.manager.settings();
+        let pool = |tier, total| PoolStatus { total, free: self.manager.free(tier), block_bytes: settings.block_bytes };
+        let reloading = self.running.iter().filter(|turn| self.sequences[*turn].phase == Phase::Reloading).count();
+        let counters = self.manager.counters();
+        let small = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        EngineStatus {
+            now,
+            steps: self.steps,
+            running: small(self.running.len()),
+            queued: small(self.fairness.waiting()),
+            reloading: small(reloading),
+            device: pool(Tier::Device, settings.device_blocks),
+            host: pool(Tier::Host, settings.host_blocks),
+            turns_finished: self.finished,
+            turns_cancelled: self.cancelled,
+            turns_failed: self.failed,
+            preemptions: self.preemptions,
+            evictions: counters.evictions,
+            prompt: self.prompt,
+            generated_tokens: self.generated,
+            isolation_faults: counters.isolation_faults,
+            verification_failures: counters.verification_failures,
+            offloaded_bytes: counters.offloaded_bytes,
+            reloaded_bytes: counters.reloaded_bytes,
+            prefill_tokens_per_s: self.prefill.per_s(),
+            reload_bytes_per_s: self.manager.rates().reload_bytes_per_s.per_s(),
+        }
+    }
 }

@@ -1,1 +1,96 @@
-//! sequence
+//! What is known of one turn while the engine has it?
+
+use super::core::StartTurn;
+use super::sampler::Sampler;
+use super::{PromptUsage, TurnUsage};
+use crate::kv::manager::Found;
+use crate::types::{KvKey, TenantId, Tick, TokenCount, TokenId, TurnId};
+
+/// Where a turn is on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Waits for its place, at first or after a preemption.
+    Queued,
+    /// Its blocks are being copied up; the others go on.
+    Reloading,
+    /// Its tokens are being encoded.
+    Prefill,
+    /// One token a step.
+    Decode,
+}
+
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub turn: TurnId,
+    pub key: KvKey,
+    pub tenant: TenantId,
+    pub start: Box<StartTurn>,
+    /// Prompt and answer so far. The last token's KV is computed when it is fed.
+    pub tokens: Vec<TokenId>,
+    pub phase: Phase,
+    pub sampler: Sampler,
+    pub found: Found,
+    /// First admission is over: later ones are resumptions.
+    pub admitted_once: bool,
+    /// Where the prompt's tokens came from is known.
+    pub accounted: bool,
+    /// Rises with each admission: the newest is preempted first.
+    pub admission: u64,
+    pub arrived: Tick,
+    pub ready: Tick,
+    pub usage: TurnUsage,
+    pub first_token: Option<Tick>,
+}
+
+impl Sequence {
+    pub fn new(start: Box<StartTurn>, now: Tick) -> Self {
+        let sampler = Sampler::new(start.request.sampling.clone(), &start.request.prompt);
+        Self {
+            turn: start.turn,
+            key: start.key,
+            tenant: start.tenant,
+            tokens: start.request.prompt.to_vec(),
+            sampler,
+            phase: Phase::Queued,
+            found: Found::default(),
+            admitted_once: false,
+            accounted: false,
+            admission: 0,
+            arrived: now,
+            ready: now,
+            usage: TurnUsage::default(),
+            first_token: None,
+            start,
+        }
+    }
+
+    pub fn prompt_tokens(&self) -> TokenCount {
+        TokenCount::of(&self.start.request.prompt)
+    }
+
+    pub fn generated(&self) -> u32 {
+        self.usage.generated.0
+    }
+
+    /// Notes where the prompt's tokens came from, once it runs for the first time with `context` tokens in place.
+    ///
+    /// A reload that failed in the middle has less in place than was found; the rest counts as encoded.
+    pub fn account(&mut self, context: TokenCount) {
+        self.accounted = true;
+        let Found { resident, shared, reloaded } = self.found;
+        let cached = context.0.min(resident.0 + shared.0 + reloaded.0);
+        let resident = resident.0.min(cached);
+        let reloaded = reloaded.0.min(cached - resident);
+        let shared = cached - resident - reloaded;
+        let encoded = self.prompt_tokens().0 - cached;
+        let reencoded = self.start.request.encoded_before.0.saturating_sub(cached);
+        self.usage.prompt = PromptUsage {
+            resident: TokenCount(resident),
+            shared: TokenCount(shared),
+            reloaded_host: TokenCount(reloaded),
+            encoded: TokenCount(encoded),
+            reencoded: TokenCount(reencoded.min(encoded)),
+            ..self.usage.prompt
+        };
+    }
+}

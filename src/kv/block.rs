@@ -1,13 +1,14 @@
 //! What are the states of a block, and how is a full one identified?
 //!
 //! `Slot` (a place) → `OpenBlock` (being filled, one owner) → `SealedBlock` (full, immutable, shared) or `TailBlock` (part
-//! full, at rest). A transition moves the slot into the next type; dropping the last owner gives the place back.
+//! full, at rest). A transition moves the slot into the next type; dropping the last owner gives the place back, so there
+//! is no `free()` to forget or to call twice.
 
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::types::{BlockSize, TenantKey, TokenId};
+use crate::types::{BlockCount, BlockId, BlockSize, HostBlockId, TenantId, TenantKey, Tier, TokenCount, TokenId};
 
 /// Identity of a full block: a chain of keyed BLAKE3 over (tenant's key, parent's hash, the block's token ids), 256 bits.
 /// Two blocks with one hash hold the same tokens at the same positions after the same history, of one tenant.
@@ -32,7 +33,7 @@ impl PrefixHash {
         PrefixHash(*hasher.finalize().as_bytes())
     }
 
-    /// The hashes of all full blocks of a sequence, in order. O(tokens), about 4 GB/s of token ids.
+    /// The hashes of all full blocks of a sequence, in order. O(tokens).
     pub fn chain(key: &TenantKey, tokens: &[TokenId], size: BlockSize) -> Vec<PrefixHash> {
         let mut parent = PrefixHash::ROOT;
         let blocks = tokens.chunks_exact(size.0 as usize);
@@ -45,49 +46,300 @@ impl PrefixHash {
     }
 }
 
-/// The free places of one pool. Shared by its slots, so that dropping one gives it back from whatever thread it is on.
+/// The id of a place in some tier's pool, and what is known of the bytes in it.
+pub trait Place: Copy + Eq + std::fmt::Debug {
+    const TIER: Tier;
+    /// What proves a copy's bytes: nothing on the device, where they were made; a checksum below.
+    type Proof: Copy + std::fmt::Debug;
+    fn from_index(index: u32) -> Self;
+    fn index(self) -> u32;
+}
+
+/// CRC-32C of a block's bytes, taken while they were copied down.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Checksum(pub u32);
+
+impl Place for BlockId {
+    const TIER: Tier = Tier::Device;
+    type Proof = ();
+    fn from_index(index: u32) -> Self {
+        BlockId(index)
+    }
+    fn index(self) -> u32 {
+        self.0
+    }
+}
+
+impl Place for HostBlockId {
+    const TIER: Tier = Tier::Host;
+    type Proof = Checksum;
+    fn from_index(index: u32) -> Self {
+        HostBlockId(index)
+    }
+    fn index(self) -> u32 {
+        self.0
+    }
+}
+
+#[derive(Debug)]
+struct Counts {
+    free: Vec<u32>,
+    /// Places held, by tenant.
+    held: Vec<u32>,
+}
+
+/// The places of one tier, shared by its slots: dropping a slot gives its place back from whatever thread it is on.
 #[derive(Debug)]
 pub struct Places {
-    free: Mutex<Vec<u32>>,
+    counts: Mutex<Counts>,
     total: u32,
 }
 
 impl Places {
-    /// All places free, lowest first.
-    pub fn new(total: u32) -> Arc<Self> {
-        Arc::new(Self { free: Mutex::new((0..total).rev().collect()), total })
+    /// All places free; the lowest is taken first.
+    pub fn new(total: BlockCount) -> Arc<Self> {
+        let free = (0..total.0).rev().collect();
+        Arc::new(Self { counts: Mutex::new(Counts { free, held: Vec::new() }), total: total.0 })
     }
 
-    /// Takes a place, if one is free.
-    pub fn take(self: &Arc<Self>) -> Option<Slot> {
-        let place = self.free.lock().pop()?;
-        Some(Slot { place, places: Arc::clone(self) })
+    /// Takes a place for a tenant, if one is free.
+    pub fn take<P: Place>(self: &Arc<Self>, tenant: TenantId) -> Option<Slot<P>> {
+        let mut counts = self.counts.lock();
+        let place = counts.free.pop()?;
+        let index = tenant.0 as usize;
+        if counts.held.len() <= index {
+            counts.held.resize(index + 1, 0);
+        }
+        counts.held[index] += 1;
+        Some(Slot { place: P::from_index(place), tenant, places: Arc::clone(self) })
     }
 
-    pub fn free(&self) -> u32 {
-        u32::try_from(self.free.lock().len()).expect("a pool has at most u32::MAX places")
+    pub fn free(&self) -> BlockCount {
+        BlockCount(u32::try_from(self.counts.lock().free.len()).expect("a pool has at most u32::MAX places"))
     }
 
-    pub fn total(&self) -> u32 {
-        self.total
+    /// Places that a tenant's blocks hold; a shared block counts once.
+    pub fn held(&self, tenant: TenantId) -> BlockCount {
+        BlockCount(self.counts.lock().held.get(tenant.0 as usize).copied().unwrap_or(0))
+    }
+
+    pub fn total(&self) -> BlockCount {
+        BlockCount(self.total)
     }
 }
 
-/// A place in a pool, owned. Its `Drop` gives the place back: there is no `free()` to forget or to call twice.
+/// A place in a pool, owned. Its `Drop` gives the place back.
 #[derive(Debug)]
-pub struct Slot {
-    place: u32,
+pub struct Slot<P: Place> {
+    place: P,
+    tenant: TenantId,
     places: Arc<Places>,
 }
 
-impl Slot {
-    pub fn place(&self) -> u32 {
+impl<P: Place> Slot<P> {
+    pub fn place(&self) -> P {
         self.place
+    }
+
+    pub fn tenant(&self) -> TenantId {
+        self.tenant
     }
 }
 
-impl Drop for Slot {
+impl<P: Place> Drop for Slot<P> {
     fn drop(&mut self) {
-        self.places.free.lock().push(self.place);
+        let mut counts = self.places.counts.lock();
+        counts.free.push(self.place.index());
+        counts.held[self.tenant.0 as usize] -= 1;
+    }
+}
+
+/// A device block that is being filled: one owner, not indexed.
+#[derive(Debug)]
+pub struct OpenBlock {
+    slot: Slot<BlockId>,
+    tokens: Vec<TokenId>,
+}
+
+impl OpenBlock {
+    /// An empty block in a place.
+    pub fn new(slot: Slot<BlockId>, size: BlockSize) -> Self {
+        Self { slot, tokens: Vec::with_capacity(size.0 as usize) }
+    }
+
+    /// A block whose place holds the KV of these tokens already: a copied or reloaded tail.
+    pub fn with_tokens(slot: Slot<BlockId>, tokens: Vec<TokenId>) -> Self {
+        Self { slot, tokens }
+    }
+
+    pub fn id(&self) -> BlockId {
+        self.slot.place()
+    }
+
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    /// Notes that a token's KV was written. Panics if the block is full: its owner seals it first.
+    pub fn push(&mut self, token: TokenId, size: BlockSize) {
+        assert!(self.tokens.len() < size.0 as usize, "a token was pushed into a full block");
+        self.tokens.push(token);
+    }
+
+    /// Seals a full block. One that isn't full comes back as it was, so that no path loses a slot.
+    pub fn seal(
+        self,
+        parent: PrefixHash,
+        key: &TenantKey,
+        size: BlockSize,
+    ) -> Result<SealedBlock<BlockId>, Box<OpenBlock>> {
+        if self.tokens.len() < size.0 as usize {
+            return Err(Box::new(self));
+        }
+        let hash = parent.child(key, &self.tokens);
+        Ok(SealedBlock { slot: self.slot, parent, hash, proof: () })
+    }
+
+    /// Lays a part-full block to rest; an empty one gives its place back.
+    pub fn rest(self) -> Option<TailBlock<BlockId>> {
+        (!self.tokens.is_empty()).then_some(TailBlock { slot: self.slot, tokens: self.tokens, proof: () })
+    }
+}
+
+/// A full, immutable block. Shared through `Arc`: each conversation that holds it in a tier has one.
+#[derive(Debug)]
+pub struct SealedBlock<P: Place> {
+    slot: Slot<P>,
+    parent: PrefixHash,
+    hash: PrefixHash,
+    proof: P::Proof,
+}
+
+impl<P: Place> SealedBlock<P> {
+    /// A copy of a block in another tier's place.
+    pub fn copied<Q: Place>(of: &SealedBlock<Q>, slot: Slot<P>, proof: P::Proof) -> Self {
+        assert_eq!(of.slot.tenant, slot.tenant, "a block crossed tenants");
+        Self { slot, parent: of.parent, hash: of.hash, proof }
+    }
+
+    pub fn id(&self) -> P {
+        self.slot.place()
+    }
+
+    pub fn tenant(&self) -> TenantId {
+        self.slot.tenant()
+    }
+
+    pub fn hash(&self) -> PrefixHash {
+        self.hash
+    }
+
+    pub fn parent(&self) -> PrefixHash {
+        self.parent
+    }
+
+    pub fn proof(&self) -> P::Proof {
+        self.proof
+    }
+
+    pub fn into_slot(self) -> Slot<P> {
+        self.slot
+    }
+}
+
+/// A part-full last block at rest. Immutable; whoever wants to go on writing owns it alone, or copies it first.
+#[derive(Debug)]
+pub struct TailBlock<P: Place> {
+    slot: Slot<P>,
+    tokens: Vec<TokenId>,
+    proof: P::Proof,
+}
+
+impl<P: Place> TailBlock<P> {
+    /// A copy of a tail in another tier's place.
+    pub fn copied<Q: Place>(of: &TailBlock<Q>, slot: Slot<P>, proof: P::Proof) -> Self {
+        assert_eq!(of.slot.tenant, slot.tenant, "a block crossed tenants");
+        Self { slot, tokens: of.tokens.clone(), proof }
+    }
+
+    pub fn id(&self) -> P {
+        self.slot.place()
+    }
+
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    pub fn len(&self) -> TokenCount {
+        TokenCount::of(&self.tokens)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    pub fn proof(&self) -> P::Proof {
+        self.proof
+    }
+
+    pub fn into_slot(self) -> Slot<P> {
+        self.slot
+    }
+}
+
+impl TailBlock<BlockId> {
+    /// Opens the block again, keeping the KV of its first `keep` tokens.
+    pub fn open(self, keep: TokenCount) -> OpenBlock {
+        let mut tokens = self.tokens;
+        tokens.truncate(keep.get());
+        OpenBlock { slot: self.slot, tokens }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: BlockSize = BlockSize(4);
+    const T: TenantId = TenantId(0);
+
+    fn tokens(range: std::ops::Range<u32>) -> Vec<TokenId> {
+        range.map(TokenId).collect()
+    }
+
+    #[test]
+    fn a_dropped_slot_gives_its_place_back() {
+        let places = Places::new(BlockCount(2));
+        let first = places.take::<BlockId>(T).unwrap();
+        let second = places.take::<BlockId>(TenantId(3)).unwrap();
+        assert!(places.take::<BlockId>(T).is_none());
+        assert_eq!((places.held(T), places.held(TenantId(3))), (BlockCount(1), BlockCount(1)));
+        drop(first);
+        assert_eq!((places.free(), places.held(T)), (BlockCount(1), BlockCount(0)));
+        drop(second);
+        assert_eq!(places.free(), places.total());
+    }
+
+    #[test]
+    fn a_block_that_is_not_full_comes_back_from_sealing() {
+        let places = Places::new(BlockCount(1));
+        let key = TenantKey([1; 32]);
+        let mut open = OpenBlock::new(places.take(T).unwrap(), SIZE);
+        for token in tokens(0..3) {
+            open.push(token, SIZE);
+        }
+        let mut open = open.seal(PrefixHash::ROOT, &key, SIZE).unwrap_err();
+        open.push(TokenId(3), SIZE);
+        let sealed = open.seal(PrefixHash::ROOT, &key, SIZE).unwrap();
+        assert_eq!(sealed.hash(), PrefixHash::chain(&key, &tokens(0..4), SIZE)[0]);
+    }
+
+    #[test]
+    fn a_hash_depends_on_tenant_history_and_tokens() {
+        let (a, b) = (TenantKey([1; 32]), TenantKey([2; 32]));
+        let chain = PrefixHash::chain(&a, &tokens(0..9), SIZE);
+        assert_eq!(chain.len(), 2, "a part-full block has no hash");
+        assert_ne!(chain, PrefixHash::chain(&b, &tokens(0..9), SIZE));
+        assert_ne!(chain[1], PrefixHash::ROOT.child(&a, &tokens(4..8)), "the history counts");
     }
 }

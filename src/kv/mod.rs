@@ -1,4 +1,15 @@
 //! Which KV is where, whose is it, and what goes when memory runs short? Logic over ids; knows no sessions, no model.
 
 pub mod block;
+pub mod budget;
+pub mod evictor;
+pub mod journal;
+pub mod manager;
+pub mod prefix;
+pub mod reclaim;
+pub mod residency;
+pub mod table;
+pub mod tiers;
 pub mod transfer;
+
+pub use manager::{Admission, KvSettings, Manager};

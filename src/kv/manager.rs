@@ -1,0 +1,752 @@
+//! What may the engine ask of KV memory?
+//!
+//! The façade: admit a sequence, let it grow, note what was written, lay it to rest, forget it. Every operation costs
+//! O(1) or O(blocks of the conversation it names or evicts); nothing scans conversations. One owner, the engine's thread.
+//! Invariants: free + held places are a pool's total; a running conversation is never a victim; a place that a transfer
+//! reads or writes is not reused before its outcome is back.
+
+use std::collections::HashMap;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::block::{OpenBlock, Places, PrefixHash, Slot};
+use super::budget::Budget;
+use super::evictor::{Evictor, UseOrder};
+use super::journal::{Entry, Journal, Rule};
+use super::prefix::PrefixIndex;
+use super::reclaim::Room;
+use super::residency::{Activity, Conversation, Running};
+use super::table::{BlockTable, Resident};
+use super::tiers::{Arrival, ArrivingTail, InFlight};
+use super::transfer::{Ticket, TransferOrder};
+use crate::types::{
+    BlockCount, BlockId, BlockSize, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId,
+};
+
+/// Sizes and switches of the block manager.
+#[derive(Clone, Copy, Debug)]
+pub struct KvSettings {
+    pub block_size: BlockSize,
+    pub block_bytes: u64,
+    pub device_blocks: BlockCount,
+    pub host_blocks: BlockCount,
+    /// The longest sequence; the device pool holds at least one of it.
+    pub window: TokenCount,
+    /// Keep clean host copies of idle conversations, so that an eviction copies nothing.
+    pub background_offload: bool,
+    pub journal_entries: usize,
+    /// Find and keep KV between turns; off only to compare.
+    pub reuse: bool,
+}
+
+/// A sequence that wants in.
+#[derive(Clone, Copy, Debug)]
+pub struct Admit<'a> {
+    pub key: KvKey,
+    pub tenant: TenantId,
+    pub tenant_key: TenantKey,
+    pub tokens: &'a [TokenId],
+    /// The chain over the full blocks of `tokens`.
+    pub hashes: &'a [PrefixHash],
+}
+
+/// What of a sequence's tokens was found in a tier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    pub resident: TokenCount,
+    pub shared: TokenCount,
+    pub reloaded: TokenCount,
+}
+
+/// The answer to `admit`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// It runs: places for all its tokens are its own.
+    Ready(Found),
+    /// It runs as soon as this reload is back.
+    Reloading(Ticket, Found),
+    /// Copies are under way that will make room: ask again.
+    Wait,
+    /// Running turns and others' floors hold what it needs: ask again when one has ended.
+    NoRoom,
+}
+
+/// A growing sequence found no place for its next token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoPlace {
+    /// Copies under way will make room.
+    Coming,
+    /// Only a preemption makes room.
+    Short,
+}
+
+/// A reload is back: the sequence may go on from this many tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reloaded {
+    pub key: KvKey,
+    pub context: TokenCount,
+    pub took_ms: u64,
+}
+
+/// What forgetting gave back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Freed {
+    pub device: BlockCount,
+    pub host: BlockCount,
+    /// Blocks of either tier that other conversations hold too.
+    pub kept_shared: BlockCount,
+}
+
+/// Totals since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    pub evictions: u64,
+    pub isolation_faults: u64,
+    pub verification_failures: u64,
+    pub offloaded_bytes: u64,
+    pub reloaded_bytes: u64,
+}
+
+/// A moving average of a rate, in units a second.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rate {
+    per_s: f64,
+}
+
+impl Rate {
+    /// Takes in that `amount` units took `took_us`; the newest observation weighs a fifth.
+    pub fn add(&mut self, amount: u64, took_us: u64) {
+        let seen = amount as f64 * 1e6 / took_us.max(1) as f64;
+        self.per_s = if self.per_s == 0.0 { seen } else { 0.8 * self.per_s + 0.2 * seen };
+    }
+
+    /// Units a second; 0 before the first observation.
+    pub fn per_s(self) -> u64 {
+        self.per_s as u64
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rates {
+    pub reload_bytes_per_s: Rate,
+}
+
+/// What a driver has to do to the bytes, in this order: copies, then zeros; places are held until it has.
+#[derive(Debug, Default)]
+pub struct Chores {
+    /// Device blocks to copy before the step, (from, to): copy-on-write.
+    pub copies: Vec<(BlockId, BlockId)>,
+    copied_from: Vec<Arc<super::block::TailBlock<BlockId>>>,
+    /// Places of forgotten blocks, to overwrite with zeros.
+    pub zero_device: Vec<Slot<BlockId>>,
+    pub zero_host: Vec<Slot<HostBlockId>>,
+}
+
+/// The block manager.
+#[derive(Debug)]
+pub struct Manager {
+    pub(super) settings: KvSettings,
+    pub(super) device: Arc<Places>,
+    pub(super) host: Arc<Places>,
+    pub(super) device_index: PrefixIndex<BlockId>,
+    pub(super) host_index: PrefixIndex<HostBlockId>,
+    pub(super) conversations: HashMap<KvKey, Conversation>,
+    pub(super) device_line: Evictor,
+    pub(super) host_line: Evictor,
+    pub(super) budget: Budget,
+    /// Idle conversations whose newest blocks have no host copy.
+    pub(super) uncopied: VecDeque<KvKey>,
+    pub(super) in_flight: HashMap<Ticket, InFlight>,
+    pub(super) offloads_under_way: usize,
+    pub(super) next_ticket: u64,
+    pub(super) orders: Vec<TransferOrder>,
+    pub(super) journal: Journal,
+    pub(super) counters: Counters,
+    pub(super) rates: Rates,
+    /// Conversations whose residency changed since it was last asked.
+    touched: Vec<KvKey>,
+    forgotten: Vec<(KvKey, Freed)>,
+    pub(super) left: Vec<(KvKey, u64)>,
+    chores: Chores,
+    uses: u64,
+}
+
+impl Manager {
+    /// Panics if the device pool does not hold one sequence of the full window: `engine::thread` caps the window first.
+    pub fn new(settings: KvSettings) -> Self {
+        let window = settings.window.blocks(settings.block_size);
+        assert!(window <= settings.device_blocks, "the device pool holds one sequence of the full window");
+        Self {
+            device: Places::new(settings.device_blocks),
+            host: Places::new(settings.host_blocks),
+            device_index: PrefixIndex::default(),
+            host_index: PrefixIndex::default(),
+            conversations: HashMap::new(),
+            device_line: Evictor::default(),
+            host_line: Evictor::default(),
+            budget: Budget::new(settings.device_blocks, window),
+            uncopied: VecDeque::new(),
+            in_flight: HashMap::new(),
+            offloads_under_way: 0,
+            next_ticket: 0,
+            orders: Vec::new(),
+            journal: Journal::new(settings.journal_entries),
+            counters: Counters::default(),
+            rates: Rates::default(),
+            touched: Vec::new(),
+            forgotten: Vec::new(),
+            left: Vec::new(),
+            chores: Chores::default(),
+            uses: 0,
+            settings,
+        }
+    }
+
+    /// Lets a sequence in, with a place for each of its tokens: what a tier holds of it is claimed or reloaded, and at
+    /// least its last token is left to encode. Other conversations make room as the evictor says.
+    ///
+    /// Panics if the conversation runs already: an actor runs one turn at a time.
+    pub fn admit(&mut self, now: Tick, admit: Admit<'_>) -> Admission {
+        let Admit { key, tenant, tenant_key, tokens, .. } = admit;
+        self.budget.see(tenant);
+        let conversation = self.conversations.entry(key).or_insert_with(|| Conversation::new(key, tenant, tenant_key));
+        assert_eq!(conversation.tenant, tenant, "a conversation crossed tenants");
+        if matches!(conversation.activity, Activity::Forgetting) {
+            return Admission::Wait;
+        }
+        assert!(conversation.is_idle(), "a conversation runs one turn at a time");
+        if conversation.leaving {
+            conversation.leaving = false;
+            self.left.push((key, 0));
+        }
+        // Out of line while it looks for room: it is no victim of its own turn.
+        self.device_line.remove(tenant, key);
+        self.host_line.remove(tenant, key);
+        let matched = self.find(&admit);
+        let size = self.settings.block_size;
+        let total = TokenCount::of(tokens).blocks(size);
+        let here = matched.arrivals.iter().filter(|found| matches!(found, Match::Here(_))).count();
+        let kept_tail = matches!(&matched.tail, TailMatch::Resident { alone: true, .. });
+        let need = total.get() - matched.own - here - usize::from(kept_tail);
+        let need = BlockCount(u32::try_from(need).expect("a window bounds a table"));
+        match self.make_room(now, need, tenant) {
+            Room::Made => {}
+            room @ (Room::Coming | Room::None) => {
+                self.back_in_line(key);
+                self.drop_if_empty(key);
+                return if room == Room::Coming { Admission::Wait } else { Admission::NoRoom };
+            }
+        }
+        let slots = (0..need.0).map(|_| self.device.take(tenant).expect("room was made"));
+        let slots: Vec<Slot<BlockId>> = slots.collect();
+        self.run(now, key, matched, slots)
+    }
+
+    /// What the tiers hold of a sequence. Own claims that the tokens contradict are given up.
+    fn find(&mut self, admit: &Admit<'_>) -> Matched {
+        let size = self.settings.block_size;
+        let conversation = self.conversations.get_mut(&admit.key).expect("the caller made it known");
+        // At least one token is left to encode, since its logits are wanted.
+        let usable = (admit.tokens.len() - 1) / size.0 as usize;
+        let hashes = &admit.hashes[..usable.min(admit.hashes.len())];
+        let same = |table: &mut dyn Iterator<Item = PrefixHash>| table.zip(hashes).take_while(|(a, b)| a == *b).count();
+        let own = same(&mut conversation.device.sealed.iter().map(|block| block.hash()));
+        let host = same(&mut conversation.host.sealed.iter().map(|block| block.hash()));
+        conversation.device.truncate(own);
+        conversation.host.truncate(host);
+        let mut arrivals = Vec::new();
+        for (index, hash) in hashes.iter().enumerate().skip(own) {
+            if let Some(block) = self.device_index.get(hash) {
+                arrivals.push(Match::Here(block));
+            } else if let Some(block) = conversation.host.sealed.get(index) {
+                arrivals.push(Match::Below(Arc::clone(block)));
+            } else if let Some(block) = self.host_index.get(hash) {
+                arrivals.push(Match::Below(block));
+            } else {
+                break;
+            }
+        }
+        let full = own + arrivals.len();
+        let rest = &admit.tokens[full * size.0 as usize..];
+        let rest = &rest[..rest.len() - 1];
+        let common = |tail: &[TokenId]| tail.iter().zip(rest).take_while(|(a, b)| a == b).count();
+        let keep = |tail: &[TokenId]| TokenCount(u32::try_from(common(tail)).expect("a block bounds a tail"));
+        let mut tail = TailMatch::None;
+        if let Some(block) = &conversation.device.tail
+            && full == conversation.device.sealed.len()
+            && common(block.tokens()) > 0
+        {
+            tail = TailMatch::Resident { keep: keep(block.tokens()), alone: Arc::strong_count(block) == 1 };
+        } else if let Some(block) = &conversation.host.tail
+            && full == conversation.host.sealed.len()
+            && common(block.tokens()) > 0
+        {
+            tail = TailMatch::Below { keep: keep(block.tokens()), block: Arc::clone(block) };
+        }
+        Matched { own, arrivals, tail }
+    }
+
+    /// Makes the conversation a running one, out of what was found and as many places as are missing.
+    fn run(&mut self, now: Tick, key: KvKey, matched: Matched, mut slots: Vec<Slot<BlockId>>) -> Admission {
+        let size = self.settings.block_size;
+        let conversation = self.conversations.get_mut(&key).expect("the caller made it known");
+        // Places are taken from the back: the first tokens get the lowest.
+        slots.reverse();
+        let mut running = Running { spare: slots, ..Running::default() };
+        let mut found = Found { resident: BlockCount(matched.own as u32).tokens(size), ..Found::default() };
+        let old_tail = conversation.device.tail.take();
+        let mut arriving_tail = None;
+        match matched.tail {
+            TailMatch::None => {}
+            TailMatch::Resident { keep, .. } => {
+                found.resident.0 += keep.0;
+                let tail = old_tail.expect("the tail was found here");
+                running.open = Some(match Arc::try_unwrap(tail) {
+                    Ok(alone) => alone.open(keep),
+                    Err(shared) => {
+                        let slot = running.spare.pop().expect("a place was counted for the copy");
+                        self.chores.copies.push((shared.id(), slot.place()));
+                        let tokens = shared.tokens()[..keep.get()].to_vec();
+                        self.chores.copied_from.push(shared);
+                        OpenBlock::with_tokens(slot, tokens)
+                    }
+                });
+            }
+            TailMatch::Below { keep, block } => {
+                found.reloaded.0 += keep.0;
+                let to = running.spare.pop().expect("a place was counted for each block");
+                arriving_tail = Some(ArrivingTail { from: block, to, keep });
+            }
+        }
+        let mut arrivals = Vec::with_capacity(matched.arrivals.len());
+        for block in matched.arrivals {
+            arrivals.push(match block {
+                Match::Here(block) => {
+                    found.shared.0 += size.0;
+                    Arrival::Here(block)
+                }
+                Match::Below(block) => {
+                    found.reloaded.0 += size.0;
+                    let to = running.spare.pop().expect("a place was counted for each block");
+                    Arrival::Coming(block, to)
+                }
+            });
+        }
+        conversation.last_used = now;
+        self.touched.push(key);
+        let coming = |arrival: &Arrival| match arrival {
+            Arrival::Here(_) => None,
+            Arrival::Coming(from, to) => Some((from.id().0, to.place().0)),
+        };
+        let mut pairs: Vec<(u32, u32)> = arrivals.iter().filter_map(coming).collect();
+        pairs.extend(arriving_tail.iter().map(|tail| (tail.from.id().0, tail.to.place().0)));
+        if pairs.is_empty() {
+            let here = arrivals.into_iter().map(|arrival| match arrival {
+                Arrival::Here(block) => block,
+                Arrival::Coming(..) => unreachable!("nothing is to be copied"),
+            });
+            conversation.device.sealed.extend(here);
+            running.list(conversation.device.sealed.iter().map(|block| block.id()));
+            conversation.activity = Activity::Running(running);
+            return Admission::Ready(found);
+        }
+        conversation.in_flight += 1;
+        conversation.activity = Activity::Running(running);
+        let reload = InFlight::Reload { key, started: now, blocks: arrivals, tail: arriving_tail };
+        let ticket = self.order(super::transfer::Direction::Reload, pairs, reload);
+        self.running_mut(key).arriving = Some(ticket);
+        Admission::Reloading(ticket, found)
+    }
+
+    /// Makes sure that a running sequence has places for `tokens` tokens in all.
+    pub fn grow(&mut self, now: Tick, key: KvKey, tokens: TokenCount) -> Result<(), NoPlace> {
+        let tenant = self.conversation(key).tenant;
+        let has = self.running(key).ids.len();
+        let missing = tokens.blocks(self.settings.block_size).get().saturating_sub(has);
+        for _ in 0..missing {
+            match self.make_room(now, BlockCount(1), tenant) {
+                Room::Made => {}
+                Room::Coming => return Err(NoPlace::Coming),
+                Room::None => return Err(NoPlace::Short),
+            }
+            let slot: Slot<BlockId> = self.device.take(tenant).expect("room was made");
+            let running = self.running_mut(key);
+            running.ids.push(slot.place());
+            running.spare.insert(0, slot);
+        }
+        Ok(())
+    }
+
+    /// The blocks of a running sequence, for a step.
+    ///
+    /// Panics if it doesn't run, or still waits for a reload: there is no proof of what isn't so.
+    pub fn resident(&self, key: KvKey) -> Resident<'_> {
+        let conversation = self.conversation(key);
+        let running = self.running(key);
+        assert!(running.arriving.is_none(), "a sequence that waits for a reload is in no batch");
+        let open = running.open.as_ref().map_or(0, |open| open.tokens().len());
+        let context = conversation.device.sealed.len() * self.settings.block_size.0 as usize + open;
+        Resident::new(&running.ids, TokenCount(u32::try_from(context).expect("a window bounds a table")))
+    }
+
+    /// Notes that the KV of a running sequence's next tokens was written. Blocks that fill up are sealed and shared.
+    pub fn append(&mut self, key: KvKey, tokens: &[TokenId]) {
+        let size = self.settings.block_size;
+        let conversation = self.conversations.get_mut(&key).expect("a running sequence is known");
+        let tenant_key = conversation.tenant_key;
+        let mut parent = conversation.parent();
+        let Activity::Running(running) = &mut conversation.activity else { panic!("the conversation runs") };
+        for &token in tokens {
+            let mut open = running.open.take().unwrap_or_else(|| {
+                OpenBlock::new(running.spare.pop().expect("the sequence has grown for its tokens"), size)
+            });
+            open.push(token, size);
+            match open.seal(parent, &tenant_key, size) {
+                Err(open) => running.open = Some(*open),
+                Ok(sealed) => {
+                    parent = sealed.hash();
+                    let block = if self.settings.reuse { self.device_index.insert(sealed) } else { Arc::new(sealed) };
+                    running.ids[conversation.device.sealed.len()] = block.id();
+                    conversation.device.sealed.push(block);
+                }
+            }
+        }
+    }
+
+    /// Lays a running sequence's blocks to rest: it has ended, was cancelled, or is preempted.
+    pub fn rest(&mut self, now: Tick, key: KvKey) {
+        let conversation = self.conversations.get_mut(&key).expect("a running sequence is known");
+        let Activity::Running(running) = std::mem::replace(&mut conversation.activity, Activity::Idle) else {
+            panic!("the conversation runs")
+        };
+        conversation.device.tail = running.open.and_then(OpenBlock::rest).map(Arc::new);
+        conversation.last_used = now;
+        self.uses += 1;
+        conversation.used = UseOrder(self.uses);
+        if !self.settings.reuse {
+            conversation.device = BlockTable::default();
+        }
+        self.touched.push(key);
+        self.back_in_line(key);
+        if self.settings.background_offload && self.host.total().0 > 0 {
+            self.uncopied.push_back(key);
+        }
+        self.drop_if_empty(key);
+    }
+
+    /// Starts the copies that nobody waits for. Called once a step, after all that must have room.
+    pub fn work_ahead(&mut self, now: Tick) {
+        self.copy_ahead(now);
+    }
+
+    /// Told that a turn waits for this conversation: it goes last in line.
+    pub fn expect_soon(&mut self, key: KvKey) {
+        self.uses += 1;
+        let used = UseOrder(self.uses);
+        if let Some(conversation) = self.conversations.get_mut(&key).filter(|conversation| conversation.is_idle()) {
+            conversation.used = used;
+            self.back_in_line(key);
+        }
+    }
+
+    /// Told that the conversation is over: it goes first, and serves as a shared prefix until then.
+    pub fn end(&mut self, key: KvKey) {
+        let Some(conversation) = self.conversations.get_mut(&key).filter(|conversation| conversation.is_idle()) else {
+            return;
+        };
+        conversation.activity = Activity::Ended;
+        self.back_in_line(key);
+    }
+
+    /// Gives up every copy. `take_forgotten` tells when all transfers have let go too.
+    ///
+    /// Panics if it runs: the engine ends the turn first.
+    pub fn forget(&mut self, key: KvKey) {
+        let Some(conversation) = self.conversations.get_mut(&key) else {
+            self.forgotten.push((key, Freed::default()));
+            return;
+        };
+        assert!(conversation.running().is_none(), "a turn ends before its conversation is forgotten");
+        if conversation.leaving {
+            conversation.leaving = false;
+            self.left.push((key, 0));
+        }
+        let conversation = self.conversations.get_mut(&key).expect("looked up above");
+        conversation.activity = Activity::Forgetting;
+        let (tenant, waits) = (conversation.tenant, conversation.in_flight > 0);
+        self.device_line.remove(tenant, key);
+        self.host_line.remove(tenant, key);
+        if !waits {
+            self.finish_forgetting(key);
+        }
+    }
+
+    pub(super) fn finish_forgetting(&mut self, key: KvKey) {
+        if self.conversation(key).in_flight > 0 {
+            return;
+        }
+        let conversation = self.conversations.remove(&key).expect("looked up above");
+        let (device, kept_device) = wipe(conversation.device, &mut self.chores.zero_device);
+        let (host, kept_host) = wipe(conversation.host, &mut self.chores.zero_host);
+        self.forgotten.push((key, Freed { device, host, kept_shared: BlockCount(kept_device.0 + kept_host.0) }));
+        self.touched.push(key);
+    }
+
+    fn back_in_line(&mut self, key: KvKey) {
+        let conversation = self.conversation(key);
+        let (tenant, used, ended) =
+            (conversation.tenant, conversation.used, matches!(conversation.activity, Activity::Ended));
+        let (device, host) = (!conversation.device.is_empty(), !conversation.host.is_empty());
+        if device {
+            self.device_line.add(tenant, key, used, ended);
+        }
+        if host || (device && self.host.total().0 > 0) {
+            self.host_line.add(tenant, key, used, ended);
+        }
+    }
+
+    /// Drops the record of an idle conversation of which no tier holds anything.
+    pub(super) fn drop_if_empty(&mut self, key: KvKey) {
+        let Some(conversation) = self.conversations.get(&key) else { return };
+        let empty = conversation.device.is_empty() && conversation.host.is_empty();
+        if conversation.is_idle() && empty && conversation.in_flight == 0 && !conversation.leaving {
+            let tenant = conversation.tenant;
+            self.device_line.remove(tenant, key);
+            self.host_line.remove(tenant, key);
+            self.conversations.remove(&key);
+            self.touched.push(key);
+        }
+    }
+
+    pub(super) fn touch(&mut self, key: KvKey) {
+        self.touched.push(key);
+    }
+
+    pub(super) fn conversation(&self, key: KvKey) -> &Conversation {
+        self.conversations.get(&key).expect("the caller knows the conversation")
+    }
+
+    fn running(&self, key: KvKey) -> &Running {
+        self.conversation(key).running().expect("the conversation runs")
+    }
+
+    fn running_mut(&mut self, key: KvKey) -> &mut Running {
+        let conversation = self.conversations.get_mut(&key).expect("the caller knows the conversation");
+        conversation.running_mut().expect("the conversation runs")
+    }
+
+    /// Whether a conversation runs.
+    pub fn runs(&self, key: KvKey) -> bool {
+        self.conversations.get(&key).is_some_and(|conversation| conversation.running().is_some())
+    }
+
+    /// Transfers to make, in this order.
+    pub fn take_orders(&mut self) -> Vec<TransferOrder> {
+        std::mem::take(&mut self.orders)
+    }
+
+    /// Copies and zeros to make before the next step.
+    pub fn take_chores(&mut self) -> Chores {
+        std::mem::take(&mut self.chores)
+    }
+
+    /// Conversations that every tier has let go of, once `Chores` are done.
+    pub fn take_forgotten(&mut self) -> Vec<(KvKey, Freed)> {
+        std::mem::take(&mut self.forgotten)
+    }
+
+    /// Conversations whose `leave` is over, with the device bytes given up.
+    pub fn take_left(&mut self) -> Vec<(KvKey, u64)> {
+        std::mem::take(&mut self.left)
+    }
+
+    /// Conversations whose residency changed; may name one twice.
+    pub fn take_touched(&mut self) -> Vec<KvKey> {
+        std::mem::take(&mut self.touched)
+    }
+
+    /// Writes down a decision that took no blocks by itself: a preemption, whose blocks go as the evictor says.
+    pub fn note_decision(&mut self, at: Tick, victim: KvKey, for_tenant: TenantId, rule: Rule) {
+        let tenant = self.conversation(victim).tenant;
+        let (from, freed, lost) = (Tier::Device, BlockCount(0), BlockCount(0));
+        self.note(Entry { id: 0, at, victim, tenant, for_tenant, rule, from, freed, lost });
+    }
+
+    pub fn settings(&self) -> &KvSettings {
+        &self.settings
+    }
+
+    pub fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    pub fn rates(&self) -> Rates {
+        self.rates
+    }
+
+    /// Free places of a tier's pool.
+    pub fn free(&self, tier: Tier) -> BlockCount {
+        match tier {
+            Tier::Device => self.device.free(),
+            Tier::Host => self.host.free(),
+        }
+    }
+
+    /// Device places that a tenant's blocks hold.
+    pub fn held(&self, tenant: TenantId) -> BlockCount {
+        self.device.held(tenant)
+    }
+
+    /// The part of the device pool that other tenants' turns leave each tenant.
+    pub fn floor(&self) -> BlockCount {
+        self.budget.floor()
+    }
+
+    /// Where a conversation is; `None` if no tier holds any of it.
+    pub fn whereabouts(&self, key: KvKey) -> Option<Whereabouts> {
+        let conversation = self.conversations.get(&key)?;
+        let size = self.settings.block_size;
+        Some(Whereabouts {
+            tenant: conversation.tenant,
+            running: conversation.running().is_some(),
+            reloading: conversation.running().is_some_and(|running| running.arriving.is_some()),
+            device_tokens: conversation.device.tokens(size),
+            device_blocks: conversation.device.shares(),
+            host_tokens: conversation.host.tokens(size),
+            host_blocks: conversation.host.shares(),
+            last_used: conversation.last_used,
+            last_eviction: conversation.last_eviction,
+        })
+    }
+
+    /// Checks what must always hold; for tests. Cost: O(everything).
+    pub fn assert_invariants(&self) {
+        let mut device = std::collections::HashSet::new();
+        let mut host = std::collections::HashSet::new();
+        let mut in_flight = 0;
+        for conversation in self.conversations.values() {
+            let tables = (&conversation.device, &conversation.host);
+            device.extend(tables.0.sealed.iter().map(|block| block.id()));
+            device.extend(tables.0.tail.iter().map(|block| block.id()));
+            host.extend(tables.1.sealed.iter().map(|block| block.id()));
+            host.extend(tables.1.tail.iter().map(|block| block.id()));
+            for (above, below) in tables.0.sealed.iter().zip(&tables.1.sealed) {
+                assert_eq!(above.hash(), below.hash(), "a host table copies the device table's prefix");
+            }
+            let chains = [
+                tables.0.sealed.iter().map(|block| (block.parent(), block.hash())).collect::<Vec<_>>(),
+                tables.1.sealed.iter().map(|block| (block.parent(), block.hash())).collect(),
+            ];
+            for chain in chains {
+                let parents = std::iter::once(PrefixHash::ROOT).chain(chain.iter().map(|(_, hash)| *hash));
+                assert!(chain.iter().zip(parents).all(|((parent, _), end)| *parent == end), "a table is one chain");
+            }
+            if let Some(running) = conversation.running() {
+                device.extend(running.open.iter().map(OpenBlock::id));
+                device.extend(running.spare.iter().map(Slot::place));
+                assert!(!self.device_line.contains(conversation.tenant, conversation.key), "a running one is in line");
+                if running.arriving.is_none() {
+                    let sealed = conversation.device.sealed.iter().map(|block| block.id());
+                    let spare = running.spare.iter().rev().map(Slot::place);
+                    let ids: Vec<_> = sealed.chain(running.open.iter().map(OpenBlock::id)).chain(spare).collect();
+                    assert_eq!(running.ids, ids, "the block table names the blocks in order");
+                }
+            } else if conversation.is_idle() && !conversation.device.is_empty() {
+                assert!(self.device_line.contains(conversation.tenant, conversation.key), "an idle one is not in line");
+            }
+            in_flight += conversation.in_flight;
+        }
+        for transfer in self.in_flight.values() {
+            match transfer {
+                InFlight::Offload { sealed, tail, .. } => {
+                    device.extend(sealed.iter().map(|(block, _)| block.id()));
+                    device.extend(tail.iter().map(|(block, _)| block.id()));
+                    host.extend(sealed.iter().map(|(_, slot)| slot.place()));
+                    host.extend(tail.iter().map(|(_, slot)| slot.place()));
+                }
+                InFlight::Reload { blocks, tail, .. } => {
+                    for block in blocks {
+                        match block {
+                            Arrival::Here(block) => drop(device.insert(block.id())),
+                            Arrival::Coming(from, to) => {
+                                host.insert(from.id());
+                                device.insert(to.place());
+                            }
+                        }
+                    }
+                    host.extend(tail.iter().map(|tail| tail.from.id()));
+                    device.extend(tail.iter().map(|tail| tail.to.place()));
+                }
+            }
+        }
+        assert!(in_flight as usize <= self.in_flight.len(), "a transfer belongs to one conversation");
+        device.extend(self.chores.zero_device.iter().map(Slot::place));
+        device.extend(self.chores.copied_from.iter().map(|block| block.id()));
+        host.extend(self.chores.zero_host.iter().map(Slot::place));
+        assert_eq!(self.device.free().get() + device.len(), self.device.total().get(), "device places add up");
+        assert_eq!(self.host.free().get() + host.len(), self.host.total().get(), "host places add up");
+        assert_eq!(self.counters.isolation_faults, 0, "nobody was pushed below the floor for another");
+    }
+}
+
+/// Takes a table apart: places of blocks that nobody else holds go to `zero`. Counts (freed, shared).
+fn wipe<P: super::block::Place>(table: BlockTable<P>, zero: &mut Vec<Slot<P>>) -> (BlockCount, BlockCount) {
+    let (mut freed, mut shared) = (BlockCount(0), BlockCount(0));
+    let sealed = table.sealed.into_iter().map(|block| Arc::try_unwrap(block).map(|block| block.into_slot()).ok());
+    let tail = table.tail.map(|block| Arc::try_unwrap(block).map(|block| block.into_slot()).ok());
+    for slot in sealed.chain(tail) {
+        match slot {
+            Some(slot) => {
+                freed.0 += 1;
+                zero.push(slot);
+            }
+            None => shared.0 += 1,
+        }
+    }
+    (freed, shared)
+}
+
+/// Where one conversation is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Whereabouts {
+    pub tenant: TenantId,
+    pub running: bool,
+    pub reloading: bool,
+    pub device_tokens: TokenCount,
+    /// (private, shared).
+    pub device_blocks: (BlockCount, BlockCount),
+    pub host_tokens: TokenCount,
+    pub host_blocks: (BlockCount, BlockCount),
+    pub last_used: Tick,
+    pub last_eviction: Option<Entry>,
+}
+
+struct Matched {
+    /// Own full blocks on the device.
+    own: usize,
+    /// Full blocks that follow them.
+    arrivals: Vec<Match>,
+    tail: TailMatch,
+}
+
+enum Match {
+    Here(Arc<super::block::SealedBlock<BlockId>>),
+    Below(Arc<super::block::SealedBlock<HostBlockId>>),
+}
+
+enum TailMatch {
+    None,
+    /// On the device; `alone` if it can be written without a copy.
+    Resident {
+        keep: TokenCount,
+        alone: bool,
+    },
+    Below {
+        keep: TokenCount,
+        block: Arc<super::block::TailBlock<HostBlockId>>,
+    },
+}

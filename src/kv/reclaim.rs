@@ -1,0 +1,146 @@
+//! How is room made in a pool?
+//!
+//! The evictor names a victim; its blocks go from the tail, only as many as are needed. A device block that has a copy
+//! below goes at once; one that has none is copied first, and the requester waits for that.
+
+use super::block::Place;
+use super::journal::{Entry, Rule};
+use super::manager::Manager;
+use super::residency::Activity;
+use super::table::BlockTable;
+use crate::types::{BlockCount, KvKey, TenantId, Tick, Tier};
+
+/// What came of asking for room.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Room {
+    Made,
+    /// Copies are under way that will free some; ask again when they are done.
+    Coming,
+    /// Running turns and others' floors hold the rest.
+    None,
+}
+
+/// What taking one block off a table's end did.
+struct Taken {
+    freed: bool,
+}
+
+/// Gives up a table's last block: its tail, else its last full block.
+fn take_end<P: Place>(table: &mut BlockTable<P>) -> Option<Taken> {
+    if let Some(tail) = table.tail.take() {
+        return Some(Taken { freed: std::sync::Arc::strong_count(&tail) == 1 });
+    }
+    let block = table.sealed.pop()?;
+    Some(Taken { freed: std::sync::Arc::strong_count(&block) == 1 })
+}
+
+impl Manager {
+    /// Makes `need` device places free for a turn of `tenant`.
+    pub(super) fn make_room(&mut self, now: Tick, need: BlockCount, tenant: TenantId) -> Room {
+        let floor = self.budget.floor();
+        while self.device.free() < need {
+            let places = &self.device;
+            let may_lose = |other| other == tenant || places.held(other) > floor;
+            let Some((key, rule, _)) = self.device_line.victim(may_lose) else { break };
+            if self.needs_copy_first(key) {
+                if !self.copy_down_now(now, key) {
+                    // No room below: what has no copy is given up for good, from the tail.
+                    self.evict(now, key, need, tenant, rule);
+                    continue;
+                }
+                return Room::Coming;
+            }
+            self.evict(now, key, need, tenant, rule);
+        }
+        if self.device.free() >= need {
+            Room::Made
+        } else if self.copies_under_way() {
+            Room::Coming
+        } else {
+            Room::None
+        }
+    }
+
+    /// Whether a victim's last block would be lost although the host pool exists.
+    fn needs_copy_first(&mut self, key: KvKey) -> bool {
+        self.adopt_host_copies(key);
+        let conversation = self.conversations.get(&key).expect("a conversation in line is known");
+        self.host.total().0 > 0 && !conversation.end_is_clean()
+    }
+
+    /// Takes device blocks off a conversation's tail until `need` places are free, its own floor is reached, or what is
+    /// left has a copy while what went had none. Writes one journal entry.
+    pub(super) fn evict(&mut self, now: Tick, key: KvKey, need: BlockCount, for_tenant: TenantId, rule: Rule) {
+        let floor = self.budget.floor();
+        let conversation = self.conversations.get_mut(&key).expect("a conversation in line is known");
+        let tenant = conversation.tenant;
+        let starts_clean = conversation.end_is_clean();
+        let (mut freed, mut lost) = (BlockCount(0), BlockCount(0));
+        while self.device.free() < need && conversation.end_is_clean() == starts_clean {
+            if tenant != for_tenant && self.device.held(tenant) <= floor {
+                break;
+            }
+            let Some(taken) = take_end(&mut conversation.device) else { break };
+            freed.0 += u32::from(taken.freed);
+            lost.0 += u32::from(taken.freed && !starts_clean);
+        }
+        if tenant != for_tenant && self.device.held(tenant) < floor {
+            self.counters.isolation_faults += 1;
+        }
+        let empty = conversation.device.is_empty();
+        if empty {
+            self.device_line.remove(tenant, key);
+        }
+        self.counters.evictions += 1;
+        self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant, rule, from: Tier::Device, freed, lost });
+        self.drop_if_empty(key);
+    }
+
+    /// Makes up to `need` host places free for copies of a conversation: ended ones and colder ones give up theirs.
+    pub(super) fn make_host_room(&mut self, now: Tick, need: BlockCount, key: KvKey) {
+        let conversation = self.conversation(key);
+        let (tenant, used) = (conversation.tenant, conversation.used);
+        let ended = matches!(conversation.activity, Activity::Ended);
+        while self.host.free() < need {
+            let Some((victim, rule, victim_used)) = self.host_line.victim(|_| true) else { return };
+            let colder = match rule {
+                Rule::Ended => victim != key,
+                Rule::Lru | Rule::Preempted | Rule::Requested => !ended && victim_used < used,
+            };
+            if !colder {
+                return;
+            }
+            self.drop_host_end(now, victim, need, tenant, rule);
+        }
+    }
+
+    /// Takes host blocks off a conversation's tail until `need` places are free. Journalled where copies were the last.
+    fn drop_host_end(&mut self, now: Tick, key: KvKey, need: BlockCount, for_tenant: TenantId, rule: Rule) {
+        let conversation = self.conversations.get_mut(&key).expect("a conversation in line is known");
+        let tenant = conversation.tenant;
+        let (mut freed, mut lost) = (BlockCount(0), BlockCount(0));
+        while self.host.free() < need {
+            let is_last_copy = conversation.host.blocks() > conversation.device.blocks();
+            let Some(taken) = take_end(&mut conversation.host) else { break };
+            freed.0 += u32::from(taken.freed);
+            lost.0 += u32::from(taken.freed && is_last_copy);
+        }
+        if conversation.host.is_empty() {
+            self.host_line.remove(tenant, key);
+        }
+        if lost.0 > 0 {
+            self.counters.evictions += 1;
+            self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant, rule, from: Tier::Host, freed, lost });
+        }
+        self.drop_if_empty(key);
+    }
+
+    /// Writes a decision down, in the journal and at the conversation that it took blocks from.
+    pub(super) fn note(&mut self, entry: Entry) {
+        let id = self.journal.add(entry);
+        if let Some(conversation) = self.conversations.get_mut(&entry.victim) {
+            conversation.last_eviction = Some(Entry { id, ..entry });
+        }
+        self.touch(entry.victim);
+    }
+}

@@ -1,0 +1,119 @@
+//! Where are one conversation's blocks, and in which state is it?
+
+use super::block::{OpenBlock, PrefixHash, Slot};
+use super::evictor::UseOrder;
+use super::journal::Entry;
+use super::table::BlockTable;
+use super::transfer::Ticket;
+use crate::types::{BlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick};
+
+/// What the manager knows of one conversation.
+///
+/// The host table is always a copy of a prefix of what the device table holds or held: where both reach, their hashes are
+/// equal.
+#[derive(Debug)]
+pub(super) struct Conversation {
+    pub key: KvKey,
+    pub tenant: TenantId,
+    pub tenant_key: TenantKey,
+    pub device: BlockTable<BlockId>,
+    pub host: BlockTable<HostBlockId>,
+    pub activity: Activity,
+    pub last_used: Tick,
+    pub used: UseOrder,
+    pub last_eviction: Option<Entry>,
+    /// An offload that is under way; at most one.
+    pub copying: Option<Ticket>,
+    /// Transfers under way that read or write its blocks.
+    pub in_flight: u32,
+    /// A client wants it off the device, as soon as it is copied.
+    pub leaving: bool,
+}
+
+#[derive(Debug)]
+pub(super) enum Activity {
+    Idle,
+    /// Over: first in line, and a shared prefix until then.
+    Ended,
+    /// To be forgotten as soon as the transfer that holds its blocks is back.
+    Forgetting,
+    Running(Running),
+}
+
+/// A running sequence's blocks beyond the sealed ones.
+#[derive(Debug, Default)]
+pub(super) struct Running {
+    pub open: Option<OpenBlock>,
+    /// Places that the coming tokens will fill, the next one last.
+    pub spare: Vec<Slot<BlockId>>,
+    /// Ids of sealed, open and spare blocks in order: the sequence's block table.
+    pub ids: Vec<BlockId>,
+    /// The reload that it waits for.
+    pub arriving: Option<Ticket>,
+}
+
+impl Running {
+    /// Writes the block table anew: after `sealed` come the open block and the spare places.
+    pub fn list(&mut self, sealed: impl Iterator<Item = BlockId>) {
+        self.ids.clear();
+        self.ids.extend(sealed);
+        self.ids.extend(self.open.as_ref().map(OpenBlock::id));
+        self.ids.extend(self.spare.iter().rev().map(Slot::place));
+    }
+}
+
+impl Conversation {
+    pub fn new(key: KvKey, tenant: TenantId, tenant_key: TenantKey) -> Self {
+        Self {
+            key,
+            tenant,
+            tenant_key,
+            device: BlockTable::default(),
+            host: BlockTable::default(),
+            activity: Activity::Idle,
+            last_used: Tick(0),
+            used: UseOrder(0),
+            last_eviction: None,
+            copying: None,
+            in_flight: 0,
+            leaving: false,
+        }
+    }
+
+    pub fn is_idle(&self) -> bool {
+        match self.activity {
+            Activity::Idle | Activity::Ended => true,
+            Activity::Forgetting | Activity::Running(_) => false,
+        }
+    }
+
+    pub fn running(&self) -> Option<&Running> {
+        match &self.activity {
+            Activity::Running(running) => Some(running),
+            Activity::Idle | Activity::Ended | Activity::Forgetting => None,
+        }
+    }
+
+    pub fn running_mut(&mut self) -> Option<&mut Running> {
+        match &mut self.activity {
+            Activity::Running(running) => Some(running),
+            Activity::Idle | Activity::Ended | Activity::Forgetting => None,
+        }
+    }
+
+    /// Hash of the last sealed device block.
+    pub fn parent(&self) -> PrefixHash {
+        self.device.sealed.last().map_or(PrefixHash::ROOT, |block| block.hash())
+    }
+
+    /// Whether the last block of the device table has a copy in the host table, so that it can go at once.
+    pub fn end_is_clean(&self) -> bool {
+        match &self.device.tail {
+            Some(tail) => {
+                self.host.sealed.len() == self.device.sealed.len()
+                    && self.host.tail.as_ref().is_some_and(|copy| copy.tokens() == tail.tokens())
+            }
+            None => self.host.sealed.len() >= self.device.sealed.len(),
+        }
+    }
+}

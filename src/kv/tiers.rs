@@ -1,0 +1,322 @@
+//! How do copies go down to the host pool and come back up?
+//!
+//! Orders go out in `Manager::orders`; what they read and write is owned by `InFlight` until the outcome is back, so no
+//! place is reused under a copy. A conversation has one offload under way at most, of a bounded number of blocks.
+
+use std::sync::Arc;
+
+use super::block::{Checksum, PrefixHash, SealedBlock, Slot, TailBlock};
+use super::journal::{Entry, Rule};
+use super::manager::{Manager, Reloaded};
+use super::residency::Activity;
+use super::transfer::{Direction, Ticket, TransferDone, TransferOrder};
+use crate::types::{BlockCount, BlockId, HostBlockId, KvKey, Tick, Tier, TokenCount};
+
+/// Most blocks of one offload: about a millisecond of copying, so that a reload behind it waits no longer.
+const OFFLOAD_BLOCKS: usize = 16;
+/// Most offloads under way that nobody waits for.
+const BACKGROUND_OFFLOADS: usize = 2;
+
+/// A transfer under way, and all that it reads and writes.
+#[derive(Debug)]
+pub(super) enum InFlight {
+    Offload {
+        key: KvKey,
+        /// Index of the first block in the conversation's tables.
+        first: usize,
+        sealed: Vec<(Arc<SealedBlock<BlockId>>, Slot<HostBlockId>)>,
+        tail: Option<(Arc<TailBlock<BlockId>>, Slot<HostBlockId>)>,
+    },
+    Reload {
+        key: KvKey,
+        started: Tick,
+        blocks: Vec<Arrival>,
+        tail: Option<ArrivingTail>,
+    },
+}
+
+/// A full block that a reload adds to the device table.
+#[derive(Debug)]
+pub(super) enum Arrival {
+    /// On the device already, held for this conversation meanwhile.
+    Here(Arc<SealedBlock<BlockId>>),
+    /// Copied up into a place.
+    Coming(Arc<SealedBlock<HostBlockId>>, Slot<BlockId>),
+}
+
+/// A tail that a reload brings, its place, and how many of its tokens are wanted.
+#[derive(Debug)]
+pub(super) struct ArrivingTail {
+    pub from: Arc<TailBlock<HostBlockId>>,
+    pub to: Slot<BlockId>,
+    pub keep: TokenCount,
+}
+
+impl Manager {
+    /// Starts copies of idle conversations that have none yet, as long as few are under way.
+    pub(super) fn copy_ahead(&mut self, now: Tick) {
+        while self.offloads_under_way < BACKGROUND_OFFLOADS {
+            let Some(key) = self.uncopied.pop_front() else { return };
+            let idle = self.conversations.get_mut(&key).filter(|conversation| conversation.is_idle());
+            let Some(conversation) = idle else { continue };
+            if conversation.copying.is_none() {
+                self.start_offload(now, key);
+            }
+        }
+    }
+
+    pub(super) fn copies_under_way(&self) -> bool {
+        self.offloads_under_way > 0
+    }
+
+    /// Copies a victim down before it may go. False if the host pool has no room for it.
+    pub(super) fn copy_down_now(&mut self, now: Tick, key: KvKey) -> bool {
+        let conversation = self.conversations.get(&key).expect("a conversation in line is known");
+        conversation.copying.is_some() || self.start_offload(now, key)
+    }
+
+    /// Takes part in host copies that others hold of the same blocks.
+    pub(super) fn adopt_host_copies(&mut self, key: KvKey) {
+        let conversation = self.conversations.get_mut(&key).expect("the caller knows the conversation");
+        while let Some(block) = conversation.device.sealed.get(conversation.host.sealed.len()) {
+            let Some(copy) = self.host_index.get(&block.hash()) else { break };
+            conversation.host.tail = None;
+            conversation.host.sealed.push(copy);
+        }
+    }
+
+    /// Orders copies of the first blocks of an idle conversation that have none. False if there is nothing to copy or no
+    /// room for a single block.
+    fn start_offload(&mut self, now: Tick, key: KvKey) -> bool {
+        self.adopt_host_copies(key);
+        let conversation = self.conversations.get_mut(&key).expect("the caller knows the conversation");
+        if conversation.end_is_clean() {
+            return false;
+        }
+        let tenant = conversation.tenant;
+        let first = conversation.host.sealed.len();
+        // A host tail is older than what is copied now, or the same block: the device has all of it.
+        conversation.host.tail = None;
+        let missing = conversation.device.sealed.len() - first;
+        let wanted = (missing + usize::from(conversation.device.tail.is_some())).min(OFFLOAD_BLOCKS);
+        let wanted = BlockCount(u32::try_from(wanted).expect("bounded above"));
+        self.make_host_room(now, wanted, key);
+        let conversation = self.conversations.get(&key).expect("making host room keeps a conversation on the device");
+        let mut sealed = Vec::new();
+        let mut pairs = Vec::new();
+        for block in conversation.device.sealed[first..].iter().take(OFFLOAD_BLOCKS) {
+            let Some(slot) = self.host.take::<HostBlockId>(tenant) else { break };
+            pairs.push((block.id().0, slot.place().0));
+            sealed.push((Arc::clone(block), slot));
+        }
+        let reaches_tail = sealed.len() == missing && pairs.len() < OFFLOAD_BLOCKS;
+        let tail = conversation.device.tail.as_ref().filter(|_| reaches_tail);
+        let tail = tail.and_then(|tail| Some((Arc::clone(tail), self.host.take::<HostBlockId>(tenant)?)));
+        pairs.extend(tail.iter().map(|(block, slot)| (block.id().0, slot.place().0)));
+        if pairs.is_empty() {
+            return false;
+        }
+        let ticket = self.order(Direction::Offload, pairs, InFlight::Offload { key, first, sealed, tail });
+        self.offloads_under_way += 1;
+        let conversation = self.conversations.get_mut(&key).expect("looked up above");
+        conversation.copying = Some(ticket);
+        conversation.in_flight += 1;
+        true
+    }
+
+    pub(super) fn order(&mut self, direction: Direction, pairs: Vec<(u32, u32)>, in_flight: InFlight) -> Ticket {
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
+        self.orders.push(TransferOrder { ticket, direction, pairs });
+        self.in_flight.insert(ticket, in_flight);
+        ticket
+    }
+
+    /// Takes in a transfer's outcome. If it was the reload of a sequence that still waits for it, says what is there now.
+    ///
+    /// Panics on a ticket that was never ordered.
+    pub fn transferred(&mut self, now: Tick, done: TransferDone) -> Option<Reloaded> {
+        let bytes = done.sums.len() as u64 * self.settings.block_bytes;
+        match self.in_flight.remove(&done.ticket).expect("a transfer was ordered once") {
+            InFlight::Offload { key, first, sealed, tail } => {
+                self.offloads_under_way -= 1;
+                self.counters.offloaded_bytes += bytes;
+                self.offloaded(key, first, sealed, tail, &done.sums);
+                self.after_offload(now, key);
+                None
+            }
+            InFlight::Reload { key, started, blocks, tail } => {
+                self.counters.reloaded_bytes += bytes;
+                self.rates.reload_bytes_per_s.add(bytes, done.took_us);
+                self.reloaded(now, key, done.ticket, started, (blocks, tail), &done.sums)
+            }
+        }
+    }
+
+    fn offloaded(
+        &mut self,
+        key: KvKey,
+        first: usize,
+        sealed: Vec<(Arc<SealedBlock<BlockId>>, Slot<HostBlockId>)>,
+        tail: Option<(Arc<TailBlock<BlockId>>, Slot<HostBlockId>)>,
+        sums: &[u32],
+    ) {
+        let mut conversation = self.conversations.get_mut(&key);
+        let full = first + sealed.len();
+        for ((index, (of, slot)), sum) in (first..).zip(sealed).zip(sums) {
+            let copy = self.host_index.insert(SealedBlock::copied(&of, slot, Checksum(*sum)));
+            // The conversation may have gone another way since: only what continues its own chain is its copy.
+            if let Some(conversation) = conversation.as_deref_mut() {
+                let end = conversation.host.sealed.last().map_or(PrefixHash::ROOT, |block| block.hash());
+                if conversation.host.sealed.len() == index && end == copy.parent() {
+                    conversation.host.tail = None;
+                    conversation.host.sealed.push(copy);
+                }
+            }
+        }
+        if let (Some(conversation), Some((of, slot)), Some(sum)) = (conversation.as_deref_mut(), tail, sums.last())
+            && conversation.host.sealed.len() == full
+        {
+            conversation.host.tail = Some(Arc::new(TailBlock::copied(&of, slot, Checksum(*sum))));
+        }
+        if let Some(conversation) = conversation {
+            conversation.copying = None;
+            conversation.in_flight -= 1;
+        }
+    }
+
+    /// What an idle conversation does next, after some of it was copied.
+    fn after_offload(&mut self, now: Tick, key: KvKey) {
+        let Some(conversation) = self.conversations.get(&key) else { return };
+        if matches!(conversation.activity, Activity::Forgetting) {
+            return self.finish_forgetting(key);
+        }
+        if !conversation.is_idle() {
+            return;
+        }
+        let (tenant, used, ended) =
+            (conversation.tenant, conversation.used, matches!(conversation.activity, Activity::Ended));
+        if !conversation.host.is_empty() && !self.host_line.contains(tenant, key) {
+            self.host_line.add_first(tenant, key, used, ended);
+        }
+        if conversation.leaving {
+            self.go_on_leaving(now, key);
+        } else if !conversation.end_is_clean() && self.settings.background_offload {
+            self.uncopied.push_back(key);
+        }
+        self.touch(key);
+        self.drop_if_empty(key);
+    }
+
+    fn reloaded(
+        &mut self,
+        now: Tick,
+        key: KvKey,
+        ticket: Ticket,
+        started: Tick,
+        (blocks, tail): (Vec<Arrival>, Option<ArrivingTail>),
+        sums: &[u32],
+    ) -> Option<Reloaded> {
+        let conversation = self.conversations.get_mut(&key)?;
+        conversation.in_flight -= 1;
+        if matches!(conversation.activity, Activity::Forgetting) {
+            drop((blocks, tail));
+            self.finish_forgetting(key);
+            return None;
+        }
+        let waits = conversation.running().is_some_and(|running| running.arriving == Some(ticket));
+        if !waits {
+            drop((blocks, tail));
+            self.drop_if_empty(key);
+            return None;
+        }
+        let mut sums = sums.iter();
+        let mut damaged = false;
+        let mut unused = Vec::new();
+        for block in blocks {
+            match block {
+                Arrival::Here(block) if !damaged => conversation.device.sealed.push(block),
+                Arrival::Coming(of, slot) => {
+                    let sum = sums.next().map(|sum| Checksum(*sum));
+                    if !damaged && sum == Some(of.proof()) {
+                        let block = self.device_index.insert(SealedBlock::copied(&of, slot, ()));
+                        conversation.device.sealed.push(block);
+                        continue;
+                    }
+                    if !damaged {
+                        damaged = true;
+                        self.counters.verification_failures += 1;
+                        tracing::warn!(block = of.id().0, "a reloaded block does not match its checksum: re-encoding");
+                        self.host_index.remove(&of.hash());
+                        conversation.host.truncate(conversation.device.sealed.len());
+                    }
+                    unused.push(slot);
+                }
+                Arrival::Here(_) => {}
+            }
+        }
+        let size = self.settings.block_size;
+        let full = conversation.device.sealed.len();
+        let mut open = None;
+        if let Some(ArrivingTail { from, to, keep }) = tail {
+            if !damaged && sums.next().map(|sum| Checksum(*sum)) == Some(from.proof()) {
+                open = Some(super::block::OpenBlock::with_tokens(to, from.tokens()[..keep.get()].to_vec()));
+            } else {
+                if !damaged {
+                    self.counters.verification_failures += 1;
+                    tracing::warn!(block = from.id().0, "a reloaded tail does not match its checksum: re-encoding");
+                    conversation.host.tail = None;
+                }
+                unused.push(to);
+            }
+        }
+        let context = TokenCount(u32::try_from(full).expect("a window bounds a table") * size.0)
+            .0
+            .saturating_add(open.as_ref().map_or(0, |open| TokenCount::of(open.tokens()).0));
+        let sealed: Vec<BlockId> = conversation.device.sealed.iter().map(|block| block.id()).collect();
+        let running = conversation.running_mut().expect("checked above");
+        running.arriving = None;
+        running.open = open;
+        running.spare.extend(unused);
+        running.list(sealed.into_iter());
+        self.touch(key);
+        Some(Reloaded { key, context: TokenCount(context), took_ms: now.ms_since(started) })
+    }
+
+    /// Starts taking an idle conversation off the device: what has no copy is copied first. Nothing if it isn't idle.
+    pub fn leave(&mut self, now: Tick, key: KvKey) {
+        match self.conversations.get_mut(&key) {
+            Some(conversation) if conversation.is_idle() => {
+                conversation.leaving = true;
+                self.go_on_leaving(now, key);
+            }
+            Some(_) | None => self.left.push((key, 0)),
+        }
+    }
+
+    pub(super) fn go_on_leaving(&mut self, now: Tick, key: KvKey) {
+        if self.host.total().0 > 0 && self.copy_down_now(now, key) {
+            return;
+        }
+        let conversation = self.conversations.get_mut(&key).expect("the caller knows the conversation");
+        conversation.leaving = false;
+        let tenant = conversation.tenant;
+        let before = self.device.free();
+        // Only what has a copy goes: an offload loses nothing.
+        while !conversation.device.is_empty() && conversation.end_is_clean() {
+            if conversation.device.tail.take().is_none() {
+                conversation.device.sealed.pop();
+            }
+        }
+        if conversation.device.is_empty() {
+            self.device_line.remove(tenant, key);
+        }
+        let freed = BlockCount(self.device.free().0 - before.0);
+        if freed.0 > 0 {
+            let (rule, from, lost) = (Rule::Requested, Tier::Device, BlockCount(0));
+            self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant: tenant, rule, from, freed, lost });
+        }
+        self.left.push((key, u64::from(freed.0) * self.settings.block_bytes));
+        self.touch(key);
+    }
+}
