@@ -2,7 +2,7 @@
 //!
 //! At most `body_bytes`, within `body_timeout`. What is too large is read to its end (to a bound) and thrown away, so
 //! that the client gets the answer instead of a broken connection.
-#![deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 use actix_web::HttpRequest;
 use actix_web::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use super::fields::{self, Fields};
-use super::{ApiSettings, UnknownFields};
+use super::{ApiSettings, Limits, UnknownFields};
 
 /// How much of a body that is too large is read and thrown away.
 const DRAIN_MAX_BYTES: usize = 256 << 20;
@@ -25,14 +25,14 @@ const NAME_MAX_CHARS: usize = 64;
 pub async fn object(
     request: &HttpRequest,
     payload: web::Payload,
-    settings: &ApiSettings,
+    limits: &Limits,
 ) -> Result<Map<String, Value>, ApiError> {
-    let read = tokio::time::timeout(settings.body_timeout, bytes(request, payload, settings.body_bytes));
-    let body = read.await.map_err(|_| ApiError::body_timeout(settings.body_timeout))??;
+    let read = tokio::time::timeout(limits.body_timeout, bytes(request, payload, limits.body_bytes));
+    let body = read.await.map_err(|_| ApiError::body_timeout(limits.body_timeout))??;
     if !body.is_empty() {
         check_media_type(request)?;
     }
-    fields::parse_object(&body)
+    fields::parse_object(&body, limits.json_depth)
 }
 
 async fn bytes(request: &HttpRequest, mut payload: web::Payload, limit: usize) -> Result<BytesMut, ApiError> {
@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn ignored_names_are_told_in_printable_form() {
-        let body = fields::parse_object("{\"ä,\\n\":1,\"x_vendor\":{},\"model\":\"m\"}".as_bytes()).unwrap();
+        let body = fields::parse_object("{\"ä,\\n\":1,\"x_vendor\":{},\"model\":\"m\"}".as_bytes(), 64).unwrap();
         let mut fields = Fields::of(&body);
         fields.accept(&["model"]);
         assert_eq!(unknown(&fields, &settings()).unwrap().unwrap(), "???, x_vendor");

@@ -1,7 +1,7 @@
 //! What does every request and every answer have, whatever its route?
 //!
 //! An `x-request-id`, the time it took, a span for the log, and an answer in JSON even if a handler panics.
-#![deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;
@@ -41,8 +41,8 @@ pub async fn edge<B: MessageBody + 'static>(
         client_request = about.client_id.as_ref().and_then(|value| value.to_str().ok()),
     );
     let header_bytes: usize = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
-    if header_bytes > state.settings.header_bytes {
-        let error = ApiError::headers_too_large(state.settings.header_bytes);
+    if header_bytes > state.settings.limits.header_bytes {
+        let error = ApiError::headers_too_large(state.settings.limits.header_bytes);
         return Ok(request.into_response(about.mark(error.error_response())));
     }
     let answered = AssertUnwindSafe(next.call(request)).catch_unwind().instrument(span.clone()).await;

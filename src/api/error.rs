@@ -2,7 +2,7 @@
 //!
 //! The one mapping, and nowhere else: no `_` arms, so that whoever adds a variant chooses its status and stable code.
 //! Every error of every route has the same JSON body: `message`, `type`, `param`, `code`.
-#![deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 use std::fmt;
 use std::time::Duration;
@@ -12,8 +12,7 @@ use actix_web::http::header::{ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
 use actix_web::{HttpResponse, ResponseError};
 use serde_json::{Value, json};
 
-use crate::sessions::SessionError;
-use crate::sessions::messages::TurnError;
+use crate::sessions::messages::{SessionError, TurnError};
 
 const INVALID_REQUEST: &str = "invalid_request_error";
 const SERVER_ERROR: &str = "server_error";
@@ -74,7 +73,11 @@ impl ApiError {
     }
 
     pub fn unsupported_parameter(param: &str) -> Self {
-        Self::bad_request("unsupported_parameter", Some(param), format!("`{param}` is not supported here; leave it out"))
+        Self::bad_request(
+            "unsupported_parameter",
+            Some(param),
+            format!("`{param}` is not supported here; leave it out"),
+        )
     }
 
     pub fn unsupported_value(param: &str, message: impl Into<String>) -> Self {
@@ -96,7 +99,11 @@ impl ApiError {
 
     pub fn model_not_found(asked: &str, served: &str) -> Self {
         let asked: String = asked.chars().take(128).collect();
-        Self::not_found("model_not_found", Some("model"), format!("no model `{asked}` is served here; there is `{served}`"))
+        Self::not_found(
+            "model_not_found",
+            Some("model"),
+            format!("no model `{asked}` is served here; there is `{served}`"),
+        )
     }
 
     pub fn conversation_not_found() -> Self {
@@ -113,7 +120,11 @@ impl ApiError {
 
     pub fn unknown_url(method: &str, path: &str) -> Self {
         let path: String = path.chars().take(256).collect();
-        Self::not_found("unknown_url", None, format!("there is no route for {method} {path}; look at /v1/models for a start"))
+        Self::not_found(
+            "unknown_url",
+            None,
+            format!("there is no route for {method} {path}; look at /v1/models for a start"),
+        )
     }
 
     /// 405; `allow` lists the methods of the route.
@@ -124,7 +135,8 @@ impl ApiError {
     }
 
     pub fn upgrade_required() -> Self {
-        let message = "GET on this route is the WebSocket mode, which this server does not offer; POST over HTTP instead";
+        let message =
+            "GET on this route is the WebSocket mode, which this server does not offer; POST over HTTP instead";
         Self::new(StatusCode::UPGRADE_REQUIRED, INVALID_REQUEST, "upgrade_required", message)
     }
 
@@ -155,7 +167,8 @@ impl ApiError {
 
     /// 500. What went wrong is in the log, under the request's id.
     pub fn internal() -> Self {
-        let message = "the server failed to handle this request; its log says why, under the x-request-id of this answer";
+        let message =
+            "the server failed to handle this request; its log says why, under the x-request-id of this answer";
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER_ERROR, "internal_error", message)
     }
 
@@ -163,6 +176,14 @@ impl ApiError {
     pub fn after_storing(mut self) -> Self {
         if self.status.is_server_error() {
             self.should_retry = Some(false);
+        }
+        self
+    }
+
+    /// The same refusal, said of another field.
+    pub fn of_param(mut self, from: &str, to: &str) -> Self {
+        if self.param.as_deref() == Some(from) {
+            self.param = Some(to.to_owned());
         }
         self
     }
@@ -274,7 +295,6 @@ impl From<SessionError> for ApiError {
             },
             SessionError::Overloaded(_) => Self::unavailable("engine_overloaded", message, Duration::from_secs(1)),
             SessionError::Store(reason) => Self::store_unavailable(&reason),
-            SessionError::Draining => Self::unavailable("draining", message, Duration::from_secs(5)),
             SessionError::Internal(reason) => {
                 tracing::error!(reason, "a session failed inside");
                 Self::internal()
@@ -286,7 +306,11 @@ impl From<SessionError> for ApiError {
 impl ApiError {
     fn store_unavailable(reason: &str) -> Self {
         tracing::error!(reason, "the store failed");
-        Self::unavailable("store_unavailable", "the store can't be reached; nothing was changed", Duration::from_secs(5))
+        Self::unavailable(
+            "store_unavailable",
+            "the store can't be reached; nothing was changed",
+            Duration::from_secs(5),
+        )
     }
 }
 

@@ -1,7 +1,7 @@
 //! What did the client say, and how does it want its answer?
 //!
 //! Messages of chat completions, items of responses and conversations, and the sampling fields that both share.
-#![deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 use std::time::Duration;
 
@@ -9,29 +9,27 @@ use serde_json::Value;
 
 use super::error::ApiError;
 use super::fields::{Fields, number, wrong_type};
-use super::{ApiSettings, ids};
+use super::{ApiSettings, Limits, ids};
 use crate::sessions::messages::{Message, NewItem, Part, Role, Sampling, TurnLimits};
 use crate::types::{TokenCount, TokenId};
 
-const TEXT_MAX_BYTES: usize = 1 << 20;
-const MESSAGES_MAX: usize = 4096;
 const STOPS_MAX: usize = 16;
 const STOP_MAX_BYTES: usize = 256;
 const BIASES_MAX: usize = 1024;
 
 /// `messages` of a chat completion.
-pub fn messages(fields: &mut Fields<'_>) -> Result<Vec<Message>, ApiError> {
+pub fn messages(fields: &mut Fields<'_>, limits: &Limits) -> Result<Vec<Message>, ApiError> {
     let list = fields.array("messages")?.ok_or_else(|| ApiError::missing("messages"))?;
     if list.is_empty() {
         return Err(ApiError::invalid_value("messages", "`messages` is empty; give at least one message"));
     }
-    if list.len() > MESSAGES_MAX {
-        return Err(ApiError::array_too_long("messages", list.len(), MESSAGES_MAX));
+    if list.len() > limits.messages {
+        return Err(ApiError::array_too_long("messages", list.len(), limits.messages));
     }
-    list.iter().enumerate().map(|(index, value)| chat_message(format!("messages[{index}]"), value)).collect()
+    list.iter().enumerate().map(|(index, value)| chat_message(format!("messages[{index}]"), value, limits)).collect()
 }
 
-fn chat_message(path: String, value: &Value) -> Result<Message, ApiError> {
+fn chat_message(path: String, value: &Value, limits: &Limits) -> Result<Message, ApiError> {
     let mut fields = Fields::at(path, value)?;
     let role = role(&mut fields)?;
     if role == Role::Tool {
@@ -43,7 +41,7 @@ fn chat_message(path: String, value: &Value) -> Result<Message, ApiError> {
     let refusal = fields.string("refusal")?;
     let path = fields.path("content");
     let mut content = match fields.value("content") {
-        Some(value) => parts(&path, value, &["text", "refusal"])?,
+        Some(value) => parts(&path, value, &["text", "refusal"], limits)?,
         None if role == Role::Assistant => Vec::new(),
         None if fields.has("content") => return Err(wrong_type(&path, "a string or an array of parts", &Value::Null)),
         None => return Err(ApiError::missing(&path)),
@@ -67,61 +65,65 @@ fn role(fields: &mut Fields<'_>) -> Result<Role, ApiError> {
 }
 
 /// A message's content: a string, or parts of the given types.
-fn parts(path: &str, value: &Value, types: &[&str]) -> Result<Vec<Part>, ApiError> {
+fn parts(path: &str, value: &Value, types: &[&str], limits: &Limits) -> Result<Vec<Part>, ApiError> {
     match value {
-        Value::String(text) => Ok(vec![Part::Text(bounded(path, text)?)]),
-        Value::Array(list) => {
-            list.iter().enumerate().map(|(index, value)| part(format!("{path}[{index}]"), value, types)).collect()
-        }
+        Value::String(text) => Ok(vec![Part::Text(bounded(path, text, limits)?)]),
+        Value::Array(list) => list
+            .iter()
+            .enumerate()
+            .map(|(index, value)| part(format!("{path}[{index}]"), value, types, limits))
+            .collect(),
         other => Err(wrong_type(path, "a string or an array of parts", other)),
     }
 }
 
-fn part(path: String, value: &Value, types: &[&str]) -> Result<Part, ApiError> {
+fn part(path: String, value: &Value, types: &[&str], limits: &Limits) -> Result<Part, ApiError> {
     let mut fields = Fields::at(path, value)?;
     let type_path = fields.path("type");
     let kind = fields.required_string("type")?;
     if !types.contains(&kind) {
-        let message = format!("content parts of this type are not supported; `{type_path}` may be {}", types.join(", "));
+        let message =
+            format!("content parts of this type are not supported; `{type_path}` may be {}", types.join(", "));
         return Err(ApiError::unsupported_value(&type_path, message));
     }
     let key = if kind == "refusal" { "refusal" } else { "text" };
-    let text = bounded(&fields.path(key), fields.required_string(key)?)?;
+    let text = bounded(&fields.path(key), fields.required_string(key)?, limits)?;
     Ok(if kind == "refusal" { Part::Refusal(text) } else { Part::Text(text) })
 }
 
-fn bounded(path: &str, text: &str) -> Result<String, ApiError> {
-    if text.len() > TEXT_MAX_BYTES {
-        let message = format!("`{path}` has {} bytes, at most {TEXT_MAX_BYTES} are allowed in one text", text.len());
+fn bounded(path: &str, text: &str, limits: &Limits) -> Result<String, ApiError> {
+    if text.len() > limits.text_bytes {
+        let (length, most) = (text.len(), limits.text_bytes);
+        let message = format!("`{path}` has {length} bytes, at most {most} are allowed in one text");
         return Err(ApiError::string_too_long(path, message));
     }
     Ok(text.to_owned())
 }
 
 /// `input` of a response: a string, or items.
-pub fn input(fields: &mut Fields<'_>, most: usize) -> Result<Option<Vec<NewItem>>, ApiError> {
+pub fn input(fields: &mut Fields<'_>, limits: &Limits) -> Result<Option<Vec<NewItem>>, ApiError> {
     match fields.value("input") {
         None => Ok(None),
         Some(Value::String(text)) => {
-            let content = vec![Part::Text(bounded("input", text)?)];
+            let content = vec![Part::Text(bounded("input", text, limits)?)];
             Ok(Some(vec![NewItem { id: None, message: Message { role: Role::User, name: None, content } }]))
         }
-        Some(Value::Array(list)) => items("input", list, most).map(Some),
+        Some(Value::Array(list)) => items("input", list, limits.input_items, limits).map(Some),
         Some(other) => Err(wrong_type("input", "a string or an array of items", other)),
     }
 }
 
 /// Items of `path`. Reasoning is dropped: no template that is served here renders it.
-pub fn items(path: &str, list: &[Value], most: usize) -> Result<Vec<NewItem>, ApiError> {
+pub fn items(path: &str, list: &[Value], most: usize, limits: &Limits) -> Result<Vec<NewItem>, ApiError> {
     if list.len() > most {
         return Err(ApiError::array_too_long(path, list.len(), most));
     }
     let items: Result<Vec<_>, _> =
-        list.iter().enumerate().map(|(index, value)| item(format!("{path}[{index}]"), value)).collect();
+        list.iter().enumerate().map(|(index, value)| item(format!("{path}[{index}]"), value, limits)).collect();
     Ok(items?.into_iter().flatten().collect())
 }
 
-fn item(path: String, value: &Value) -> Result<Option<NewItem>, ApiError> {
+fn item(path: String, value: &Value, limits: &Limits) -> Result<Option<NewItem>, ApiError> {
     let mut fields = Fields::at(path, value)?;
     let type_path = fields.path("type");
     match fields.string("type")? {
@@ -129,7 +131,8 @@ fn item(path: String, value: &Value) -> Result<Option<NewItem>, ApiError> {
         Some("reasoning") => return Ok(None),
         Some(kind) => {
             let kind: String = kind.chars().take(64).collect();
-            let message = format!("items of type `{kind}` are not supported; `{type_path}` may be message or reasoning");
+            let message =
+                format!("items of type `{kind}` are not supported; `{type_path}` may be message or reasoning");
             return Err(ApiError::unsupported_value(&type_path, message));
         }
     }
@@ -140,14 +143,14 @@ fn item(path: String, value: &Value) -> Result<Option<NewItem>, ApiError> {
     }
     let path = fields.path("content");
     let value = fields.value("content").ok_or_else(|| ApiError::missing(&path))?;
-    let content = parts(&path, value, &["input_text", "output_text", "text", "refusal"])?;
+    let content = parts(&path, value, &["input_text", "output_text", "text", "refusal"], limits)?;
     let id = fields.string("id")?.filter(|id| ids::is_usable_item_id(id)).map(str::to_owned);
     Ok(Some(NewItem { id, message: Message { role, name: None, content } }))
 }
 
 /// `instructions`: one system message, for this response only.
-pub fn instructions(fields: &mut Fields<'_>) -> Result<Option<String>, ApiError> {
-    fields.string("instructions")?.map(|text| bounded("instructions", text)).transpose()
+pub fn instructions(fields: &mut Fields<'_>, limits: &Limits) -> Result<Option<String>, ApiError> {
+    fields.string("instructions")?.map(|text| bounded("instructions", text, limits)).transpose()
 }
 
 /// The model that the client names must be the one that is served.
@@ -177,7 +180,7 @@ pub fn limits(fields: &mut Fields<'_>, settings: &ApiSettings, deadline: Duratio
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
     };
     if let Some(kwargs) = fields.object("chat_template_kwargs")?
-        && kwargs.len() > 0
+        && kwargs.count_all() > 0
     {
         let message = "arguments to the chat template are not supported yet; leave them out, or give {}";
         return Err(ApiError::unsupported_value("chat_template_kwargs", message));
@@ -209,8 +212,8 @@ fn repetition_penalty(fields: &mut Fields<'_>) -> Result<f32, ApiError> {
 /// Ids are checked here against the vocabulary, so that the engine never sees one that isn't there.
 fn logit_bias(fields: &mut Fields<'_>, vocab: usize) -> Result<Vec<(TokenId, f32)>, ApiError> {
     let Some(bias) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
-    if bias.len() > BIASES_MAX {
-        return Err(ApiError::array_too_long("logit_bias", bias.len(), BIASES_MAX));
+    if bias.count_all() > BIASES_MAX {
+        return Err(ApiError::array_too_long("logit_bias", bias.count_all(), BIASES_MAX));
     }
     let entry = |(key, value): (&String, &Value)| {
         let shown: String = key.chars().take(64).collect();
@@ -305,14 +308,14 @@ pub fn text_format_only(format: Option<Fields<'_>>) -> Result<(), ApiError> {
 #[cfg(test)]
 mod tests {
     use super::super::fields::parse_object;
-    use super::super::tests::settings;
+    use super::super::tests::{LIMITS, settings};
     use super::*;
 
     fn refusal<T: std::fmt::Debug>(
         json: &str,
         read: impl FnOnce(&mut Fields<'_>) -> Result<T, ApiError>,
     ) -> (&'static str, String) {
-        let body = parse_object(json.as_bytes()).unwrap();
+        let body = parse_object(json.as_bytes(), 64).unwrap();
         let error = read(&mut Fields::of(&body)).expect_err(json);
         (error.code(), error.param().unwrap_or_default().to_owned())
     }
@@ -349,7 +352,7 @@ mod tests {
             ),
         ];
         for (json, code, param) in table {
-            assert_eq!(refusal(json, messages), (code, param.to_owned()), "{json}");
+            assert_eq!(refusal(json, |fields| messages(fields, &LIMITS)), (code, param.to_owned()), "{json}");
         }
     }
 
@@ -358,8 +361,8 @@ mod tests {
         let json = r#"{"messages":[{"role":"developer","content":""},{"role":"assistant"},
             {"role":"assistant","content":null,"refusal":"no","tool_calls":[]},
             {"role":"user","name":"ann","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}]}"#;
-        let body = parse_object(json.as_bytes()).unwrap();
-        let messages = messages(&mut Fields::of(&body)).unwrap();
+        let body = parse_object(json.as_bytes(), 64).unwrap();
+        let messages = messages(&mut Fields::of(&body), &LIMITS).unwrap();
         let text = |text: &str| Part::Text(text.into());
         assert_eq!(messages[0], Message { role: Role::Developer, name: None, content: vec![text("")] });
         assert_eq!(messages[1].content, []);
@@ -387,8 +390,9 @@ mod tests {
                 "input",
             ),
         ];
+        let limits = Limits { input_items: 2, ..LIMITS };
         for (json, code, param) in table {
-            assert_eq!(refusal(json, |fields| input(fields, 2)), (code, param.to_owned()), "{json}");
+            assert_eq!(refusal(json, |fields| input(fields, &limits)), (code, param.to_owned()), "{json}");
         }
     }
 
@@ -397,8 +401,8 @@ mod tests {
         let json = r#"{"input":[{"id":"msg_1","type":"message","role":"assistant","status":"completed","phase":"x",
             "content":[{"type":"output_text","text":"a","annotations":[],"logprobs":[]}]},
             {"type":"reasoning","id":"rs_1","summary":[]},{"role":"user","id":"not usable!","content":"b"}]}"#;
-        let body = parse_object(json.as_bytes()).unwrap();
-        let items = input(&mut Fields::of(&body), 1024).unwrap().unwrap();
+        let body = parse_object(json.as_bytes(), 64).unwrap();
+        let items = input(&mut Fields::of(&body), &LIMITS).unwrap().unwrap();
         assert_eq!(items.iter().map(|item| item.id.as_deref()).collect::<Vec<_>>(), [Some("msg_1"), None]);
     }
 
@@ -437,7 +441,7 @@ mod tests {
 
     #[test]
     fn sampling_defaults_are_those_of_the_contract() {
-        let body = parse_object(br#"{"stop":[],"logit_bias":null,"seed":-1}"#).unwrap();
+        let body = parse_object(br#"{"stop":[],"logit_bias":null,"seed":-1}"#, 64).unwrap();
         let limits = limits(&mut Fields::of(&body), &settings(), Duration::from_secs(60)).unwrap();
         let expected = Sampling { temperature: 1.0, seed: u64::MAX, ..Sampling::default() };
         assert_eq!(limits.sampling, expected);
@@ -446,7 +450,7 @@ mod tests {
 
     #[test]
     fn structured_output_is_refused_in_the_words_that_langchain_looks_for() {
-        let body = parse_object(br#"{"response_format":{"type":"json_schema","json_schema":{}}}"#).unwrap();
+        let body = parse_object(br#"{"response_format":{"type":"json_schema","json_schema":{}}}"#, 64).unwrap();
         let error = text_format_only(Fields::of(&body).object("response_format").unwrap()).unwrap_err();
         assert_eq!((error.code(), error.param()), ("unsupported_value", Some("response_format.type")));
         assert!(error.to_string().contains("'response_format' of type 'json_schema' is not supported with this model"));
@@ -455,15 +459,12 @@ mod tests {
     #[test]
     fn tools_are_refused_and_no_tools_are_fine() {
         for fine in [r#"{}"#, r#"{"tools":[],"tool_choice":"auto"}"#, r#"{"tools":null,"parallel_tool_calls":false}"#] {
-            let body = parse_object(fine.as_bytes()).unwrap();
+            let body = parse_object(fine.as_bytes(), 64).unwrap();
             no_tools(&mut Fields::of(&body), true).unwrap();
         }
         let read = |fields: &mut Fields<'_>| no_tools(fields, true);
         assert_eq!(refusal(r#"{"tools":[{"type":"web_search"}]}"#, read).1, "tools[0].type");
-        assert_eq!(
-            refusal(r#"{"tools":[{"type":"function"}]}"#, read),
-            ("unsupported_parameter", "tools".to_owned())
-        );
+        assert_eq!(refusal(r#"{"tools":[{"type":"function"}]}"#, read), ("unsupported_parameter", "tools".to_owned()));
         assert_eq!(refusal(r#"{"tool_choice":"required"}"#, read).1, "tool_choice");
     }
 }

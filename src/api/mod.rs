@@ -40,6 +40,24 @@ pub enum UnknownFields {
     Refuse,
 }
 
+/// How much one request may hold; `api.limits` of the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    pub body_bytes: usize,
+    /// Names and values of all headers together.
+    pub header_bytes: usize,
+    /// One text part, or `instructions`.
+    pub text_bytes: usize,
+    /// Nesting of arrays and objects.
+    pub json_depth: usize,
+    pub messages: usize,
+    /// Items of one `input`.
+    pub input_items: usize,
+    /// Items of one POST that adds some.
+    pub post_items: usize,
+    pub body_timeout: Duration,
+}
+
 /// What the API must know of the model and of the configuration.
 #[derive(Clone, Debug)]
 pub struct ApiSettings {
@@ -58,9 +76,7 @@ pub struct ApiSettings {
     /// When the engine's tick was 0, microseconds since 1970.
     pub tick_zero_us: i64,
     pub unknown_fields: UnknownFields,
-    pub body_bytes: usize,
-    pub header_bytes: usize,
-    pub body_timeout: Duration,
+    pub limits: Limits,
     pub queue_deadline: Duration,
     /// Silence on a stream after which a comment is sent.
     pub keep_alive: Duration,
@@ -92,8 +108,20 @@ macro_rules! resource {
 /// Adds every route to an app whose data has an `ApiState`.
 pub fn routes(config: &mut ServiceConfig) {
     resource!(config, "/v1/chat/completions", "POST", web::post().to(chat_completions::create));
-    resource!(config, "/v1/responses", "GET, POST", web::post().to(responses::create), web::get().to(responses::upgrade));
-    resource!(config, "/v1/responses/{id}", "GET, DELETE", web::get().to(responses::get), web::delete().to(responses::get));
+    resource!(
+        config,
+        "/v1/responses",
+        "GET, POST",
+        web::post().to(responses::create),
+        web::get().to(responses::upgrade)
+    );
+    resource!(
+        config,
+        "/v1/responses/{id}",
+        "GET, DELETE",
+        web::get().to(responses::get),
+        web::delete().to(responses::get)
+    );
     resource!(config, "/v1/conversations", "POST", web::post().to(conversations::create));
     resource!(
         config,
@@ -146,6 +174,17 @@ fn unix_now() -> i64 {
 mod tests {
     use super::*;
 
+    pub const LIMITS: Limits = Limits {
+        body_bytes: 8 << 20,
+        header_bytes: 32 << 10,
+        text_bytes: 1 << 20,
+        json_depth: 64,
+        messages: 4096,
+        input_items: 1024,
+        post_items: 20,
+        body_timeout: Duration::from_secs(30),
+    };
+
     /// Settings as a small server has them.
     pub fn settings() -> ApiSettings {
         ApiSettings {
@@ -157,9 +196,7 @@ mod tests {
             created_at: 1_790_000_000,
             tick_zero_us: 1_790_000_000_000_000,
             unknown_fields: UnknownFields::Ignore,
-            body_bytes: 8 << 20,
-            header_bytes: 32 << 10,
-            body_timeout: Duration::from_secs(30),
+            limits: LIMITS,
             queue_deadline: Duration::from_secs(60),
             keep_alive: Duration::from_secs(15),
         }

@@ -123,10 +123,14 @@ mod tests {
         sender.send(Bytes::new()).await.unwrap();
         sender.send(Bytes::from_static(b"data: 1\n\n")).await.ok();
         drop(sender);
-        let rest: Vec<_> = kept.map(Result::unwrap).filter(|piece| {
-            let keep = piece != ": keep-alive\n\n";
-            async move { keep }
-        }).collect().await;
+        let rest: Vec<_> = kept
+            .map(Result::unwrap)
+            .filter(|piece| {
+                let keep = piece != ": keep-alive\n\n";
+                async move { keep }
+            })
+            .collect()
+            .await;
         assert_eq!(rest, ["data: 1\n\n"]);
     }
 }
