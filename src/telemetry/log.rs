@@ -5,6 +5,7 @@
 use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Format {
@@ -34,9 +35,14 @@ pub fn init(format: Format, filter: &str) -> Result<(), LogError> {
 
 /// Says whether a filter can be read, before anything is started.
 pub fn parse_filter(filter: &str) -> Result<EnvFilter, LogError> {
-    EnvFilter::builder()
-        .parse(filter)
-        .map_err(|error| LogError::Filter { filter: filter.to_owned(), reason: error.to_string() })
+    let refused = |reason: String| LogError::Filter { filter: filter.to_owned(), reason };
+    // A word alone would be taken for the name of a target, so that a mistyped level silences everything.
+    for word in filter.split(',').map(str::trim).filter(|part| !part.contains('=')) {
+        if word.is_empty() || word.parse::<LevelFilter>().is_err() {
+            return Err(refused(format!("`{word}` is no level")));
+        }
+    }
+    EnvFilter::builder().parse(filter).map_err(|error| refused(error.to_string()))
 }
 
 #[cfg(test)]
@@ -47,7 +53,9 @@ mod tests {
     fn a_filter_is_a_level_or_pairs_and_anything_else_is_refused_with_an_example() {
         assert!(parse_filter("info").is_ok());
         assert!(parse_filter("warn,rekindle::engine=trace").is_ok());
-        let sentence = parse_filter("rekindle=loud").unwrap_err().to_string();
-        assert!(sentence.contains("`rekindle=loud`") && sentence.contains("`info`"), "{sentence}");
+        for refused in ["rekindle=loud", "inof", "info,rekindle", ""] {
+            let sentence = parse_filter(refused).unwrap_err().to_string();
+            assert!(sentence.contains(&format!("`{refused}`")) && sentence.contains("`info`"), "{sentence}");
+        }
     }
 }
