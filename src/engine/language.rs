@@ -16,6 +16,12 @@ pub struct Rendered {
     pub plain: Vec<Range<usize>>,
 }
 
+impl Rendered {
+    pub fn is_plain(&self, at: usize) -> bool {
+        self.plain.iter().any(|plain| plain.contains(&at))
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct TemplateError(pub String);
