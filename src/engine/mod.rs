@@ -6,6 +6,7 @@ pub mod batch;
 pub mod core;
 pub mod fairness;
 pub mod handle;
+mod metrics;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
