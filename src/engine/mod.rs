@@ -7,6 +7,7 @@ pub mod core;
 pub mod fairness;
 pub mod handle;
 pub mod language;
+mod metrics;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
