@@ -167,7 +167,8 @@ impl KvHandle {
         let hashes = PrefixHash::chain(&self.tenant_key, &request.prompt, shared.block_size);
         let room = request.max_tokens.0.min(shared.window.0 - prompt.0) as usize + 2;
         let (events, listener) = mpsc::channel(room);
-        let start = StartTurn { turn, key: self.key, tenant: self.tenant, tenant_key: self.tenant_key, hashes, request };
+        let start =
+            StartTurn { turn, key: self.key, tenant: self.tenant, tenant_key: self.tenant_key, hashes, request };
         self.engine.send(Message::Start(Box::new(start), events))?;
         shared.queued.fetch_add(1, Ordering::Relaxed);
         Ok((TurnHandle { turn, engine: self.engine.clone() }, TurnEvents { listener }))
@@ -227,4 +228,3 @@ impl TurnEvents {
         self.listener.try_recv().ok()
     }
 }
-

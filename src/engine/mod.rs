@@ -45,7 +45,10 @@ pub enum TurnEvent {
     /// The prompt is encoded; the first token follows.
     Started(PromptUsage),
     Token(Token),
-    Finished { reason: FinishReason, usage: TurnUsage },
+    Finished {
+        reason: FinishReason,
+        usage: TurnUsage,
+    },
     Failed(TurnFailure),
 }
 
@@ -78,7 +81,9 @@ pub enum FinishReason {
 /// Why a turn ended without an answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TurnFailure {
-    #[error("the turn waited {waited_ms} ms for memory or its place, its deadline; retry, or give the server more `kv.device_bytes`")]
+    #[error(
+        "the turn waited {waited_ms} ms for memory or its place, its deadline; retry, or give the server more `kv.device_bytes`"
+    )]
     QueueTimeout { waited_ms: u64 },
     #[error("the model failed in this step: {0}")]
     Model(String),

@@ -109,5 +109,10 @@ pub trait Model: Send {
     fn spec(&self) -> &ModelSpec;
 
     /// Runs one step: writes the KV of every row into the arena, and the sampled rows' logits into `logits`.
-    fn forward(&mut self, batch: &Batch<'_>, kv: &std::sync::Arc<Arena>, logits: &mut Logits) -> Result<(), ForwardError>;
+    fn forward(
+        &mut self,
+        batch: &Batch<'_>,
+        kv: &std::sync::Arc<Arena>,
+        logits: &mut Logits,
+    ) -> Result<(), ForwardError>;
 }

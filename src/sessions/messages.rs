@@ -115,9 +115,14 @@ pub struct TokenLogprob {
 /// What a running turn tells, in this order: `Started`, any number of `Text`, one of `Done` and `Failed`.
 #[derive(Clone, PartialEq, Debug)]
 pub enum TurnUpdate {
-    Started { prompt_tokens: TokenCount },
+    Started {
+        prompt_tokens: TokenCount,
+    },
     /// Whole characters only. Deltas add up to the answer exactly; a slow reader gets fewer, longer ones.
-    Text { delta: String, logprobs: Vec<TokenLogprob> },
+    Text {
+        delta: String,
+        logprobs: Vec<TokenLogprob>,
+    },
     Done(TurnDone),
     Failed(TurnError),
 }
