@@ -6,7 +6,6 @@ pub mod batch;
 pub mod core;
 pub mod fairness;
 pub mod handle;
-pub mod language;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
@@ -14,7 +13,7 @@ pub mod status;
 pub mod thread;
 
 pub use handle::{EngineHandle, KvHandle, SubmitError, TurnEvents, TurnHandle};
-pub use language::{ChatMessage, Language, Rendered, TemplateError, TextDecoder};
+pub use crate::model::language::{ChatMessage, Language, Rendered, TemplateError, TextDecoder};
 pub use sampler::Sampling;
 
 use std::sync::Arc;
