@@ -1,1 +1,3 @@
-//! weights
+//! How do weights get from a file into memory?
+
+pub mod gguf;
