@@ -6,7 +6,6 @@ pub mod batch;
 pub mod core;
 pub mod fairness;
 pub mod handle;
-pub mod language;
 mod metrics;
 pub mod sampler;
 pub mod scheduler;
@@ -14,8 +13,8 @@ pub mod sequence;
 pub mod status;
 pub mod thread;
 
+pub use crate::model::language::{ChatMessage, Language, Rendered, TemplateError, TextDecoder};
 pub use handle::{EngineHandle, KvHandle, SubmitError, TurnEvents, TurnHandle};
-pub use language::{ChatMessage, Language, Rendered, TemplateError, TextDecoder};
 pub use sampler::Sampling;
 
 use std::sync::Arc;

@@ -417,7 +417,7 @@ async fn load(work: Work) -> Result<Transcript, Refusal> {
     let items: Result<Vec<_>, _> =
         stored.items.into_iter().map(|record| stored::decode(record.id, &record.body).map(Arc::new)).collect();
     let items = items.map_err(|error| Refusal::Store(format!("an item of {} can't be read: {error}", who.id)))?;
-    let log = TokenLog::from_store(&shared.language, stored.log, stored.encoded);
+    let log = TokenLog::new(stored.log, stored.encoded);
     Ok(Transcript { items, log, last_used_at: stored.conversation.last_used_at })
 }
 
@@ -479,7 +479,7 @@ async fn remove(
             let rest = transcript.items.iter().enumerate().filter(|(at, _)| *at != index);
             // What the template can't render without the item has no front in common with anything.
             match render(&language, None, rest.map(|(_, item)| &item.message), false) {
-                Ok(rendered) => transcript.log.kept_by(&language, &rendered),
+                Ok(rendered) => transcript.log.prefix_of(&language, &rendered).0,
                 Err(_) => 0,
             }
         });

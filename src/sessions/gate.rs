@@ -66,3 +66,39 @@ impl Drop for Pass {
         self.gate.turns.send_modify(|turns| turns.running -= 1);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(3600);
+
+    #[tokio::test]
+    async fn draining_waits_for_the_turns_that_run_and_lets_none_in() {
+        let gate = Gate::open();
+        let pass = gate.enter().unwrap();
+        let draining = tokio::spawn({
+            let gate = Arc::clone(&gate);
+            async move { gate.drain(LONG).await }
+        });
+        gate.turns.subscribe().wait_for(|turns| turns.draining).await.unwrap();
+        assert_eq!(gate.enter().err(), Some(TurnError::Draining));
+        assert!(!draining.is_finished());
+        drop(pass);
+        draining.await.unwrap();
+        assert!(!*gate.cancelled().borrow());
+    }
+
+    #[tokio::test]
+    async fn at_the_deadline_running_turns_are_asked_to_end_and_waited_for() {
+        let gate = Gate::open();
+        let pass = gate.enter().unwrap();
+        let mut cancelled = gate.cancelled();
+        let turn = tokio::spawn(async move {
+            cancelled.wait_for(|cancelled| *cancelled).await.unwrap();
+            drop(pass);
+        });
+        gate.drain(Duration::ZERO).await;
+        turn.await.unwrap();
+    }
+}

@@ -5,6 +5,8 @@
 mod actor;
 mod command;
 mod completion;
+#[cfg(test)]
+mod fixtures;
 mod forecast;
 mod gate;
 pub mod messages;

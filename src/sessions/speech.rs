@@ -73,8 +73,6 @@ pub(super) struct Speech {
 pub(super) struct Said {
     /// All tokens, control and cut ones included: what the KV holds.
     pub tokens: Vec<LogToken>,
-    /// The bytes that `tokens` stand for.
-    pub bytes: Vec<u8>,
     pub text: String,
     pub logprobs: Vec<TokenLogprob>,
 }
@@ -103,7 +101,6 @@ impl Speech {
         let bytes = language.token_bytes(token.id);
         let length = u16::try_from(bytes.len()).expect("a longer token is refused when the model is loaded");
         self.said.tokens.push(LogToken { id: token.id, bytes: length });
-        self.said.bytes.extend_from_slice(bytes);
         if language.is_control(token.id) {
             return Delta::default();
         }
@@ -151,5 +148,128 @@ impl Speech {
             self.said.logprobs.push(logprob.clone());
             delta.logprobs.push(logprob);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::engine::Logprob;
+    use crate::sessions::fixtures::{language, token, tokens_of};
+
+    fn run(stops: &[String], pieces: &[&str]) -> (Vec<String>, bool) {
+        let mut finder = StopFinder::new(stops.to_vec());
+        let mut texts = Vec::new();
+        for piece in pieces {
+            let released = finder.push(piece);
+            texts.push(released.text);
+            if released.stopped {
+                return (texts, true);
+            }
+        }
+        texts.push(finder.finish());
+        (texts, false)
+    }
+
+    #[test]
+    fn a_stop_string_over_three_pieces_is_never_shown() {
+        let (texts, stopped) = run(&["</end>".into()], &["well </", "en", "d> more"]);
+        assert_eq!(texts, ["well ", "", ""]);
+        assert!(stopped);
+    }
+
+    #[test]
+    fn what_only_looked_like_a_stop_string_is_said_after_all() {
+        let (texts, stopped) = run(&["abcd".into()], &["xab", "ca", "bc"]);
+        assert_eq!(texts, ["x", "abc", "", "abc"]);
+        assert!(!stopped);
+    }
+
+    /// The text before the stop string that completes first, found the slow way.
+    fn cut(text: &str, stops: &[String]) -> (String, bool) {
+        for end in (0..=text.len()).filter(|end| text.is_char_boundary(*end)) {
+            let matched =
+                stops.iter().filter(|stop| text[..end].ends_with(stop.as_str())).max_by_key(|stop| stop.len());
+            if let Some(stop) = matched {
+                return (text[..end - stop.len()].into(), true);
+            }
+        }
+        (text.into(), false)
+    }
+
+    proptest! {
+        #[test]
+        fn the_cut_does_not_depend_on_how_the_text_is_split(
+            pieces in vec("[abé]{0,3}", 0..12),
+            stops in vec("[abé]{1,4}", 0..4),
+        ) {
+            let whole = pieces.concat();
+            let pieces: Vec<&str> = pieces.iter().map(String::as_str).collect();
+            let (texts, stopped) = run(&stops, &pieces);
+            prop_assert_eq!((texts.concat(), stopped), cut(&whole, &stops));
+        }
+
+        #[test]
+        fn deltas_add_up_to_the_answer_and_logprobs_to_its_tokens(text in "[ab😀é<]{0,12}", stop in "[ab😀]{1,3}") {
+            let language = language();
+            let mut speech = Speech::new(vec![stop]);
+            let (mut shown, mut logprobs, mut stopped) = (String::new(), Vec::new(), false);
+            for id in tokens_of(&language, &text) {
+                let logprob = Some(Logprob { logprob: -1.0, top: vec![(id, -1.0)] });
+                let delta = speech.push(&language, Token { id, logprob });
+                shown += &delta.text;
+                logprobs.extend(delta.logprobs);
+                stopped = delta.stopped;
+                if stopped {
+                    break;
+                }
+            }
+            let said = if stopped {
+                speech.stopped()
+            } else {
+                let (last, said) = speech.finish();
+                shown += &last.text;
+                logprobs.extend(last.logprobs);
+                said
+            };
+            prop_assert_eq!(&shown, &said.text);
+            prop_assert_eq!(&logprobs, &said.logprobs);
+            let joined: Vec<u8> = logprobs.iter().flat_map(|entry| entry.bytes.clone()).collect();
+            prop_assert_eq!(joined, said.text.as_bytes());
+        }
+    }
+
+    #[test]
+    fn a_character_of_several_tokens_is_shown_whole() {
+        let language = language();
+        let mut speech = Speech::new(Vec::new());
+        let deltas: Vec<String> =
+            tokens_of(&language, "a😀").into_iter().map(|id| speech.push(&language, token(id)).text).collect();
+        assert_eq!(deltas, ["a", "", "", "", "😀"]);
+    }
+
+    #[test]
+    fn an_answer_cut_inside_a_character_ends_with_a_replacement() {
+        let language = language();
+        let mut speech = Speech::new(Vec::new());
+        for id in tokens_of(&language, "a😀").into_iter().take(3) {
+            speech.push(&language, token(id));
+        }
+        let (last, said) = speech.finish();
+        assert_eq!((last.text.as_str(), said.text.as_str()), ("\u{FFFD}", "a\u{FFFD}"));
+        assert_eq!(said.tokens.len(), 3);
+    }
+
+    #[test]
+    fn control_tokens_are_kept_and_not_shown() {
+        let language = language();
+        let mut speech = Speech::new(Vec::new());
+        let stop = language.stop_tokens()[0];
+        assert_eq!(speech.push(&language, token(stop)), Delta::default());
+        let (_, said) = speech.finish();
+        assert_eq!((said.text.as_str(), said.tokens.len()), ("", 1));
     }
 }

@@ -85,3 +85,37 @@ pub(super) fn decode(id: String, body: &str) -> Result<Item, serde_json::Error> 
     let message = Message { role, name: body.name, content: content.collect() };
     Ok(Item { id, message, status })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn an_item_of_the_first_release_is_read_for_ever() {
+        let body = r#"{"role":"assistant","status":"incomplete","content":[{"text":"Hel"},{"refusal":"no"}]}"#;
+        let item = decode("msg_1".into(), body).unwrap();
+        assert_eq!((item.message.role, item.status), (Role::Assistant, ItemStatus::Incomplete));
+        assert_eq!(item.message.content, [Part::Text("Hel".into()), Part::Refusal("no".into())]);
+        assert_eq!(encode(&item), body);
+    }
+
+    #[test]
+    fn a_torn_body_is_an_error() {
+        for body in ["", "{}", "[]", r#"{"role":"king","status":"completed","content":[]}"#] {
+            assert!(decode("msg_1".into(), body).is_err(), "{body}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn an_item_comes_back_as_it_was(texts in vec(any::<String>(), 0..4), name in any::<Option<String>>()) {
+            let content = texts.into_iter().map(Part::Text).collect();
+            let message = Message { role: Role::User, name, content };
+            let item = Item { id: "msg_1".into(), message, status: ItemStatus::Completed };
+            prop_assert_eq!(decode("msg_1".into(), &encode(&item)).unwrap(), item);
+        }
+    }
+}

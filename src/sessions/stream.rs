@@ -136,3 +136,41 @@ impl Drop for TurnWriter {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_slow_reader_gets_one_long_delta_and_holds_up_nobody() {
+        let (mut writer, mut stream) = turn_stream(None, "msg_1".into());
+        writer.started(TokenCount(5));
+        for _ in 0..10_000 {
+            writer.text("ab", Vec::new());
+        }
+        writer.end(TurnUpdate::Failed(TurnError::Draining));
+        assert_eq!(stream.next().await, Some(TurnUpdate::Started { prompt_tokens: TokenCount(5) }));
+        let Some(TurnUpdate::Text { delta, .. }) = stream.next().await else { panic!("no text") };
+        assert_eq!(delta, "ab".repeat(10_000));
+        assert_eq!(stream.next().await, Some(TurnUpdate::Failed(TurnError::Draining)));
+        assert_eq!(stream.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_goes_away_is_noticed() {
+        let (writer, stream) = turn_stream(None, "msg_1".into());
+        let noticed = tokio::spawn(async move { writer.reader_gone().await });
+        drop(stream);
+        noticed.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_turn_whose_session_fails_says_so() {
+        let (mut writer, mut stream) = turn_stream(None, "msg_1".into());
+        writer.text("Hel", Vec::new());
+        drop(writer);
+        assert!(matches!(stream.next().await, Some(TurnUpdate::Text { .. })));
+        assert!(matches!(stream.next().await, Some(TurnUpdate::Failed(TurnError::Internal(_)))));
+        assert_eq!(stream.next().await, None);
+    }
+}

@@ -4,7 +4,6 @@
 //! and only what is new is tokenised. Invariant: a prompt's tokens stand for exactly the rendered text.
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::messages::{Item, Message, Part, Role};
@@ -29,12 +28,10 @@ impl Transcript {
     }
 }
 
-/// The tokens that the KV of a conversation holds, or held, and the text they stand for.
+/// The tokens that the KV of a conversation holds, or held, and how many bytes of text each stands for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct TokenLog {
     tokens: Vec<LogToken>,
-    /// As long as the sum of `tokens`' bytes. Generated text need not be valid UTF-8.
-    text: Vec<u8>,
     /// Tokens at the front whose KV has been computed once.
     encoded: usize,
 }
@@ -43,7 +40,6 @@ pub(super) struct TokenLog {
 #[derive(Debug)]
 pub(super) struct Prompt {
     tokens: Vec<LogToken>,
-    text: String,
     /// Tokens at the front that the log before it has too.
     kept: usize,
     /// Tokens at the front that an earlier turn of the conversation encoded.
@@ -51,18 +47,10 @@ pub(super) struct Prompt {
 }
 
 impl TokenLog {
-    /// A log as the store had it. A token that stands for fewer bytes than it has stands for the last of them: a
-    /// tokeniser that puts a space before the text does so.
-    pub fn from_store(language: &Language, mut tokens: Vec<LogToken>, encoded: usize) -> Self {
-        let mut text = Vec::new();
-        let whole = tokens.iter().take_while(|token| {
-            let bytes = language.token_bytes(token.id);
-            let own = bytes.len().checked_sub(usize::from(token.bytes)).and_then(|skipped| bytes.get(skipped..));
-            own.map(|own| text.extend_from_slice(own)).is_some()
-        });
-        let whole = whole.count();
-        tokens.truncate(whole);
-        Self { tokens, text, encoded: encoded.min(whole) }
+    /// A log as the store had it.
+    pub fn new(tokens: Vec<LogToken>, encoded: usize) -> Self {
+        let encoded = encoded.min(tokens.len());
+        Self { tokens, encoded }
     }
 
     /// How long the history is for the KV.
@@ -74,101 +62,37 @@ impl TokenLog {
         self.encoded
     }
 
-    /// The tokens of a rendered text: those of the log as far as they go, then new ones.
-    pub fn prompt(&self, language: &Language, rendered: Rendered) -> Prompt {
-        let reused = self.reusable(language, &rendered);
-        let fresh = language.tokenize(&rendered, reused.bytes);
-        let mut tokens = Vec::with_capacity(reused.tokens + fresh.len());
-        tokens.extend_from_slice(&self.tokens[..reused.tokens]);
-        tokens.extend(fresh.into_iter().map(|(id, bytes)| LogToken { id, bytes }));
+    /// The tokens of a rendered text: those of the log as far as they stand for its front, then new ones.
+    pub fn prompt(&self, language: &Language, rendered: &Rendered) -> Prompt {
+        let (reused, from_byte) = self.prefix_of(language, rendered);
+        let fresh = language.tokenize(rendered, from_byte);
+        let fresh = fresh.into_iter().map(|(id, bytes)| LogToken { id, bytes });
+        let tokens: Vec<LogToken> = self.tokens[..reused].iter().copied().chain(fresh).collect();
         let kept = tokens.iter().zip(&self.tokens).take_while(|(new, old)| new == old).count();
         let encoded_before = u32::try_from(kept.min(self.encoded)).expect("the window bounds a log");
-        Prompt { tokens, text: rendered.text, kept, encoded_before: TokenCount(encoded_before) }
+        Prompt { tokens, kept, encoded_before: TokenCount(encoded_before) }
     }
 
-    /// Tokens of the log that a text without the removed part still begins with.
-    pub fn kept_by(&self, language: &Language, rendered: &Rendered) -> usize {
-        self.reusable(language, rendered).tokens
+    /// Tokens at the front that stand for the front of `rendered`, and the byte of it where they end.
+    pub fn prefix_of(&self, language: &Language, rendered: &Rendered) -> (usize, usize) {
+        let log: Vec<(TokenId, u16)> = self.tokens.iter().map(|token| (token.id, token.bytes)).collect();
+        match language.common_prefix(rendered, &log) {
+            // Tokens that stand for no text come again with the first that does.
+            (_, 0) => (0, 0),
+            common => common,
+        }
     }
 
+    /// Keeps this many tokens of the front.
     pub fn truncate(&mut self, tokens: usize) {
         self.tokens.truncate(tokens);
-        self.text.truncate(self.tokens.iter().map(|token| usize::from(token.bytes)).sum());
-        self.encoded = self.encoded.min(self.tokens.len());
+        self.encoded = self.encoded.min(tokens);
     }
-
-    /// How far the log's tokens can stand for the front of `rendered`.
-    ///
-    /// As far as the bytes are equal and mean the same (control or typed text), back to a border between a message and
-    /// the template's own control tokens, so that what is new is cut into tokens as if it had been alone. In a template
-    /// without control tokens any token's end will do. A log that the text continues is kept whole.
-    fn reusable(&self, language: &Language, rendered: &Rendered) -> Reused {
-        let common = self.common_bytes(language, rendered);
-        let borders = self.control_starts(language, rendered, common);
-        let (mut at, mut last, mut border) = (0, Reused::NONE, Reused::NONE);
-        for (index, token) in self.tokens.iter().enumerate() {
-            at += usize::from(token.bytes);
-            if at > common {
-                break;
-            }
-            if at > 0 && rendered.text.is_char_boundary(at) {
-                last = Reused { tokens: index + 1, bytes: at };
-                if language.is_control(token.id) || borders.contains(&at) {
-                    border = last;
-                }
-            }
-        }
-        if last.tokens == self.tokens.len() || border.tokens == 0 { last } else { border }
-    }
-
-    /// Bytes at the front of log and text that are equal, and control in both or in neither.
-    fn common_bytes(&self, language: &Language, rendered: &Rendered) -> usize {
-        let equal = self.text.iter().zip(rendered.text.as_bytes()).take_while(|(old, new)| old == new).count();
-        let controls = self.controls(language);
-        let typed_now = controls.iter().copied().find(|&at| at < equal && rendered.is_plain(at));
-        let starts = self.control_starts(language, rendered, equal);
-        let typed_before = starts.into_iter().find(|at| *at < equal && controls.binary_search(at).is_err());
-        [typed_now, typed_before].into_iter().flatten().fold(equal, usize::min)
-    }
-
-    /// Where the log's control tokens begin, ascending.
-    fn controls(&self, language: &Language) -> Vec<usize> {
-        let mut at = 0;
-        let starts = self.tokens.iter().filter_map(|token| {
-            let start = at;
-            at += usize::from(token.bytes);
-            (token.bytes > 0 && language.is_control(token.id)).then_some(start)
-        });
-        starts.collect()
-    }
-
-    /// Where in `rendered`, up to byte `end`, the template wrote one of the control tokens that this conversation uses.
-    fn control_starts(&self, language: &Language, rendered: &Rendered, end: usize) -> BTreeSet<usize> {
-        let used = self.tokens.iter().filter(|token| token.bytes > 0).map(|token| token.id);
-        let used = used.filter(|id| language.is_control(*id)).chain(language.stop_tokens().iter().copied());
-        let used: BTreeSet<TokenId> = used.collect();
-        let texts = used.iter().filter_map(|id| std::str::from_utf8(language.token_bytes(*id)).ok());
-        let starts = texts
-            .filter(|text| !text.is_empty())
-            .flat_map(|text| rendered.text.match_indices(text).map(|(at, _)| at).take_while(|at| *at <= end));
-        starts.filter(|at| !rendered.is_plain(*at)).collect()
-    }
-}
-
-/// A front of the log.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Reused {
-    tokens: usize,
-    bytes: usize,
-}
-
-impl Reused {
-    const NONE: Reused = Reused { tokens: 0, bytes: 0 };
 }
 
 impl Prompt {
     pub fn len(&self) -> TokenCount {
-        TokenCount(u32::try_from(self.tokens.len()).expect("a longer prompt is refused before it is made"))
+        TokenCount(u32::try_from(self.tokens.len()).expect("a request's size bounds its prompt"))
     }
 
     pub fn ids(&self) -> Arc<[TokenId]> {
@@ -177,14 +101,12 @@ impl Prompt {
 
     /// The log after this prompt and what was said to it, and how it differs from the log before.
     pub fn answered(self, said: &Said) -> (TokenLog, LogWrite) {
-        let Prompt { mut tokens, text, kept, .. } = self;
+        let Prompt { mut tokens, kept, .. } = self;
         // The last token's KV would be computed with the token after it.
         let encoded = tokens.len() + said.tokens.len().saturating_sub(1);
         tokens.extend_from_slice(&said.tokens);
-        let mut text = text.into_bytes();
-        text.extend_from_slice(&said.bytes);
         let append = tokens[kept..].to_vec();
-        (TokenLog { tokens, text, encoded }, LogWrite { keep: kept, append })
+        (TokenLog { tokens, encoded }, LogWrite { keep: kept, append })
     }
 }
 
@@ -226,5 +148,120 @@ fn role_name(role: Role) -> &'static str {
         Role::User => "user",
         Role::Assistant => "assistant",
         Role::Tool => "tool",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::sessions::fixtures::{language, message, tokens_of};
+
+    fn rendered(language: &Language, messages: &[Message]) -> Rendered {
+        render(language, None, messages.iter(), true).unwrap()
+    }
+
+    /// What the model said: this text, and a stop token if it came to its end.
+    fn said(language: &Language, text: &str, whole: bool) -> Said {
+        let stop = language.stop_tokens().last().copied().filter(|_| whole);
+        let ids = tokens_of(language, text).into_iter().chain(stop);
+        let bytes = |id| u16::try_from(language.token_bytes(id).len()).unwrap();
+        Said { tokens: ids.map(|id| LogToken { id, bytes: bytes(id) }).collect(), text: text.into(), ..Said::default() }
+    }
+
+    fn text(language: &Language, prompt: &Prompt) -> String {
+        let bytes = prompt.tokens.iter().flat_map(|token| language.token_bytes(token.id)).copied().collect();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn the_next_turn_keeps_every_token_of_the_one_before() {
+        let language = language();
+        let mut messages = vec![message(Role::User, "Hi")];
+        let prompt = TokenLog::default().prompt(&language, &rendered(&language, &messages));
+        assert_eq!(prompt.encoded_before, TokenCount(0));
+        let (log, write) = prompt.answered(&said(&language, "Hello", true));
+        assert_eq!((write.keep, write.append.len()), (0, log.tokens.len()));
+        messages.extend([message(Role::Assistant, "Hello"), message(Role::User, "More")]);
+        let next = log.prompt(&language, &rendered(&language, &messages));
+        assert_eq!(next.kept, log.tokens.len());
+        // The stop token was sampled, and never fed.
+        assert_eq!(next.encoded_before.get(), log.tokens.len() - 1);
+    }
+
+    #[test]
+    fn an_answer_whose_text_was_cut_is_kept_up_to_the_cut() {
+        let language = language();
+        let first = [message(Role::User, "Hi")];
+        let prompt = TokenLog::default().prompt(&language, &rendered(&language, &first));
+        let before = prompt.tokens.len();
+        let (log, _) = prompt.answered(&said(&language, "Hello STOP", false));
+        let messages = [message(Role::User, "Hi"), message(Role::Assistant, "Hello "), message(Role::User, "More")];
+        let next = log.prompt(&language, &rendered(&language, &messages));
+        assert_eq!(next.kept, before + tokens_of(&language, "Hello ").len());
+    }
+
+    #[test]
+    fn a_change_inside_a_character_keeps_only_what_is_before_it() {
+        let language = language();
+        let prompt = TokenLog::default().prompt(&language, &rendered(&language, &[message(Role::User, "a😀")]));
+        let (log, _) = prompt.answered(&Said::default());
+        // The two emoji share three bytes of four.
+        let changed = rendered(&language, &[message(Role::User, "a😁")]);
+        let next = log.prompt(&language, &changed);
+        assert_eq!(text(&language, &next), changed.text);
+        assert!(changed.text.is_char_boundary(log.prefix_of(&language, &changed).1));
+    }
+
+    #[test]
+    fn instructions_of_one_turn_are_gone_in_the_next() {
+        let language = language();
+        let messages = [message(Role::User, "Hi")];
+        let instructed = render(&language, Some("Be brief"), messages.iter(), true).unwrap();
+        let (log, _) = TokenLog::default().prompt(&language, &instructed).answered(&Said::default());
+        let plain = rendered(&language, &messages);
+        let next = log.prompt(&language, &plain);
+        assert_eq!(text(&language, &next), plain.text);
+        assert!(next.encoded_before < next.len());
+    }
+
+    #[test]
+    fn a_stored_log_claims_no_more_than_it_has() {
+        let tokens = vec![LogToken { id: TokenId(7), bytes: 1 }; 3];
+        assert_eq!(TokenLog::new(tokens, 9).encoded(), 3);
+    }
+
+    proptest! {
+        #[test]
+        fn a_prompt_stands_for_exactly_the_rendered_text(
+            before in vec("[ab😀<|>é_mrtsi]{0,8}", 1..5),
+            after in vec("[ab😀<|>é_mrtsi]{0,8}", 1..5),
+            common in 0..4usize,
+            answer in "[ab😀é]{0,6}",
+            whole in any::<bool>(),
+        ) {
+            let language = language();
+            let messages = |texts: &[String]| -> Vec<Message> {
+                let roles = [Role::User, Role::Assistant].into_iter().cycle();
+                texts.iter().zip(roles).map(|(text, role)| message(role, text)).collect()
+            };
+            let (old, mut new) = (messages(&before), messages(&after));
+            for (new, old) in new.iter_mut().zip(&old).take(common) {
+                new.clone_from(old);
+            }
+            let prompt = TokenLog::default().prompt(&language, &rendered(&language, &old));
+            let (log, _) = prompt.answered(&said(&language, &answer, whole));
+            let text_now = rendered(&language, &new);
+            let next = log.prompt(&language, &text_now);
+            prop_assert_eq!(&text(&language, &next), &text_now.text);
+            prop_assert!(next.encoded_before.get() <= next.kept);
+            let (again, write) = next.answered(&Said::default());
+            let mut stored = log.tokens.clone();
+            stored.truncate(write.keep);
+            stored.extend(write.append);
+            prop_assert_eq!(stored, again.tokens);
+        }
     }
 }

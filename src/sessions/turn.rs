@@ -33,7 +33,7 @@ pub(super) async fn prepare(
     let made = tokio::task::spawn_blocking(move || {
         let history = transcript.items.iter().map(|item| &item.message);
         let rendered = render(&language, instructions.as_deref(), history.chain(input.iter()), true);
-        rendered.map(|rendered| transcript.log.prompt(&language, rendered))
+        rendered.map(|rendered| transcript.log.prompt(&language, &rendered))
     });
     let prompt = match made.await {
         Ok(Ok(prompt)) => prompt,
