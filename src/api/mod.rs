@@ -105,6 +105,10 @@ macro_rules! resource {
     };
 }
 
+async fn unknown_url(request: HttpRequest) -> Result<actix_web::HttpResponse, ApiError> {
+    Err(ApiError::unknown_url(request.method().as_str(), request.path()))
+}
+
 /// Adds every route to an app whose data has an `ApiState`.
 pub fn routes(config: &mut ServiceConfig) {
     resource!(config, "/v1/chat/completions", "POST", web::post().to(chat_completions::create));
@@ -115,6 +119,8 @@ pub fn routes(config: &mut ServiceConfig) {
         web::post().to(responses::create),
         web::get().to(responses::upgrade)
     );
+    // Words that are no ids: their routes are not there yet.
+    config.service(web::resource(["/v1/responses/input_tokens", "/v1/responses/compact"]).to(unknown_url));
     resource!(
         config,
         "/v1/responses/{id}",
@@ -152,9 +158,7 @@ pub fn routes(config: &mut ServiceConfig) {
     resource!(config, "/healthz", "GET, HEAD", web::get().to(ops::healthz), web::head().to(ops::healthz));
     resource!(config, "/readyz", "GET, HEAD", web::get().to(ops::readyz), web::head().to(ops::readyz));
     resource!(config, "/metrics", "GET", web::get().to(ops::metrics));
-    config.default_service(web::to(|request: HttpRequest| async move {
-        Err::<actix_web::HttpResponse, _>(ApiError::unknown_url(request.method().as_str(), request.path()))
-    }));
+    config.default_service(web::to(unknown_url));
 }
 
 /// How long a request may queue: the server's deadline, or the client's own patience where that is shorter.

@@ -38,8 +38,10 @@ const HELP: &str = "\
 /quit       leave; the conversation stays on the server
 Ctrl-C stops an answer, Ctrl-D leaves.";
 
-const DIM: &str = "\x1b[2m";
-const PLAIN: &str = "\x1b[0m";
+/// Dim on a terminal, plain in a pipe.
+fn dim(text: &str) -> String {
+    if std::io::stdout().is_terminal() { format!("\x1b[2m{text}\x1b[0m") } else { text.to_owned() }
+}
 
 /// Talks until the input ends.
 pub async fn run(args: ChatArgs) -> anyhow::Result<()> {
@@ -53,7 +55,7 @@ pub async fn run(args: ChatArgs) -> anyhow::Result<()> {
     };
     let mut input = Input::open()?;
     if input.is_terminal() {
-        println!("{DIM}{} — /help for commands{PLAIN}", chat.id);
+        println!("{}", dim(&format!("{} — /help for commands", chat.id)));
     }
     loop {
         let (back, line) = input.line().await?;
@@ -208,7 +210,7 @@ impl Chat {
         let items: Vec<_> = self.system.iter().map(|text| json!({"role": "system", "content": text})).collect();
         let made = self.server.post("/v1/conversations", &json!({"items": items})).await?;
         self.id = made.get("id").and_then(Value::as_str).context("the server's conversation has no id")?.to_owned();
-        println!("{DIM}{}{PLAIN}", self.id);
+        println!("{}", dim(&self.id));
         Ok(())
     }
 
@@ -236,7 +238,7 @@ impl Chat {
             told = talk => told,
             pressed = tokio::signal::ctrl_c() => {
                 pressed?;
-                println!("\n{DIM}stopped; what was said is kept{PLAIN}");
+                println!("\n{}", dim("stopped; what was said is kept"));
                 Ok(())
             }
         }
@@ -251,7 +253,7 @@ impl Chat {
                 let role = item.get("role").and_then(Value::as_str).unwrap_or("?");
                 let parts = item.get("content").and_then(Value::as_array).into_iter().flatten();
                 let text: Vec<_> = parts.filter_map(|part| part.get("text").and_then(Value::as_str)).collect();
-                println!("{DIM}{role}:{PLAIN} {}", text.join("\n"));
+                println!("{} {}", dim(&format!("{role}:")), text.join("\n"));
             }
             match page.get("last_id").and_then(Value::as_str) {
                 Some(last) if page.get("has_more") == Some(&Value::Bool(true)) => after = last.to_owned(),
@@ -270,7 +272,7 @@ impl Chat {
         let path = format!("/v1/conversations/{}/offload", self.id);
         let moved = self.server.post(&path, &json!({"to": to})).await?;
         let number = |name: &str| moved.get(name).and_then(Value::as_u64).unwrap_or(0);
-        println!("{DIM}{} bytes left the device in {} ms{PLAIN}", number("bytes"), number("ms"));
+        println!("{}", dim(&format!("{} bytes left the device in {} ms", number("bytes"), number("ms"))));
         Ok(())
     }
 }
@@ -285,7 +287,7 @@ fn show(event: &Value) -> anyhow::Result<bool> {
         }
         Some("response.completed" | "response.incomplete") => {
             let response = event.get("response").cloned().unwrap_or_default();
-            println!("\n{DIM}{}{PLAIN}", usage_line(&response));
+            println!("\n{}", dim(&usage_line(&response)));
             Ok(true)
         }
         Some("response.failed") => {
@@ -322,12 +324,12 @@ fn residency_line(shown: &Value) -> String {
     let tier = |name: &str| shown.pointer(&format!("/tiers/{name}/tokens")).and_then(Value::as_u64).unwrap_or(0);
     let state = shown.get("state").and_then(Value::as_str).unwrap_or("?");
     let tokens = shown.get("tokens").and_then(Value::as_u64).unwrap_or(0);
-    format!(
-        "{DIM}{state}: {tokens} tokens of history; device {}, host {}, disk {}{PLAIN}",
+    dim(&format!(
+        "{state}: {tokens} tokens of history; device {}, host {}, disk {}",
         tier("device"),
         tier("host"),
         tier("disk")
-    )
+    ))
 }
 
 /// Server-sent events out of the pieces that a connection gives.
