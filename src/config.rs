@@ -1,1 +1,259 @@
 //! What can be set, and what is it by default?
+//!
+//! `config/default.toml` is the one source of defaults and of each key's unit, range and reason. Over it lie a file, the
+//! environment, `--set`, and the flags of `serve`, in this order. An unknown key or an impossible value is an error that
+//! names the full key and where it came from.
+//! Invariant: a `Config` that exists is possible; nobody checks it again.
+#![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
+
+mod bytes;
+mod layers;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+pub use bytes::Bytes;
+pub use layers::{Layers, Source};
+
+const DEFAULTS: &str = include_str!("../config/default.toml");
+const MIB: u64 = 1 << 20;
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("the configuration file {path} can't be read: {reason}")]
+    Unreadable { path: String, reason: String },
+    #[error("the configuration file {path} is not TOML: {reason}")]
+    Syntax { path: String, reason: String },
+    #[error("`{key}` ({from}) is no setting{}", did_you_mean(suggestion.as_deref()))]
+    UnknownKey { key: String, from: Source, suggestion: Option<String> },
+    #[error("`{key}` ({from}) can't be that: {reason}")]
+    Impossible { key: String, from: Source, reason: String },
+    #[error("`{0}` is no `key=value`; write for example kv.device_bytes=1GiB")]
+    NotAPair(String),
+}
+
+fn did_you_mean(suggestion: Option<&str>) -> String {
+    match suggestion {
+        Some(key) => format!("; did you mean `{key}`?"),
+        None => "; config/default.toml lists all".to_owned(),
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub server: Server,
+    pub model: Model,
+    pub kv: Kv,
+    pub engine: Engine,
+    pub sessions: Sessions,
+    pub api: Api,
+    pub log: Log,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Server {
+    pub listen: SocketAddr,
+    pub data_dir: PathBuf,
+    pub drain_deadline_s: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    pub path: PathBuf,
+    /// `None`: the name in the model file.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub name: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kv {
+    pub device_bytes: Bytes,
+    pub host_bytes: Bytes,
+    /// Always 0: there is no disk tier yet.
+    pub disk_bytes: Bytes,
+    pub block_size: u32,
+    pub eviction_policy: EvictionPolicy,
+    pub background_offload: bool,
+    pub journal_entries: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EvictionPolicy {
+    Lru,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Engine {
+    /// As set; `thread_count` says what 0 comes to.
+    pub threads: usize,
+    pub max_running: usize,
+    pub step_tokens: u32,
+    pub queue_depth: usize,
+    pub queue_deadline_s: u64,
+    pub reuse: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sessions {
+    pub queue_depth: usize,
+    pub idle_s: u64,
+    pub max_live: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Api {
+    pub default_max_tokens: u32,
+    pub unknown_fields: UnknownFields,
+    pub limits: Limits,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UnknownFields {
+    Ignore,
+    Refuse,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    pub body_bytes: Bytes,
+    pub text_bytes: Bytes,
+    pub json_depth: usize,
+    pub messages: usize,
+    pub input_items: usize,
+    pub post_items: usize,
+    pub conversation_items: usize,
+    pub body_timeout_s: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    pub format: LogFormat,
+    pub level: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+impl Config {
+    /// The defaults alone.
+    pub fn defaults() -> Result<Self, ConfigError> {
+        Layers::defaults()?.build()
+    }
+}
+
+impl Engine {
+    /// Threads that run the model: as set, or one a physical core that this process may use.
+    pub fn thread_count(&self) -> usize {
+        if self.threads > 0 { self.threads } else { physical_cores() }
+    }
+}
+
+impl Layers {
+    /// All layers as one checked configuration.
+    pub fn build(self) -> Result<Config, ConfigError> {
+        let config: Config = serde_path_to_error::deserialize(toml::Value::Table(self.table().clone()))
+            .map_err(|error| self.impossible(&error.path().to_string(), error.inner().message()))?;
+        self.check(&config)?;
+        Ok(config)
+    }
+
+    fn check(&self, config: &Config) -> Result<(), ConfigError> {
+        let Config { server, model, kv, engine, sessions, api, log } = config;
+        if !server.listen.ip().is_loopback() {
+            let reason = format!(
+                "{} can be reached from other machines, and without API keys anyone there could use the server; listen \
+                 on 127.0.0.1 or [::1], and put a proxy that checks who asks in front",
+                server.listen.ip()
+            );
+            return Err(self.impossible("server.listen", &reason));
+        }
+        self.set("server.data_dir", &server.data_dir)?;
+        self.range("server.drain_deadline_s", server.drain_deadline_s, 0..=3600)?;
+        self.set("model.path", &model.path)?;
+        self.range("kv.device_bytes", kv.device_bytes, Bytes(MIB)..=Bytes(1 << 44))?;
+        self.range("kv.host_bytes", kv.host_bytes, Bytes(0)..=Bytes(1 << 44))?;
+        if kv.disk_bytes != Bytes(0) {
+            return Err(self.impossible("kv.disk_bytes", "this build has no disk tier; leave it at 0"));
+        }
+        if kv.block_size != 16 {
+            return Err(self.impossible("kv.block_size", "the CPU kernels work on blocks of 16 tokens"));
+        }
+        self.range("kv.journal_entries", kv.journal_entries, 100..=1_000_000)?;
+        self.range("engine.threads", engine.threads, 0..=1024)?;
+        self.range("engine.max_running", engine.max_running, 1..=4096)?;
+        self.range("engine.step_tokens", engine.step_tokens, 16..=65_536)?;
+        self.range("engine.queue_depth", engine.queue_depth, 1..=100_000)?;
+        self.range("engine.queue_deadline_s", engine.queue_deadline_s, 1..=3600)?;
+        self.range("sessions.queue_depth", sessions.queue_depth, 0..=1024)?;
+        self.range("sessions.idle_s", sessions.idle_s, 1..=86_400)?;
+        self.range("sessions.max_live", sessions.max_live, 1..=1_000_000)?;
+        self.range("api.default_max_tokens", api.default_max_tokens, 1..=1_000_000)?;
+        let limits = &api.limits;
+        self.range("api.limits.body_bytes", limits.body_bytes, Bytes(1 << 10)..=Bytes(1 << 30))?;
+        self.range("api.limits.text_bytes", limits.text_bytes, Bytes(1 << 10)..=Bytes(1 << 30))?;
+        self.range("api.limits.json_depth", limits.json_depth, 8..=128)?;
+        self.range("api.limits.messages", limits.messages, 1..=100_000)?;
+        self.range("api.limits.input_items", limits.input_items, 1..=100_000)?;
+        self.range("api.limits.post_items", limits.post_items, 1..=100_000)?;
+        self.range("api.limits.conversation_items", limits.conversation_items, 1..=1_000_000)?;
+        self.range("api.limits.body_timeout_s", limits.body_timeout_s, 1..=3600)?;
+        crate::telemetry::log::parse_filter(&log.level)
+            .map_err(|error| self.impossible("log.level", &error.to_string()))?;
+        Ok(())
+    }
+
+    fn set(&self, key: &str, path: &std::path::Path) -> Result<(), ConfigError> {
+        if path.as_os_str().is_empty() { Err(self.impossible(key, "it is empty")) } else { Ok(()) }
+    }
+
+    fn range<T: PartialOrd + fmt::Display>(
+        &self,
+        key: &str,
+        value: T,
+        range: RangeInclusive<T>,
+    ) -> Result<(), ConfigError> {
+        if range.contains(&value) {
+            return Ok(());
+        }
+        Err(self.impossible(key, &format!("{value} is not within {} to {}", range.start(), range.end())))
+    }
+}
+
+fn empty_is_none<'de, D: serde::Deserializer<'de>>(value: D) -> Result<Option<String>, D::Error> {
+    let text = String::deserialize(value)?;
+    Ok(if text.is_empty() { None } else { Some(text) })
+}
+
+/// Two threads of one core share its arithmetic units, so that a second one only gets in the way.
+fn physical_cores() -> usize {
+    let usable = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let siblings = |cpu: usize| {
+        std::fs::read_to_string(format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")).ok()
+    };
+    let cores: std::collections::BTreeSet<String> = (0..).map_while(siblings).collect();
+    if cores.is_empty() { usable } else { usable.min(cores.len()) }
+}
+
+#[cfg(test)]
+mod tests;

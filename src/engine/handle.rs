@@ -114,6 +114,22 @@ impl EngineHandle {
         self.shared.residency.get(&key).map(|entry| entry.value().clone())
     }
 
+    /// Whether a turn with a prompt this long would be taken now. For those who must do something lasting before they start
+    /// it; the queue may have filled by then.
+    pub fn admits(&self, prompt: TokenCount) -> Result<(), SubmitError> {
+        if prompt.0 == 0 {
+            return Err(SubmitError::PromptEmpty);
+        }
+        if prompt >= self.shared.window {
+            return Err(SubmitError::PromptTooLong { prompt, window: self.shared.window });
+        }
+        let queued = self.shared.queued.load(Ordering::Relaxed);
+        if queued >= self.shared.queue_depth {
+            return Err(SubmitError::Overloaded { queued });
+        }
+        Ok(())
+    }
+
     /// The handle of one conversation's KV. The caller keeps to one a key: `sessions` has one actor a conversation.
     pub fn kv(&self, tenant: TenantId, tenant_key: TenantKey, key: KvKey) -> KvHandle {
         KvHandle { key, tenant, tenant_key, engine: self.clone() }
@@ -153,16 +169,7 @@ impl KvHandle {
     pub fn start_turn(&mut self, request: TurnRequest) -> Result<(TurnHandle, TurnEvents), SubmitError> {
         let shared = &self.engine.shared;
         let prompt = TokenCount::of(&request.prompt);
-        if prompt.0 == 0 {
-            return Err(SubmitError::PromptEmpty);
-        }
-        if prompt >= shared.window {
-            return Err(SubmitError::PromptTooLong { prompt, window: shared.window });
-        }
-        let queued = shared.queued.load(Ordering::Relaxed);
-        if queued >= shared.queue_depth {
-            return Err(SubmitError::Overloaded { queued });
-        }
+        self.engine.admits(prompt)?;
         let turn = TurnId(shared.next_turn.fetch_add(1, Ordering::Relaxed));
         let hashes = PrefixHash::chain(&self.tenant_key, &request.prompt, shared.block_size);
         let room = request.max_tokens.0.min(shared.window.0 - prompt.0) as usize + 2;

@@ -6,12 +6,14 @@ pub mod batch;
 pub mod core;
 pub mod fairness;
 pub mod handle;
+mod metrics;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
 pub mod status;
 pub mod thread;
 
+pub use crate::model::language::{ChatMessage, Language, Rendered, TemplateError, TextDecoder};
 pub use handle::{EngineHandle, KvHandle, SubmitError, TurnEvents, TurnHandle};
 pub use sampler::Sampling;
 

@@ -11,7 +11,8 @@ use memmap2::MmapMut;
 
 /// A fixed number of blocks of `block_bytes` bytes each, page aligned, zeroed at first.
 pub struct Arena {
-    map: UnsafeCell<MmapMut>,
+    /// Owns the mapping; its bytes are reached through `base` alone.
+    _map: UnsafeCell<MmapMut>,
     base: *mut u8,
     block_bytes: usize,
     blocks: usize,
@@ -43,7 +44,7 @@ impl Arena {
             tracing::debug!(%error, "no huge pages for a pool");
         }
         let base = map.as_mut_ptr();
-        Ok(Self { map: UnsafeCell::new(map), base, block_bytes, blocks })
+        Ok(Self { _map: UnsafeCell::new(map), base, block_bytes, blocks })
     }
 
     pub fn blocks(&self) -> usize {
@@ -99,8 +100,6 @@ impl Arena {
 
 impl std::fmt::Debug for Arena {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // SAFETY: reads the mapping's length only, which never changes.
-        let len = unsafe { (*self.map.get()).len() };
-        write!(f, "Arena({} blocks, {len} bytes)", self.blocks)
+        write!(f, "Arena({} blocks of {} bytes)", self.blocks, self.block_bytes)
     }
 }

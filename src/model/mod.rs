@@ -8,6 +8,8 @@ pub mod chat_template;
 pub mod decoder;
 pub mod fake;
 pub mod families;
+pub mod language;
+pub mod markup;
 pub mod tokenizer;
 pub mod weights;
 

@@ -1,14 +1,23 @@
 //! What do the layers above and a session say to each other?
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
+pub use crate::engine::handle::{OffloadTo, Offloaded};
+pub use crate::engine::status::Residency;
 pub use crate::engine::{FinishReason, Sampling, TurnUsage};
 use crate::types::{TokenCount, TokenId};
 
 /// A conversation's id: `conv_` and 32 hex digits at the API.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ConversationId(pub u128);
+
+impl fmt::Display for ConversationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "conv_{:032x}", self.0)
+    }
+}
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Role {
@@ -164,4 +173,66 @@ pub enum TurnError {
     Draining,
     #[error("{0}")]
     Internal(String),
+}
+
+/// Why a conversation could not be read or changed.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error("no such conversation")]
+    NoConversation,
+    #[error("no item `{0}` in this conversation")]
+    NoItem(String),
+    #[error("item `{0}` is in the conversation already")]
+    DuplicateItem(String),
+    #[error("a turn of this conversation runs or waits; retry when it is done")]
+    Busy,
+    #[error("{0}")]
+    Overloaded(String),
+    #[error("the store can't be reached: {0}")]
+    Store(String),
+    #[error("{0}")]
+    Internal(String),
+}
+
+/// The proof of a deletion: what every tier gave back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Deleted {
+    pub device_bytes: u64,
+    pub host_bytes: u64,
+    /// Bytes that stay, because other conversations of the tenant share them.
+    pub kept_shared_bytes: u64,
+}
+
+/// Where a conversation's KV is, and what its next turn would cost.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ConversationResidency {
+    /// Tokens of the history as the KV has them; 0 before the first turn.
+    pub tokens: TokenCount,
+    /// Answers in the history.
+    pub turns: usize,
+    /// Seconds since 1970.
+    pub last_used_at: i64,
+    /// `None`: no tier holds any of it.
+    pub residency: Option<Residency>,
+    /// `None` until the engine has measured the rates that a forecast needs.
+    pub predicted: Option<Predicted>,
+}
+
+/// What it would take to bring the missing tokens back to the device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Predicted {
+    /// Copying what the host has and encoding what it lacks; `None` if the host has nothing that the device lacks.
+    pub reload_ms: Option<u64>,
+    /// Encoding all that is missing.
+    pub reencode_ms: u64,
+    pub choice: ReturnPath,
+}
+
+/// How the next turn would get its history back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ReturnPath {
+    /// All of it is on the device.
+    Resident,
+    Reload,
+    Reencode,
 }

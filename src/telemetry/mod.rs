@@ -1,1 +1,4 @@
-//! telemetry
+//! How do logs and metrics leave the process?
+
+pub mod log;
+pub mod metrics;

@@ -1,0 +1,309 @@
+//! How are conversations made, read, changed, deleted, and where is their KV?
+#![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
+
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use super::fields::Fields;
+use super::items::{self, Page};
+use super::{ApiSettings, ApiState, Limits, body, ids, input};
+use crate::engine::status::{ResidencyState, TierShare};
+use crate::sessions::messages::{
+    Conversation, ConversationId, ConversationResidency, NewItem, OffloadTo, Predicted, ReturnPath,
+};
+use crate::types::{TenantId, Tick};
+
+fn id(path: &str) -> Result<ConversationId, ApiError> {
+    ids::parse_conversation(path).ok_or_else(ApiError::conversation_not_found)
+}
+
+fn object(conversation: &Conversation) -> Value {
+    json!({
+        "id": ids::conversation(conversation.id),
+        "object": "conversation",
+        "created_at": conversation.created_at,
+        "metadata": conversation.metadata,
+    })
+}
+
+fn new_items(fields: &mut Fields<'_>, limits: &Limits) -> Result<Option<Vec<NewItem>>, ApiError> {
+    fields.array("items")?.map(|list| input::items("items", list, limits.post_items, limits)).transpose()
+}
+
+/// POST `/v1/conversations`.
+pub async fn create(
+    request: HttpRequest,
+    payload: web::Payload,
+    state: web::Data<ApiState>,
+) -> Result<HttpResponse, ApiError> {
+    let parsed = body::object(&request, payload, &state.settings.limits).await?;
+    let mut fields = Fields::of(&parsed);
+    let metadata = fields.metadata()?.unwrap_or_default();
+    let items = new_items(&mut fields, &state.settings.limits)?.unwrap_or_default();
+    let ignored = body::unknown(&fields, &state.settings)?;
+    let conversation = state.sessions.create(&state.tenant, metadata, items).await?;
+    Ok(body::answer_naming(HttpResponse::Ok().json(object(&conversation)), ignored))
+}
+
+/// GET `/v1/conversations/{id}`.
+pub async fn get(path: web::Path<String>, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
+    let conversation = state.sessions.get(&state.tenant, id(&path)?).await?;
+    Ok(HttpResponse::Ok().json(object(&conversation)))
+}
+
+/// POST `/v1/conversations/{id}`: replaces `metadata`.
+pub async fn set_metadata(
+    request: HttpRequest,
+    path: web::Path<String>,
+    payload: web::Payload,
+    state: web::Data<ApiState>,
+) -> Result<HttpResponse, ApiError> {
+    let parsed = body::object(&request, payload, &state.settings.limits).await?;
+    let id = id(&path)?;
+    let mut fields = Fields::of(&parsed);
+    let metadata = match fields.metadata()? {
+        Some(metadata) => metadata,
+        None if fields.has("metadata") => Default::default(),
+        None => return Err(ApiError::missing("metadata")),
+    };
+    let ignored = body::unknown(&fields, &state.settings)?;
+    let conversation = state.sessions.set_metadata(&state.tenant, id, metadata).await?;
+    Ok(body::answer_naming(HttpResponse::Ok().json(object(&conversation)), ignored))
+}
+
+/// DELETE `/v1/conversations/{id}`: answers after every tier and the store have let go, with the proof.
+pub async fn delete(path: web::Path<String>, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
+    let id = id(&path)?;
+    let deleted = state.sessions.delete(&state.tenant, id).await?;
+    Ok(HttpResponse::Ok().json(json!({
+        "id": ids::conversation(id),
+        "object": "conversation.deleted",
+        "deleted": true,
+        "rekindle": {
+            "freed": {"device_bytes": deleted.device_bytes, "host_bytes": deleted.host_bytes, "disk_bytes": 0},
+            "kept_shared_bytes": deleted.kept_shared_bytes,
+            "remaining_bytes": 0,
+            "nodes": 1,
+        },
+    })))
+}
+
+/// GET `/v1/conversations/{id}/items`.
+pub async fn list_items(
+    request: HttpRequest,
+    path: web::Path<String>,
+    state: web::Data<ApiState>,
+) -> Result<HttpResponse, ApiError> {
+    let id = id(&path)?;
+    let page = Page::parse(request.query_string())?;
+    let items = state.sessions.items(&state.tenant, id).await?;
+    Ok(HttpResponse::Ok().json(page.cut(&items)?))
+}
+
+/// POST `/v1/conversations/{id}/items`: answers the list of what it made.
+pub async fn add_items(
+    request: HttpRequest,
+    path: web::Path<String>,
+    payload: web::Payload,
+    state: web::Data<ApiState>,
+) -> Result<HttpResponse, ApiError> {
+    let parsed = body::object(&request, payload, &state.settings.limits).await?;
+    let id = id(&path)?;
+    let mut fields = Fields::of(&parsed);
+    let items = new_items(&mut fields, &state.settings.limits)?.ok_or_else(|| ApiError::missing("items"))?;
+    if fields.array("items")?.is_none_or(<[Value]>::is_empty) {
+        return Err(ApiError::invalid_value("items", "`items` is empty; give at least one"));
+    }
+    let ignored = body::unknown(&fields, &state.settings)?;
+    let added = state.sessions.append_items(&state.tenant, id, items).await?;
+    let list = items::whole_list(added.iter().map(|item| items::item(item)).collect());
+    Ok(body::answer_naming(HttpResponse::Ok().json(list), ignored))
+}
+
+/// GET `/v1/conversations/{id}/items/{item_id}`.
+pub async fn get_item(path: web::Path<(String, String)>, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
+    let (conversation, item) = path.into_inner();
+    let items = state.sessions.items(&state.tenant, id(&conversation)?).await?;
+    let found = items.iter().find(|found| found.id == item).ok_or_else(|| ApiError::item_not_found(None))?;
+    Ok(HttpResponse::Ok().json(items::item(found)))
+}
+
+/// DELETE `/v1/conversations/{id}/items/{item_id}`: answers the conversation.
+pub async fn delete_item(
+    path: web::Path<(String, String)>,
+    state: web::Data<ApiState>,
+) -> Result<HttpResponse, ApiError> {
+    let (conversation, item) = path.into_inner();
+    let conversation = state.sessions.delete_item(&state.tenant, id(&conversation)?, &item).await?;
+    Ok(HttpResponse::Ok().json(object(&conversation)))
+}
+
+/// POST `/v1/conversations/{id}/offload`.
+pub async fn offload(
+    request: HttpRequest,
+    path: web::Path<String>,
+    payload: web::Payload,
+    state: web::Data<ApiState>,
+) -> Result<HttpResponse, ApiError> {
+    let parsed = body::object(&request, payload, &state.settings.limits).await?;
+    let id = id(&path)?;
+    let mut fields = Fields::of(&parsed);
+    let (to, word) = match fields.string("to")? {
+        None | Some("host") => (OffloadTo::Host, "host"),
+        Some("none") => (OffloadTo::None, "none"),
+        Some("disk") => {
+            return Err(ApiError::unsupported_value("to", "this server has no disk tier; offload to host or none"));
+        }
+        Some(_) => return Err(ApiError::invalid_value("to", "`to` must be host, disk or none")),
+    };
+    let ignored = body::unknown(&fields, &state.settings)?;
+    let moved = state.sessions.offload(&state.tenant, id, to).await?;
+    let response = json!({
+        "object": "conversation.offload",
+        "conversation": ids::conversation(id),
+        "to": word,
+        "bytes": moved.bytes,
+        "ms": moved.ms,
+    });
+    Ok(body::answer_naming(HttpResponse::Ok().json(response), ignored))
+}
+
+/// GET `/v1/conversations/{id}/residency`: where its KV is now. Never waits for the engine.
+pub async fn residency(path: web::Path<String>, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
+    let id = id(&path)?;
+    let residency = state.sessions.residency(&state.tenant, id).await?;
+    Ok(HttpResponse::Ok().json(residency_object(id, &residency, state.tenant.id, &state.settings)))
+}
+
+fn residency_object(id: ConversationId, of: &ConversationResidency, tenant: TenantId, settings: &ApiSettings) -> Value {
+    let now = of.residency.as_ref();
+    let state = match now.map(|now| now.state) {
+        None if of.tokens.0 == 0 => "empty",
+        None => "none",
+        Some(ResidencyState::Running) => "running",
+        Some(ResidencyState::Reloading) => "reloading",
+        Some(ResidencyState::Resident) => "resident",
+        Some(ResidencyState::Partial) => "partial",
+        Some(ResidencyState::Offloaded) => "offloaded",
+    };
+    let last_eviction = now.and_then(|now| now.last_eviction.as_ref()).map(|eviction| {
+        json!({
+            "id": format!("jrn_{:032x}", eviction.journal),
+            "at": unix_seconds(eviction.at, settings),
+            "rule": eviction.rule,
+            "for_tenant": if eviction.for_tenant == tenant { "self" } else { "other" },
+            "freed_bytes": eviction.freed_bytes,
+        })
+    });
+    json!({
+        "object": "conversation.residency",
+        "conversation": ids::conversation(id),
+        "state": state,
+        "tokens": of.tokens.0,
+        "turns": of.turns,
+        "last_used": of.last_used_at,
+        "pinned": false,
+        "pin_expires_at": null,
+        "tiers": {
+            "device": tier(now.map(|now| now.device).unwrap_or_default()),
+            "host": tier(now.map(|now| now.host).unwrap_or_default()),
+            "disk": tier(TierShare::default()),
+        },
+        "predicted": predicted(of.predicted),
+        "last_eviction": last_eviction,
+    })
+}
+
+fn tier(share: TierShare) -> Value {
+    json!({"tokens": share.tokens.0, "bytes_private": share.bytes_private, "bytes_shared": share.bytes_shared})
+}
+
+fn predicted(forecast: Option<Predicted>) -> Value {
+    let choice = forecast.map(|forecast| match forecast.choice {
+        ReturnPath::Resident => "resident",
+        ReturnPath::Reload => "reload",
+        ReturnPath::Reencode => "reencode",
+    });
+    json!({
+        "reload_ms": forecast.and_then(|forecast| forecast.reload_ms),
+        "reencode_ms": forecast.map(|forecast| forecast.reencode_ms),
+        "choice": choice,
+    })
+}
+
+fn unix_seconds(tick: Tick, settings: &ApiSettings) -> i64 {
+    settings.tick_zero_us.saturating_add_unsigned(tick.0) / 1_000_000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::settings;
+    use super::*;
+    use crate::engine::status::{LastEviction, Residency};
+    use crate::types::{Tier, TokenCount};
+
+    #[test]
+    fn residency_has_every_key_of_the_contract_and_no_tenants_name() {
+        let eviction = LastEviction {
+            journal: 7,
+            at: Tick(3_000_000),
+            rule: "lru",
+            for_tenant: TenantId(1),
+            from: Tier::Device,
+            freed_bytes: 4096,
+        };
+        let host = TierShare { tokens: TokenCount(32), bytes_private: 1, bytes_shared: 2 };
+        let of = ConversationResidency {
+            tokens: TokenCount(33),
+            turns: 2,
+            last_used_at: 1_790_000_001,
+            residency: Some(Residency {
+                tenant: TenantId(0),
+                state: ResidencyState::Offloaded,
+                device: TierShare::default(),
+                host,
+                last_used: Tick(1),
+                last_eviction: Some(eviction),
+            }),
+            predicted: Some(Predicted { reload_ms: Some(9), reencode_ms: 410, choice: ReturnPath::Reload }),
+        };
+        let shown = residency_object(ConversationId(1), &of, TenantId(0), &settings());
+        let keys: Vec<_> = shown.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(
+            keys,
+            [
+                "object",
+                "conversation",
+                "state",
+                "tokens",
+                "turns",
+                "last_used",
+                "pinned",
+                "pin_expires_at",
+                "tiers",
+                "predicted",
+                "last_eviction"
+            ]
+        );
+        assert_eq!((&shown["state"], &shown["tiers"]["host"]["tokens"]), (&json!("offloaded"), &json!(32)));
+        assert_eq!(shown["predicted"], json!({"reload_ms": 9, "reencode_ms": 410, "choice": "reload"}));
+        assert_eq!(shown["last_eviction"]["at"], 1_790_000_003);
+        assert_eq!(shown["last_eviction"]["for_tenant"], "other");
+        assert_eq!(shown["last_eviction"]["id"], format!("jrn_{:032x}", 7));
+    }
+
+    #[test]
+    fn a_conversation_without_kv_is_empty_or_only_its_transcript() {
+        let of = |tokens| ConversationResidency {
+            tokens: TokenCount(tokens),
+            turns: 0,
+            last_used_at: 0,
+            residency: None,
+            predicted: None,
+        };
+        let state =
+            |tokens| residency_object(ConversationId(1), &of(tokens), TenantId(0), &settings())["state"].clone();
+        assert_eq!((state(0), state(9)), (json!("empty"), json!("none")));
+    }
+}

@@ -1,0 +1,111 @@
+//! What does every request and every answer have, whatever its route?
+//!
+//! An `x-request-id`, the time it took, a span for the log, and an answer in JSON even if a handler panics.
+#![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
+
+use std::panic::AssertUnwindSafe;
+use std::time::Instant;
+
+use actix_web::body::{BoxBody, MessageBody};
+use actix_web::dev::{ServiceRequest, ServiceResponse};
+use actix_web::error::InternalError;
+use actix_web::http::header::{HeaderMap, HeaderName, HeaderValue};
+use actix_web::middleware::Next;
+use actix_web::{Error, HttpResponse, ResponseError, web};
+use futures_util::FutureExt;
+use tracing::Instrument;
+
+use super::error::ApiError;
+use super::{ApiState, ids};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const CLIENT_REQUEST_ID: HeaderName = HeaderName::from_static("x-client-request-id");
+const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
+const CLIENT_REQUEST_ID_MAX: usize = 512;
+
+/// The outermost layer, around every route.
+pub async fn edge<B: MessageBody + 'static>(
+    state: web::Data<ApiState>,
+    request: ServiceRequest,
+    next: Next<B>,
+) -> Result<ServiceResponse<BoxBody>, Error> {
+    let started = Instant::now();
+    let client_id = request.headers().get(CLIENT_REQUEST_ID).filter(|value| is_plain(value)).cloned();
+    let about = About { id: ids::new("req_"), client_id, started };
+    let span = tracing::info_span!(
+        "request",
+        request = about.id,
+        tenant = state.tenant.name,
+        method = %request.method(),
+        path = request.path(),
+        client_request = about.client_id.as_ref().and_then(|value| value.to_str().ok()),
+    );
+    let header_bytes: usize = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    if header_bytes > state.settings.limits.header_bytes {
+        let error = ApiError::headers_too_large(state.settings.limits.header_bytes);
+        return Ok(request.into_response(about.mark(error.error_response())));
+    }
+    let answered = AssertUnwindSafe(next.call(request)).catch_unwind().instrument(span.clone()).await;
+    let _entered = span.entered();
+    match answered {
+        Ok(Ok(mut response)) => {
+            about.mark_headers(response.headers_mut());
+            let (status, ms) = (response.status().as_u16(), about.started.elapsed().as_millis());
+            tracing::debug!(status, ms, "answered");
+            Ok(response.map_into_boxed_body())
+        }
+        Ok(Err(error)) => {
+            let response = about.mark(error.error_response());
+            Err(InternalError::from_response(error, response).into())
+        }
+        Err(panic) => {
+            let reason = panic.downcast_ref::<String>().map(String::as_str);
+            let reason = reason.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without words");
+            tracing::error!(reason, "a handler panicked");
+            let error = ApiError::internal();
+            let response = about.mark(error.error_response());
+            Err(InternalError::from_response(error, response).into())
+        }
+    }
+}
+
+struct About {
+    id: String,
+    client_id: Option<HeaderValue>,
+    started: Instant,
+}
+
+impl About {
+    fn mark(&self, mut response: HttpResponse) -> HttpResponse {
+        self.mark_headers(response.headers_mut());
+        response
+    }
+
+    fn mark_headers(&self, headers: &mut HeaderMap) {
+        if let Ok(id) = HeaderValue::from_str(&self.id) {
+            headers.insert(REQUEST_ID, id);
+        }
+        if let Some(id) = &self.client_id {
+            headers.insert(CLIENT_REQUEST_ID, id.clone());
+        }
+        let ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        headers.insert(PROCESSING_MS, HeaderValue::from(ms));
+    }
+}
+
+/// A client's own request id is echoed if it is printable ASCII and not too long.
+fn is_plain(value: &HeaderValue) -> bool {
+    value.len() <= CLIENT_REQUEST_ID_MAX && value.as_bytes().iter().all(|byte| matches!(byte, b' '..=b'~'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_plain_client_request_ids_are_echoed() {
+        assert!(is_plain(&HeaderValue::from_static("abc 1-2")));
+        assert!(!is_plain(&HeaderValue::from_bytes("ä".as_bytes()).unwrap()));
+        assert!(!is_plain(&HeaderValue::from_str(&"x".repeat(513)).unwrap()));
+    }
+}

@@ -1,0 +1,377 @@
+//! Which status, type and code does an error have at the API?
+//!
+//! The one mapping, and nowhere else: no `_` arms, so that whoever adds a variant chooses its status and stable code.
+//! Every error of every route has the same JSON body: `message`, `type`, `param`, `code`.
+#![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
+
+use std::fmt;
+use std::time::Duration;
+
+use actix_web::http::StatusCode;
+use actix_web::http::header::{ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
+use actix_web::{HttpResponse, ResponseError};
+use serde_json::{Value, json};
+
+use crate::sessions::messages::{SessionError, TurnError};
+
+const INVALID_REQUEST: &str = "invalid_request_error";
+const SERVER_ERROR: &str = "server_error";
+
+/// An error as the client gets it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    code: &'static str,
+    param: Option<String>,
+    message: String,
+    retry_after: Option<Duration>,
+    /// `x-should-retry`, where the SDKs' own rule would do the wrong thing.
+    should_retry: Option<bool>,
+    allow: Option<&'static str>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self { status, kind, code, param: None, message, retry_after: None, should_retry: None, allow: None }
+    }
+
+    fn bad_request(code: &'static str, param: Option<&str>, message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, code, message);
+        Self { param: param.map(str::to_owned), ..error }
+    }
+
+    fn not_found(code: &'static str, param: Option<&str>, message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, code, message);
+        Self { param: param.map(str::to_owned), ..error }
+    }
+
+    fn unavailable(code: &'static str, message: impl Into<String>, retry_after: Duration) -> Self {
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER_ERROR, code, message);
+        Self { retry_after: Some(retry_after), ..error }
+    }
+
+    pub fn invalid_json(message: String) -> Self {
+        Self::bad_request("invalid_json", None, message)
+    }
+
+    pub fn missing(param: &str) -> Self {
+        Self::bad_request("missing_required_parameter", Some(param), format!("`{param}` is required"))
+    }
+
+    pub fn invalid_type(param: &str, message: String) -> Self {
+        Self::bad_request("invalid_type", Some(param), message)
+    }
+
+    pub fn invalid_value(param: &str, message: impl Into<String>) -> Self {
+        Self::bad_request("invalid_value", Some(param), message)
+    }
+
+    pub fn unknown_parameter(param: &str) -> Self {
+        Self::bad_request("unknown_parameter", Some(param), format!("`{param}` is not a parameter of this route"))
+    }
+
+    pub fn unsupported_parameter(param: &str) -> Self {
+        Self::bad_request(
+            "unsupported_parameter",
+            Some(param),
+            format!("`{param}` is not supported here; leave it out"),
+        )
+    }
+
+    pub fn unsupported_value(param: &str, message: impl Into<String>) -> Self {
+        Self::bad_request("unsupported_value", Some(param), message)
+    }
+
+    pub fn mutually_exclusive(param: &str, message: impl Into<String>) -> Self {
+        Self::bad_request("mutually_exclusive_parameters", Some(param), message)
+    }
+
+    pub fn array_too_long(param: &str, found: usize, most: usize) -> Self {
+        let message = format!("`{param}` has {found} elements, at most {most} are allowed");
+        Self::bad_request("array_above_max_length", Some(param), message)
+    }
+
+    pub fn string_too_long(param: &str, message: String) -> Self {
+        Self::bad_request("string_above_max_length", Some(param), message)
+    }
+
+    pub fn model_not_found(asked: &str, served: &str) -> Self {
+        let asked: String = asked.chars().take(128).collect();
+        Self::not_found(
+            "model_not_found",
+            Some("model"),
+            format!("no model `{asked}` is served here; there is `{served}`"),
+        )
+    }
+
+    pub fn conversation_not_found() -> Self {
+        Self::not_found("conversation_not_found", None, "no such conversation: it never was, or it was deleted")
+    }
+
+    pub fn item_not_found(param: Option<&str>) -> Self {
+        Self::not_found("item_not_found", param, "the conversation has no such item")
+    }
+
+    pub fn response_not_found() -> Self {
+        Self::not_found("response_not_found", None, "no such response: this server does not keep responses yet")
+    }
+
+    pub fn unknown_url(method: &str, path: &str) -> Self {
+        let path: String = path.chars().take(256).collect();
+        Self::not_found(
+            "unknown_url",
+            None,
+            format!("there is no route for {method} {path}; look at /v1/models for a start"),
+        )
+    }
+
+    /// 405; `allow` lists the methods of the route.
+    pub fn method_not_allowed(method: &str, allow: &'static str) -> Self {
+        let message = format!("{method} is not allowed on this route; it takes {allow}");
+        let error = Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID_REQUEST, "method_not_allowed", message);
+        Self { allow: Some(allow), ..error }
+    }
+
+    pub fn upgrade_required() -> Self {
+        let message =
+            "GET on this route is the WebSocket mode, which this server does not offer; POST over HTTP instead";
+        Self::new(StatusCode::UPGRADE_REQUIRED, INVALID_REQUEST, "upgrade_required", message)
+    }
+
+    pub fn body_timeout(limit: Duration) -> Self {
+        let message = format!("the body did not arrive within {} s", limit.as_secs());
+        Self::new(StatusCode::REQUEST_TIMEOUT, INVALID_REQUEST, "request_timeout", message)
+    }
+
+    pub fn body_broken(reason: &str) -> Self {
+        Self::bad_request("invalid_json", None, format!("the body could not be read: {reason}"))
+    }
+
+    pub fn too_large(limit_bytes: usize) -> Self {
+        let message = format!("the body is larger than {limit_bytes} bytes, the limit `api.limits.body_bytes`");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID_REQUEST, "request_too_large", message)
+    }
+
+    pub fn media_type(found: &str) -> Self {
+        let found: String = found.chars().take(128).collect();
+        let message = format!("the body must be application/json, plainly encoded in UTF-8, and is {found}");
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, "unsupported_media_type", message)
+    }
+
+    pub fn headers_too_large(limit_bytes: usize) -> Self {
+        let message = format!("the headers are larger than {limit_bytes} bytes");
+        Self::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, INVALID_REQUEST, "headers_too_large", message)
+    }
+
+    /// 500. What went wrong is in the log, under the request's id.
+    pub fn internal() -> Self {
+        let message =
+            "the server failed to handle this request; its log says why, under the x-request-id of this answer";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER_ERROR, "internal_error", message)
+    }
+
+    /// Once the user's items are stored a blind retry would append them twice.
+    pub fn after_storing(mut self) -> Self {
+        if self.status.is_server_error() {
+            self.should_retry = Some(false);
+        }
+        self
+    }
+
+    /// The same refusal, said of another field.
+    pub fn of_param(mut self, from: &str, to: &str) -> Self {
+        if self.param.as_deref() == Some(from) {
+            self.param = Some(to.to_owned());
+        }
+        self
+    }
+
+    pub fn code(&self) -> &'static str {
+        self.code
+    }
+
+    pub fn param(&self) -> Option<&str> {
+        self.param.as_deref()
+    }
+
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// The `error` object.
+    pub fn body(&self) -> Value {
+        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
+    }
+
+    /// `response.error`, whose codes are a closed set in the SDKs: ours goes into the message.
+    pub fn as_response_error(&self) -> Value {
+        let code = match self.status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_exceeded",
+            StatusCode::BAD_REQUEST => "invalid_prompt",
+            _ => "server_error",
+        };
+        json!({"code": code, "message": format!("{} ({})", self.message, self.code)})
+    }
+}
+
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for ApiError {}
+
+impl ResponseError for ApiError {
+    fn status_code(&self) -> StatusCode {
+        self.status
+    }
+
+    fn error_response(&self) -> HttpResponse {
+        let mut response = HttpResponse::build(self.status).json(self.body());
+        let headers = response.headers_mut();
+        if let Some(wait) = self.retry_after {
+            headers.insert(RETRY_AFTER, HeaderValue::from(wait.as_millis().div_ceil(1000) as u64));
+            headers.insert(HeaderName::from_static("retry-after-ms"), HeaderValue::from(wait.as_millis() as u64));
+        }
+        if let Some(retry) = self.should_retry {
+            let value = HeaderValue::from_static(if retry { "true" } else { "false" });
+            headers.insert(HeaderName::from_static("x-should-retry"), value);
+        }
+        if let Some(allow) = self.allow {
+            headers.insert(ALLOW, HeaderValue::from_static(allow));
+        }
+        if self.status == StatusCode::UPGRADE_REQUIRED {
+            headers.insert(actix_web::http::header::UPGRADE, HeaderValue::from_static("websocket"));
+        }
+        response
+    }
+}
+
+impl From<TurnError> for ApiError {
+    fn from(error: TurnError) -> Self {
+        let message = error.to_string();
+        match error {
+            TurnError::NoConversation => Self { param: Some("conversation".into()), ..Self::conversation_not_found() },
+            TurnError::Locked { .. } => Self {
+                retry_after: Some(Duration::from_secs(1)),
+                ..Self::bad_request("conversation_locked", Some("conversation"), message)
+            },
+            TurnError::DuplicateItem(_) => Self::bad_request("duplicate_item", Some("input"), message),
+            TurnError::NothingToAnswer => Self { message, ..Self::missing("input") },
+            TurnError::ContextLength { prompt, window } => Self::bad_request(
+                "context_length_exceeded",
+                None,
+                format!(
+                    "The prompt is too long: {prompt} tokens; it exceeds the context window, this model's maximum context \
+                     length is {window} tokens (context_length_exceeded). Shorten the input, or start a new conversation."
+                ),
+            ),
+            TurnError::Template(_) => Self::unsupported_value("messages", message),
+            TurnError::Overloaded(_) => Self::unavailable("engine_overloaded", message, Duration::from_secs(1)),
+            TurnError::QueueTimeout(_) => Self::unavailable("queue_timeout", message, Duration::from_secs(5)),
+            TurnError::Store(reason) => Self::store_unavailable(&reason),
+            TurnError::Draining => Self::unavailable("draining", message, Duration::from_secs(5)),
+            TurnError::Internal(reason) => {
+                tracing::error!(reason, "a turn failed inside");
+                Self::internal()
+            }
+        }
+    }
+}
+
+impl From<SessionError> for ApiError {
+    fn from(error: SessionError) -> Self {
+        let message = error.to_string();
+        match error {
+            SessionError::NoConversation => Self::conversation_not_found(),
+            SessionError::NoItem(_) => Self::item_not_found(None),
+            SessionError::DuplicateItem(_) => Self::bad_request("duplicate_item", Some("items"), message),
+            SessionError::Busy => Self {
+                should_retry: Some(false),
+                ..Self::new(StatusCode::CONFLICT, "conflict_error", "conversation_busy", message)
+            },
+            SessionError::Overloaded(_) => Self::unavailable("engine_overloaded", message, Duration::from_secs(1)),
+            SessionError::Store(reason) => Self::store_unavailable(&reason),
+            SessionError::Internal(reason) => {
+                tracing::error!(reason, "a session failed inside");
+                Self::internal()
+            }
+        }
+    }
+}
+
+impl ApiError {
+    fn store_unavailable(reason: &str) -> Self {
+        tracing::error!(reason, "the store failed");
+        Self::unavailable(
+            "store_unavailable",
+            "the store can't be reached; nothing was changed",
+            Duration::from_secs(5),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::TokenCount;
+
+    fn header<'a>(response: &'a HttpResponse, name: &str) -> Option<&'a str> {
+        response.headers().get(name).map(|value| value.to_str().unwrap())
+    }
+
+    #[test]
+    fn every_turn_error_has_its_status_code_and_param() {
+        let (prompt, window) = (TokenCount(5120), TokenCount(4096));
+        let table: Vec<(TurnError, u16, &str, Option<&str>)> = vec![
+            (TurnError::NoConversation, 404, "conversation_not_found", Some("conversation")),
+            (TurnError::Locked { waiting: 4 }, 400, "conversation_locked", Some("conversation")),
+            (TurnError::DuplicateItem("msg_1".into()), 400, "duplicate_item", Some("input")),
+            (TurnError::NothingToAnswer, 400, "missing_required_parameter", Some("input")),
+            (TurnError::ContextLength { prompt, window }, 400, "context_length_exceeded", None),
+            (TurnError::Template("no".into()), 400, "unsupported_value", Some("messages")),
+            (TurnError::Overloaded("full".into()), 503, "engine_overloaded", None),
+            (TurnError::QueueTimeout("late".into()), 503, "queue_timeout", None),
+            (TurnError::Store("gone".into()), 503, "store_unavailable", None),
+            (TurnError::Draining, 503, "draining", None),
+            (TurnError::Internal("bug".into()), 500, "internal_error", None),
+        ];
+        for (error, status, code, param) in table {
+            let mapped = ApiError::from(error.clone());
+            assert_eq!((mapped.status().as_u16(), mapped.code(), mapped.param()), (status, code, param), "{error:?}");
+            let waits = header(&mapped.error_response(), "retry-after").is_some();
+            assert_eq!(waits, status == 503 || code == "conversation_locked", "{error:?}");
+        }
+    }
+
+    #[test]
+    fn the_overflow_sentence_has_the_words_that_clients_look_for() {
+        let (prompt, window) = (TokenCount(5120), TokenCount(4096));
+        let message = ApiError::from(TurnError::ContextLength { prompt, window }).to_string();
+        let start = "The prompt is too long: 5120 tokens; it exceeds the context window, this model's maximum context \
+                     length is 4096 tokens (context_length_exceeded). Shorten ";
+        assert!(message.starts_with(start), "{message}");
+    }
+
+    #[test]
+    fn a_refusal_that_passes_says_when_and_a_conflict_says_not_to_retry() {
+        let locked = ApiError::from(TurnError::Locked { waiting: 1 }).error_response();
+        assert_eq!((header(&locked, "retry-after"), header(&locked, "retry-after-ms")), (Some("1"), Some("1000")));
+        let busy = ApiError::from(SessionError::Busy).error_response();
+        assert_eq!((busy.status().as_u16(), header(&busy, "x-should-retry")), (409, Some("false")));
+        let stored = ApiError::internal().after_storing().error_response();
+        assert_eq!(header(&stored, "x-should-retry"), Some("false"));
+        assert_eq!(header(&ApiError::missing("a").after_storing().error_response(), "x-should-retry"), None);
+    }
+
+    #[test]
+    fn the_body_always_has_four_keys() {
+        let body = ApiError::internal().body();
+        let keys: Vec<_> = body["error"].as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(keys, ["message", "type", "param", "code"]);
+        assert!(!body["error"]["message"].as_str().unwrap().is_empty());
+    }
+}

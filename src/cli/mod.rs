@@ -1,0 +1,3 @@
+//! Which commands run beside the server?
+
+pub mod chat;

@@ -1,0 +1,536 @@
+//! In which order do a conversation's turns and changes happen?
+//!
+//! One at a time, in the order they came: a session works on one command and queues the others. Handlers never wait; a
+//! command's work is a future whose end begins the next. Invariant: memory follows the store. Nothing is in the transcript
+//! that is not durable, and no client hears `Done` before its answer is.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use actix::{Actor, ActorFutureExt, AsyncContext, Context, Handler, WrapFuture};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::command::{Command, Description, Passivate, QueuedTurn, Refusal, Reply, answer};
+use super::messages::{
+    Deleted, FinishReason, Item, ItemStatus, Message, NewItem, OffloadTo, Offloaded, OnConflict, Part, Role,
+    SessionError, TurnError, TurnLimits, TurnUpdate,
+};
+use super::registry::Identity;
+use super::stream::{TurnStream, TurnWriter, turn_stream};
+use super::transcript::{Prompt, TokenLog, Transcript, render};
+use super::turn::{Answered, Ended, RunningTurn, prepare, start};
+use super::{Shared, new_item_id, stored, unix_now};
+use crate::engine::KvHandle;
+use crate::store::{Commit, StoreError};
+use crate::types::KvKey;
+
+/// Commands other than turns that may wait; turns have `sessions.queue_depth`.
+const QUEUED_CHANGES: usize = 64;
+
+/// A live conversation.
+pub(super) struct Session {
+    shared: Arc<Shared>,
+    who: Identity,
+    phase: Phase,
+    transcript: Arc<Transcript>,
+    waiting: VecDeque<Command>,
+}
+
+enum Phase {
+    /// The history is on its way from the store.
+    Loading,
+    Idle(KvHandle),
+    /// A command's future runs and has the handle. `turn`: set to true, it ends the turn that runs.
+    Working {
+        turn: Option<watch::Sender<bool>>,
+    },
+    /// Out of the registry. What still reaches it goes to its successor.
+    Retired,
+}
+
+impl Session {
+    pub fn new(shared: Arc<Shared>, who: Identity) -> Self {
+        Self { shared, who, phase: Phase::Loading, transcript: Arc::default(), waiting: VecDeque::new() }
+    }
+}
+
+impl Actor for Session {
+    type Context = Context<Self>;
+
+    fn started(&mut self, context: &mut Context<Self>) {
+        let loaded = load(self.work()).into_actor(self).map(|loaded, session, context| match loaded {
+            Ok(transcript) => {
+                session.transcript = Arc::new(transcript);
+                let kv = session.claim();
+                session.rest(kv, context);
+            }
+            Err(refusal) => session.retire(&refusal, context),
+        });
+        context.spawn(loaded);
+    }
+}
+
+impl Handler<Passivate> for Session {
+    type Result = ();
+
+    fn handle(&mut self, _: Passivate, context: &mut Context<Self>) {
+        match self.phase {
+            Phase::Idle(_) => self.retire(&Refusal::Lost, context),
+            // It touches the idle clock when it is done.
+            Phase::Loading | Phase::Working { .. } | Phase::Retired => {}
+        }
+    }
+}
+
+impl Handler<Command> for Session {
+    type Result = ();
+
+    fn handle(&mut self, command: Command, context: &mut Context<Self>) {
+        match std::mem::replace(&mut self.phase, Phase::Working { turn: None }) {
+            Phase::Idle(kv) => self.begin(command, kv, context),
+            phase @ Phase::Loading => {
+                self.phase = phase;
+                self.enqueue(command, 0, context);
+            }
+            phase @ Phase::Working { .. } => {
+                let turns = usize::from(matches!(phase, Phase::Working { turn: Some(_) }));
+                self.phase = phase;
+                match command {
+                    Command::Items { .. } | Command::Describe { .. } => self.tell(command),
+                    Command::Offload { reply, .. } if turns + self.turns_waiting() > 0 => {
+                        answer(reply, Err(SessionError::Busy));
+                    }
+                    Command::Delete { .. } => self.delete_next(command),
+                    Command::Respond(_)
+                    | Command::Append { .. }
+                    | Command::DeleteItem { .. }
+                    | Command::Offload { .. } => self.enqueue(command, turns, context),
+                }
+            }
+            Phase::Retired => {
+                self.phase = Phase::Retired;
+                self.shared.registry.deliver(&self.shared, &self.who, command);
+            }
+        }
+    }
+}
+
+/// The queue.
+impl Session {
+    /// Lets a command wait, or says why it can't. `running`: turns that run now, 0 or 1.
+    fn enqueue(&mut self, command: Command, running: usize, context: &mut Context<Self>) {
+        self.waiting.retain(|waiting| !waiting.is_abandoned());
+        let turns_waiting = self.turns_waiting();
+        match command {
+            Command::Respond(queued) => {
+                let ahead = running + turns_waiting;
+                let may_wait =
+                    queued.turn.on_conflict == OnConflict::Queue && ahead <= self.shared.settings.queue_depth;
+                if ahead > 0 && !may_wait {
+                    return answer(queued.reply, Err(TurnError::Locked { waiting: turns_waiting }));
+                }
+                let left = queued.deadline.saturating_duration_since(Instant::now());
+                context.run_later(left, |session, _| session.expire());
+                self.waiting.push_back(Command::Respond(queued));
+            }
+            change if self.waiting.len() - turns_waiting < QUEUED_CHANGES => self.waiting.push_back(change),
+            change => change.refuse(Refusal::Overloaded),
+        }
+    }
+
+    fn turns_waiting(&self) -> usize {
+        self.waiting.iter().filter(|command| matches!(command, Command::Respond(_))).count()
+    }
+
+    /// Answers the turns that have waited past their deadline.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        for command in std::mem::take(&mut self.waiting) {
+            match command {
+                Command::Respond(queued) if queued.deadline <= now => answer(queued.reply, Err(waited_too_long())),
+                waits => self.waiting.push_back(waits),
+            }
+        }
+    }
+
+    /// Ends the running turn and lets nothing but the deletion come after it.
+    fn delete_next(&mut self, deletion: Command) {
+        if let Phase::Working { turn: Some(cancel) } = &self.phase {
+            cancel.send_replace(true);
+        }
+        for waiting in std::mem::take(&mut self.waiting) {
+            match waiting {
+                Command::Delete { .. } => self.waiting.push_back(waiting),
+                other => other.refuse(Refusal::NoConversation),
+            }
+        }
+        self.waiting.push_back(deletion);
+    }
+
+    /// Begins the next command that waits, or is idle.
+    fn rest(&mut self, kv: KvHandle, context: &mut Context<Self>) {
+        match self.waiting.pop_front() {
+            Some(abandoned) if abandoned.is_abandoned() => self.rest(kv, context),
+            Some(next) => self.begin(next, kv, context),
+            None => {
+                self.phase = Phase::Idle(kv);
+                let (shared, who) = (Arc::clone(&self.shared), self.who.clone());
+                context.spawn(async move { shared.registry.touch(&who).await }.into_actor(self));
+            }
+        }
+    }
+
+    /// Leaves the registry. The KV handle goes, and leaves the blocks to the evictor.
+    fn retire(&mut self, refusal: &Refusal, context: &mut Context<Self>) {
+        self.phase = Phase::Retired;
+        self.shared.registry.remove(&self.who, &context.address());
+        for command in std::mem::take(&mut self.waiting) {
+            command.refuse(refusal.clone());
+        }
+    }
+
+    fn claim(&self) -> KvHandle {
+        self.shared.engine.kv(self.who.tenant.id, self.who.tenant.key, KvKey(self.who.id.0))
+    }
+}
+
+/// The commands.
+impl Session {
+    fn begin(&mut self, command: Command, kv: KvHandle, context: &mut Context<Self>) {
+        self.phase = Phase::Working { turn: None };
+        match command {
+            Command::Respond(queued) => self.respond(*queued, kv, context),
+            Command::Append { items, reply } => self.append(items, reply, kv, context),
+            Command::DeleteItem { item, reply } => self.delete_item(item, reply, kv, context),
+            Command::Offload { to, reply } => self.offload(to, reply, kv, context),
+            Command::Delete { reply } => self.delete(reply, kv, context),
+            Command::Items { .. } | Command::Describe { .. } => {
+                self.tell(command);
+                self.rest(kv, context);
+            }
+        }
+    }
+
+    /// Answers what needs no work.
+    fn tell(&self, command: Command) {
+        match command {
+            Command::Items { reply } => answer(reply, Ok(self.transcript.items.clone())),
+            Command::Describe { reply } => {
+                let Transcript { log, last_used_at, .. } = &*self.transcript;
+                let turns = self.transcript.turns();
+                answer(reply, Ok(Description { tokens: log.len(), turns, last_used_at: *last_used_at }));
+            }
+            other @ (Command::Respond(_)
+            | Command::Append { .. }
+            | Command::DeleteItem { .. }
+            | Command::Offload { .. }
+            | Command::Delete { .. }) => other.refuse(Refusal::Lost),
+        }
+    }
+
+    fn respond(&mut self, queued: QueuedTurn, kv: KvHandle, context: &mut Context<Self>) {
+        let QueuedTurn { turn, deadline, reply } = queued;
+        if deadline <= Instant::now() {
+            answer(reply, Err(waited_too_long()));
+            return self.rest(kv, context);
+        }
+        let pass = match self.shared.gate.enter() {
+            Ok(pass) => pass,
+            Err(draining) => {
+                answer(reply, Err(draining));
+                return self.rest(kv, context);
+            }
+        };
+        let (cancel, cancelled) = watch::channel(false);
+        self.phase = Phase::Working { turn: Some(cancel) };
+        let opening = open(self.work(), Arc::clone(&self.transcript), new_items(turn.input), turn.instructions);
+        let starting = Starting { kv, limits: turn.limits, deadline, reply, cancelled };
+        let whole = opening
+            .into_actor(self)
+            .map(move |opened, session, _| session.start(opened, starting))
+            .then(|(kv, started), session, _| close(session.work(), kv, started).into_actor(session))
+            .map(move |(kv, closing), session, context| {
+                if let Some(closing) = closing {
+                    session.close(closing);
+                }
+                drop(pass);
+                session.rest(kv, context);
+            });
+        context.spawn(whole);
+    }
+
+    /// Keeps the input, which is durable by now, gives the engine the turn, and answers whoever asked for it.
+    fn start(
+        &mut self,
+        opened: Result<(Vec<Arc<Item>>, Prompt), TurnError>,
+        starting: Starting,
+    ) -> (KvHandle, Option<Started>) {
+        let Starting { mut kv, limits, deadline, reply, cancelled } = starting;
+        let started = opened.and_then(|(input, prompt)| {
+            self.keep(input);
+            let running = start(&self.shared, &mut kv, &prompt, limits, deadline)?;
+            Ok((running, prompt))
+        });
+        match started {
+            Ok((running, prompt)) => {
+                let item_id = new_item_id();
+                let (writer, stream) = turn_stream(Some(self.who.id), item_id.clone());
+                // A caller that has gone away drops the stream here, which cancels the turn.
+                answer(reply, Ok(stream));
+                (kv, Some(Started { running, prompt, item_id, writer, cancelled }))
+            }
+            Err(error) => {
+                answer(reply, Err(error));
+                (kv, None)
+            }
+        }
+    }
+
+    /// Takes what is durable by now into the transcript, then tells the client.
+    fn close(&mut self, closing: Closing) {
+        if let Some(kept) = closing.kept {
+            self.keep(kept.item);
+            Arc::make_mut(&mut self.transcript).log = kept.log;
+        }
+        closing.writer.end(closing.end);
+    }
+
+    fn append(
+        &mut self,
+        items: Vec<NewItem>,
+        reply: Reply<Vec<Arc<Item>>, SessionError>,
+        kv: KvHandle,
+        context: &mut Context<Self>,
+    ) {
+        let (work, items) = (self.work(), new_items(items));
+        let committing = async move { commit_items(&work, &items).await.map(|()| items) };
+        context.spawn(committing.into_actor(self).map(move |committed, session, context| {
+            if let Ok(items) = &committed {
+                session.keep(items.iter().cloned());
+            }
+            answer(reply, committed.map_err(SessionError::from));
+            session.rest(kv, context);
+        }));
+    }
+
+    fn delete_item(&mut self, item: String, reply: Reply<(), SessionError>, kv: KvHandle, context: &mut Context<Self>) {
+        let Some(index) = self.transcript.items.iter().position(|known| known.id == item) else {
+            answer(reply, Err(SessionError::NoItem(item)));
+            return self.rest(kv, context);
+        };
+        let removing = remove(self.work(), Arc::clone(&self.transcript), index, kv);
+        context.spawn(removing.into_actor(self).map(move |(kv, removed), session, context| {
+            let removed = removed.map(|log_keep| {
+                let transcript = Arc::make_mut(&mut session.transcript);
+                transcript.items.remove(index);
+                transcript.log.truncate(log_keep);
+            });
+            answer(reply, removed);
+            session.rest(kv, context);
+        }));
+    }
+
+    fn offload(
+        &mut self,
+        to: OffloadTo,
+        reply: Reply<Offloaded, SessionError>,
+        kv: KvHandle,
+        context: &mut Context<Self>,
+    ) {
+        let moving = async move { (kv.offload(to).await, kv) };
+        context.spawn(moving.into_actor(self).map(move |(moved, kv), session, context| {
+            answer(reply, moved.map_err(SessionError::from));
+            session.rest(kv, context);
+        }));
+    }
+
+    fn delete(&mut self, reply: Reply<Deleted, SessionError>, kv: KvHandle, context: &mut Context<Self>) {
+        context.spawn(delete(self.work(), kv).into_actor(self).map(move |deleted, session, context| match deleted {
+            Ok(deleted) => {
+                session.retire(&Refusal::NoConversation, context);
+                answer(reply, Ok(deleted));
+            }
+            Err(error) => {
+                answer(reply, Err(error));
+                session.rest(session.claim(), context);
+            }
+        }));
+    }
+
+    fn keep(&mut self, items: impl IntoIterator<Item = Arc<Item>>) {
+        let transcript = Arc::make_mut(&mut self.transcript);
+        transcript.items.extend(items);
+        transcript.last_used_at = unix_now();
+    }
+
+    fn work(&self) -> Work {
+        Work { shared: Arc::clone(&self.shared), who: self.who.clone() }
+    }
+}
+
+/// What a command's future takes with it.
+struct Work {
+    shared: Arc<Shared>,
+    who: Identity,
+}
+
+/// A turn whose prompt is being made.
+struct Starting {
+    kv: KvHandle,
+    limits: TurnLimits,
+    deadline: Instant,
+    reply: Reply<TurnStream, TurnError>,
+    cancelled: watch::Receiver<bool>,
+}
+
+/// A turn that the engine runs.
+struct Started {
+    running: RunningTurn,
+    prompt: Prompt,
+    item_id: String,
+    writer: TurnWriter,
+    cancelled: watch::Receiver<bool>,
+}
+
+/// A turn that is over: what the store has of it, and what the client has yet to hear.
+struct Closing {
+    writer: TurnWriter,
+    end: TurnUpdate,
+    kept: Option<Kept>,
+}
+
+/// What a turn left behind.
+struct Kept {
+    item: Option<Arc<Item>>,
+    log: TokenLog,
+}
+
+/// The history, from the store.
+async fn load(work: Work) -> Result<Transcript, Refusal> {
+    let Work { shared, who } = work;
+    let stored = match shared.store.load(&who.tenant.name, who.id.0).await {
+        Ok(Some(stored)) => stored,
+        Ok(None) => return Err(Refusal::NoConversation),
+        Err(error) => return Err(Refusal::Store(error.to_string())),
+    };
+    let items: Result<Vec<_>, _> =
+        stored.items.into_iter().map(|record| stored::decode(record.id, &record.body).map(Arc::new)).collect();
+    let items = items.map_err(|error| Refusal::Store(format!("an item of {} can't be read: {error}", who.id)))?;
+    let log = TokenLog::new(stored.log, stored.encoded);
+    Ok(Transcript { items, log, last_used_at: stored.conversation.last_used_at })
+}
+
+/// Checks a turn, makes its prompt, and only then makes its input durable.
+async fn open(
+    work: Work,
+    transcript: Arc<Transcript>,
+    input: Vec<Arc<Item>>,
+    instructions: Option<String>,
+) -> Result<(Vec<Arc<Item>>, Prompt), TurnError> {
+    let messages = input.iter().map(|item| item.message.clone()).collect();
+    let prompt = prepare(&work.shared, transcript, messages, instructions).await?;
+    if !input.is_empty() {
+        commit_items(&work, &input).await?;
+    }
+    Ok((input, prompt))
+}
+
+/// Follows a turn to its end and makes what came of it durable.
+async fn close(work: Work, kv: KvHandle, started: Option<Started>) -> (KvHandle, Option<Closing>) {
+    let Some(Started { running, prompt, item_id, mut writer, cancelled }) = started else { return (kv, None) };
+    let answered = match running.follow(&work.shared, &mut writer, cancelled).await {
+        Ended::Answered(answered) => answered,
+        Ended::Failed(error) => {
+            return (kv, Some(Closing { writer, end: TurnUpdate::Failed(error), kept: None }));
+        }
+    };
+    let end = answered.done(item_id.clone());
+    if !answered.encoded {
+        return (kv, Some(Closing { writer, end, kept: None }));
+    }
+    let item = (!answered.is_silent()).then(|| Arc::new(answer_item(item_id, &answered)));
+    let (log, write) = prompt.answered(&answered.said);
+    let commit = Commit {
+        items: item.iter().map(|item| (item.id.clone(), stored::encode(item))).collect(),
+        log: Some(write),
+        encoded: Some(log.encoded()),
+        last_used_at: unix_now(),
+    };
+    let closing = match work.shared.store.commit(work.who.id.0, commit).await {
+        Ok(()) => Closing { writer, end, kept: Some(Kept { item, log }) },
+        Err(error) => Closing { writer, end: TurnUpdate::Failed(error.into()), kept: None },
+    };
+    (kv, Some(closing))
+}
+
+/// Removes an item: first its KV, which can't be told apart in the blocks that follow it, then the item and the log from
+/// there on. Answers how much of the log is kept.
+async fn remove(
+    work: Work,
+    transcript: Arc<Transcript>,
+    index: usize,
+    kv: KvHandle,
+) -> (KvHandle, Result<usize, SessionError>) {
+    let removed = async {
+        let item = transcript.items[index].id.clone();
+        let language = Arc::clone(&work.shared.language);
+        let log_keep = tokio::task::spawn_blocking(move || {
+            let rest = transcript.items.iter().enumerate().filter(|(at, _)| *at != index);
+            // What the template can't render without the item has no front in common with anything.
+            match render(&language, None, rest.map(|(_, item)| &item.message), false) {
+                Ok(rendered) => transcript.log.prefix_of(&language, &rendered).0,
+                Err(_) => 0,
+            }
+        });
+        let log_keep = log_keep.await.map_err(|error| SessionError::Internal(error.to_string()))?;
+        kv.offload(OffloadTo::None).await?;
+        if work.shared.store.delete_item(work.who.id.0, &item, log_keep).await? {
+            Ok(log_keep)
+        } else {
+            Err(SessionError::NoItem(item))
+        }
+    };
+    let removed = removed.await;
+    (kv, removed)
+}
+
+/// Gives up the KV in every tier, then deletes the conversation.
+async fn delete(work: Work, kv: KvHandle) -> Result<Deleted, SessionError> {
+    let forgotten = kv.forget().await?;
+    if !work.shared.store.delete(&work.who.tenant.name, work.who.id.0).await? {
+        return Err(SessionError::NoConversation);
+    }
+    Ok(Deleted {
+        device_bytes: forgotten.device_bytes,
+        host_bytes: forgotten.host_bytes,
+        kept_shared_bytes: forgotten.kept_shared_bytes,
+    })
+}
+
+async fn commit_items(work: &Work, items: &[Arc<Item>]) -> Result<(), StoreError> {
+    let items = items.iter().map(|item| (item.id.clone(), stored::encode(item))).collect();
+    let commit = Commit { items, last_used_at: unix_now(), ..Commit::default() };
+    work.shared.store.commit(work.who.id.0, commit).await
+}
+
+/// New items with their ids.
+pub(super) fn new_items(items: Vec<NewItem>) -> Vec<Arc<Item>> {
+    let item = |NewItem { id, message }| {
+        Arc::new(Item { id: id.unwrap_or_else(new_item_id), message, status: ItemStatus::Completed })
+    };
+    items.into_iter().map(item).collect()
+}
+
+fn answer_item(id: String, answered: &Answered) -> Item {
+    let status = match answered.finish {
+        FinishReason::Stop => ItemStatus::Completed,
+        FinishReason::Length | FinishReason::Cancelled => ItemStatus::Incomplete,
+    };
+    let content = vec![Part::Text(answered.said.text.clone())];
+    Item { id, message: Message { role: Role::Assistant, name: None, content }, status }
+}
+
+fn waited_too_long() -> TurnError {
+    TurnError::QueueTimeout("the turns before this one in its conversation took longer than it may wait; retry".into())
+}

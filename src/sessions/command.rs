@@ -1,0 +1,163 @@
+//! What can be asked of a session, and what is it told when it can't be done now?
+//!
+//! A command carries its own way to answer, so that it may wait in a session's queue, be passed on to the session's
+//! successor, or be refused by whoever holds it.
+
+use std::sync::Arc;
+
+use actix::Message;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::messages::{Deleted, Item, NewItem, OffloadTo, Offloaded, Respond, SessionError, TurnError};
+use super::stream::TurnStream;
+use crate::engine::SubmitError;
+use crate::store::StoreError;
+
+pub(super) type Reply<T, E> = oneshot::Sender<Result<T, E>>;
+
+/// A request to one session. The answer comes through the reply inside; the mailbox has a bound.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub(super) enum Command {
+    Respond(Box<QueuedTurn>),
+    Append { items: Vec<NewItem>, reply: Reply<Vec<Arc<Item>>, SessionError> },
+    DeleteItem { item: String, reply: Reply<(), SessionError> },
+    Items { reply: Reply<Vec<Arc<Item>>, SessionError> },
+    Describe { reply: Reply<Description, SessionError> },
+    Offload { to: OffloadTo, reply: Reply<Offloaded, SessionError> },
+    Delete { reply: Reply<Deleted, SessionError> },
+}
+
+/// Asks an idle session to give up its actor. One that works stays.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub(super) struct Passivate;
+
+/// A turn that waits for its place in the conversation.
+pub(super) struct QueuedTurn {
+    pub turn: Respond,
+    /// When it must have started.
+    pub deadline: Instant,
+    pub reply: Reply<TurnStream, TurnError>,
+}
+
+/// What a session says of itself.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Description {
+    pub tokens: crate::types::TokenCount,
+    pub turns: usize,
+    pub last_used_at: i64,
+}
+
+/// Why a command was not even tried.
+#[derive(Clone, Debug)]
+pub(super) enum Refusal {
+    NoConversation,
+    Overloaded,
+    Store(String),
+    /// Whoever held the command is gone.
+    Lost,
+}
+
+impl Command {
+    /// Answers with a refusal, whatever it is.
+    pub fn refuse(self, refusal: Refusal) {
+        match self {
+            Command::Respond(queued) => refuse(queued.reply, refusal),
+            Command::Append { reply, .. } | Command::Items { reply } => refuse(reply, refusal),
+            Command::DeleteItem { reply, .. } => refuse(reply, refusal),
+            Command::Describe { reply } => refuse(reply, refusal),
+            Command::Offload { reply, .. } => refuse(reply, refusal),
+            Command::Delete { reply } => refuse(reply, refusal),
+        }
+    }
+
+    /// Whether nobody waits for the answer any more. What was not begun then need not be.
+    pub fn is_abandoned(&self) -> bool {
+        match self {
+            Command::Respond(queued) => queued.reply.is_closed(),
+            Command::Append { reply, .. } | Command::Items { reply } => reply.is_closed(),
+            Command::DeleteItem { reply, .. } => reply.is_closed(),
+            Command::Describe { reply } => reply.is_closed(),
+            Command::Offload { reply, .. } => reply.is_closed(),
+            Command::Delete { reply } => reply.is_closed(),
+        }
+    }
+}
+
+fn refuse<T, E: From<Refusal>>(reply: Reply<T, E>, refusal: Refusal) {
+    answer(reply, Err(refusal.into()));
+}
+
+/// Answers; a caller that has gone away misses nothing.
+pub(super) fn answer<T, E>(reply: Reply<T, E>, result: Result<T, E>) {
+    drop(reply.send(result));
+}
+
+const OVERLOADED: &str = "too many requests wait for this conversation; retry in a moment";
+const LOST: &str = "the session failed; its conversation starts again from what is stored";
+
+impl From<Refusal> for SessionError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::NoConversation => SessionError::NoConversation,
+            Refusal::Overloaded => SessionError::Overloaded(OVERLOADED.into()),
+            Refusal::Store(reason) => SessionError::Store(reason),
+            Refusal::Lost => SessionError::Internal(LOST.into()),
+        }
+    }
+}
+
+impl From<Refusal> for TurnError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::NoConversation => TurnError::NoConversation,
+            Refusal::Overloaded => TurnError::Overloaded(OVERLOADED.into()),
+            Refusal::Store(reason) => TurnError::Store(reason),
+            Refusal::Lost => TurnError::Internal(LOST.into()),
+        }
+    }
+}
+
+impl From<StoreError> for SessionError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::DuplicateItem(item) => SessionError::DuplicateItem(item),
+            StoreError::NoConversation => SessionError::NoConversation,
+            StoreError::Open { .. }
+            | StoreError::Version { .. }
+            | StoreError::Locked { .. }
+            | StoreError::Failed(_)
+            | StoreError::Corrupt(_)
+            | StoreError::Closed => SessionError::Store(error.to_string()),
+        }
+    }
+}
+
+impl From<StoreError> for TurnError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::DuplicateItem(item) => TurnError::DuplicateItem(item),
+            StoreError::NoConversation => TurnError::NoConversation,
+            StoreError::Open { .. }
+            | StoreError::Version { .. }
+            | StoreError::Locked { .. }
+            | StoreError::Failed(_)
+            | StoreError::Corrupt(_)
+            | StoreError::Closed => TurnError::Store(error.to_string()),
+        }
+    }
+}
+
+impl From<SubmitError> for SessionError {
+    fn from(error: SubmitError) -> Self {
+        match error {
+            SubmitError::Busy => SessionError::Busy,
+            SubmitError::Overloaded { .. } => SessionError::Overloaded(error.to_string()),
+            SubmitError::PromptTooLong { .. } | SubmitError::PromptEmpty | SubmitError::Gone => {
+                SessionError::Internal(error.to_string())
+            }
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! How are log events written?
+//!
+//! To stderr, so that stdout stays the program's own. As text for people, or one JSON object a line for machines.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    Text,
+    Json,
+}
+
+/// Why logging could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    #[error("`{filter}` is no log filter ({reason}); write a level such as `info`, or `warn,rekindle=debug`")]
+    Filter { filter: String, reason: String },
+    #[error("logging has been started already")]
+    Started,
+}
+
+/// Starts logging for the whole process. `filter`: a level, or `target=level` pairs, comma separated.
+pub fn init(format: Format, filter: &str) -> Result<(), LogError> {
+    let filter = parse_filter(filter)?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let started = match format {
+        Format::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).try_init(),
+        Format::Json => log.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init(),
+    };
+    started.map_err(|_| LogError::Started)
+}
+
+/// Says whether a filter can be read, before anything is started.
+pub fn parse_filter(filter: &str) -> Result<EnvFilter, LogError> {
+    let refused = |reason: String| LogError::Filter { filter: filter.to_owned(), reason };
+    // A word alone would be taken for the name of a target, so that a mistyped level silences everything.
+    for word in filter.split(',').map(str::trim).filter(|part| !part.contains('=')) {
+        if word.is_empty() || word.parse::<LevelFilter>().is_err() {
+            return Err(refused(format!("`{word}` is no level")));
+        }
+    }
+    EnvFilter::builder().parse(filter).map_err(|error| refused(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_is_a_level_or_pairs_and_anything_else_is_refused_with_an_example() {
+        assert!(parse_filter("info").is_ok());
+        assert!(parse_filter("warn,rekindle::engine=trace").is_ok());
+        for refused in ["rekindle=loud", "inof", "info,rekindle", ""] {
+            let sentence = parse_filter(refused).unwrap_err().to_string();
+            assert!(sentence.contains(&format!("`{refused}`")) && sentence.contains("`info`"), "{sentence}");
+        }
+    }
+}
