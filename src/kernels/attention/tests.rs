@@ -188,7 +188,8 @@ fn a_layer_writes_its_own_planes_and_no_others() {
         seed: 1,
     };
     let world = World::new(&step);
-    world.run(Kernel::Scalar, 1, &[0..20]);
+    let whole = 0..20;
+    world.run(Kernel::Scalar, 1, std::slice::from_ref(&whole));
     let layer_bytes = world.layout.block_bytes() / 3;
     for block in 0..61 {
         let used = world.tables[0].contains(&BlockId(block));
