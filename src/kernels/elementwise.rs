@@ -169,3 +169,57 @@ pub(super) fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result
         None => candle_core::bail!("a kernel was given a tensor that is not contiguous"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    #[test]
+    fn exp_is_within_3e_7_of_f64_and_exact_at_zero() {
+        assert_eq!(exp(0.0), 1.0);
+        for step in -8700..8800 {
+            let x = step as f32 / 100.0;
+            let wanted = f64::from(x).exp();
+            // The argument's own rounding, scaled by its size, is part of the error.
+            let tolerance = 3e-7 + 1e-7 * f64::from(x.abs());
+            assert!((f64::from(exp(x)) - wanted).abs() <= tolerance * wanted, "exp({x}) = {}", exp(x));
+        }
+        assert!(exp(f32::NEG_INFINITY) < 1e-37);
+        assert!(exp(f32::INFINITY).is_finite());
+    }
+
+    #[test]
+    fn swiglu_is_silu_of_the_gate_times_up_and_the_same_bits_in_both_forms() {
+        let width = 37;
+        let values: Vec<f32> = (0..3 * 2 * width).map(|i| ((i * 37) % 101) as f32 / 5.0 - 10.0).collect();
+        let tensor = Tensor::from_slice(&values, (3, 2 * width), &Device::Cpu).unwrap();
+        let out = tensor.apply_op1_no_bwd(&SwiGlu).unwrap().to_vec2::<f32>().unwrap();
+        for (gated, out) in values.chunks_exact(2 * width).zip(&out) {
+            let (gate, up) = gated.split_at(width);
+            let mut plain = vec![0.0; width];
+            swiglu_row(gate, up, &mut plain);
+            assert_eq!(&plain, out);
+            for ((&gate, &up), &out) in gate.iter().zip(up).zip(out) {
+                let wanted = gate / (1.0 + (-gate).exp()) * up;
+                assert!((out - wanted).abs() <= 2e-6 * wanted.abs(), "{out} for {wanted}");
+            }
+        }
+    }
+
+    #[test]
+    fn position_zero_turns_nothing_and_a_turn_keeps_every_pairs_length() {
+        for (pairs, other) in [(RopePairs::Interleaved, 1), (RopePairs::Halves, 4)] {
+            let rotation = Rotation::new([0, 5000].into_iter(), 8, 10_000.0, pairs);
+            let head: [f32; 8] = std::array::from_fn(|i| i as f32 + 1.0);
+            let mut turned = head;
+            rotation.turn(0, &mut turned);
+            assert_eq!(turned, head);
+            rotation.turn(1, &mut turned);
+            assert!((turned[0].hypot(turned[other]) - head[0].hypot(head[other])).abs() < 1e-5);
+            let angle = 5000.0_f64 as f32;
+            assert!((turned[0] - (head[0] * angle.cos() - head[other] * angle.sin())).abs() < 1e-3, "{pairs:?}");
+        }
+    }
+}

@@ -43,7 +43,7 @@ pub struct Sizes {
 /// Why a model can't be run.
 #[derive(Debug, thiserror::Error)]
 pub enum FamilyError {
-    #[error("models of the architecture `{found}` are not supported; supported are {}", supported())]
+    #[error("models of the architecture {found:?} are not supported; supported are {}", supported())]
     Unknown { found: String },
     #[error(transparent)]
     Metadata(#[from] MetadataError),
@@ -61,7 +61,7 @@ pub fn read(metadata: &Metadata) -> Result<(&'static Family, Sizes), FamilyError
     let family = FAMILIES
         .iter()
         .find(|family| family.architecture == found)
-        .ok_or_else(|| FamilyError::Unknown { found: found.to_owned() })?;
+        .ok_or_else(|| FamilyError::Unknown { found: found.chars().take(40).collect() })?;
     let keys = Keys { metadata, prefix: family.architecture };
     keys.refuse_variants()?;
     let (hidden, heads) = (keys.size("embedding_length")?, keys.size("attention.head_count")?);
@@ -148,7 +148,11 @@ impl Keys<'_> {
     fn refuse_variants(&self) -> Result<(), FamilyError> {
         let scaling = self.metadata.optional(&self.key("rope.scaling.type"), Metadata::str)?;
         if let Some(found) = scaling.filter(|&found| found != "none") {
-            return Err(self.refuse("rope.scaling.type", found, "scaled rotary positions are not supported"));
+            return Err(self.refuse(
+                "rope.scaling.type",
+                found.escape_debug(),
+                "scaled rotary positions are not supported",
+            ));
         }
         for key in ["rope.scale_linear", "rope.scaling.factor"] {
             let factor = self.metadata.optional(&self.key(key), Metadata::f32)?;
@@ -168,5 +172,70 @@ impl Keys<'_> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::weights::gguf::Value;
+
+    fn file(changes: &[(&str, Option<Value>)]) -> Metadata {
+        let mut pairs: Vec<(String, Value)> = vec![("general.architecture".to_owned(), "llama".into())];
+        for (key, value) in [
+            ("block_count", Value::from(2)),
+            ("context_length", 8192.into()),
+            ("embedding_length", 64.into()),
+            ("feed_forward_length", 96.into()),
+            ("attention.head_count", 4.into()),
+            ("attention.head_count_kv", 2.into()),
+            ("attention.layer_norm_rms_epsilon", 1e-5.into()),
+        ] {
+            pairs.push((format!("llama.{key}"), value));
+        }
+        for (key, value) in changes {
+            pairs.retain(|(name, _)| name != key);
+            pairs.extend(value.clone().map(|value| ((*key).to_owned(), value)));
+        }
+        pairs.into_iter().collect()
+    }
+
+    #[test]
+    fn sizes_are_read_with_the_defaults_that_the_format_leaves_out() {
+        let (family, sizes) = read(&file(&[])).unwrap();
+        assert_eq!(family.architecture, "llama");
+        assert_eq!((sizes.head_dim, sizes.kv_heads, sizes.rope_base), (16, 2, 10_000.0));
+        let (_, sizes) = read(&file(&[("llama.attention.head_count_kv", None)])).unwrap();
+        assert_eq!(sizes.kv_heads, 4, "without groups each head has its own keys");
+        let (_, sizes) = read(&file(&[("llama.attention.sliding_window", Some(4096.into()))])).unwrap();
+        assert_eq!(sizes.context_length, 4096, "a sequence must stay inside the window");
+    }
+
+    #[test]
+    fn what_the_decoder_cannot_run_is_refused_by_its_key() {
+        for (key, value, wanted) in [
+            (
+                "general.architecture",
+                Some("mamba".into()),
+                "\"mamba\" are not supported; supported are `llama`, `qwen2`",
+            ),
+            ("general.architecture", None, "`general.architecture` is missing"),
+            ("llama.block_count", None, "`llama.block_count` is missing"),
+            ("llama.block_count", Some(0.into()), "`llama.block_count` is 0"),
+            ("llama.embedding_length", Some("many".into()), "`llama.embedding_length` is a string"),
+            ("llama.attention.head_count", Some(5.into()), "it doesn't divide"),
+            ("llama.attention.head_count_kv", Some(3.into()), "`llama.attention.head_count_kv` is 3"),
+            ("llama.attention.key_length", Some(20.into()), "`llama.attention.key_length` is 20"),
+            ("llama.attention.value_length", Some(8.into()), "`llama.attention.value_length` is 8"),
+            ("llama.rope.dimension_count", Some(8.into()), "`llama.rope.dimension_count` is 8"),
+            ("llama.rope.scaling.type", Some("yarn".into()), "`llama.rope.scaling.type` is yarn"),
+            ("llama.rope.scale_linear", Some(4.0.into()), "`llama.rope.scale_linear` is 4"),
+            ("llama.expert_count", Some(8.into()), "mixtures of experts"),
+            ("llama.attention.layer_norm_rms_epsilon", Some(f32::NAN.into()), "must be a positive number"),
+            ("llama.rope.freq_base", Some((-1.0).into()), "`llama.rope.freq_base` is -1"),
+        ] {
+            let error = read(&file(&[(key, value)])).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{error:?} doesn't say {wanted:?}");
+        }
     }
 }

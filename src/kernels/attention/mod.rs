@@ -363,3 +363,6 @@ struct Softmax {
 impl Softmax {
     const START: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
 }
+
+#[cfg(test)]
+mod tests;

@@ -241,3 +241,126 @@ impl CustomOp1 for Linear {
         Ok((CpuStorage::F32(out), Shape::from((rows, self.weight.outputs))))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Values in -1..1 out of a seed, with some zeros.
+    fn values(seed: u64, count: usize) -> Vec<f32> {
+        let mut state = seed | 1;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..count).map(|index| if index % 17 == 3 { 0.0 } else { next() }).collect()
+    }
+
+    fn pack(outputs: usize, inputs: usize, precision: Precision, weights: &[f32]) -> PackedMatrix {
+        PackedMatrix::pack(outputs, inputs, precision, |first, rows| {
+            rows.copy_from_slice(&weights[first * inputs..][..rows.len()]);
+            Ok::<_, Infallible>(())
+        })
+        .unwrap()
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn a_product_is_that_of_f64_within_1e_5_and_both_kernels_give_the_same_bits(
+            rows in 1..40_usize,
+            outputs in 1..150_usize,
+            inputs in 1..200_usize,
+            half in any::<bool>(),
+            with_bias in any::<bool>(),
+            seed in any::<u64>(),
+        ) {
+            let mut weights = values(seed, outputs * inputs);
+            let input = values(seed ^ 7, rows * inputs);
+            let bias = with_bias.then(|| values(seed ^ 9, outputs));
+            let precision = if half { Precision::F16 } else { Precision::F32 };
+            let matrix = pack(outputs, inputs, precision, &weights);
+            if half {
+                weights.iter_mut().for_each(|weight| *weight = f16::from_f32(*weight).to_f32());
+            }
+            let mut out = vec![f32::NAN; rows * outputs];
+            matrix.multiply(&input, bias.as_deref(), &mut out);
+            for (row, out) in out.chunks_exact(outputs).enumerate() {
+                for (output, &value) in out.iter().enumerate() {
+                    let pairs = input[row * inputs..][..inputs].iter().zip(&weights[output * inputs..][..inputs]);
+                    let products = || pairs.clone().map(|(a, b)| f64::from(*a) * f64::from(*b));
+                    let bias = bias.as_ref().map_or(0.0, |bias| f64::from(bias[output]));
+                    let (wanted, size) = (products().sum::<f64>() + bias, products().map(f64::abs).sum::<f64>() + 1.0);
+                    prop_assert!((f64::from(value) - wanted).abs() <= 1e-5 * size, "{value} for {wanted}");
+                }
+            }
+            let mut plain = vec![f32::NAN; rows * outputs];
+            matrix.multiply_with(Kernel::Scalar, &input, bias.as_deref(), &mut plain);
+            prop_assert_eq!(bits(&out), bits(&plain));
+        }
+    }
+
+    #[test]
+    fn a_row_gives_the_same_bits_alone_and_among_7_and_33() {
+        let (outputs, inputs) = (600, 576);
+        for precision in [Precision::F32, Precision::F16] {
+            let matrix = pack(outputs, inputs, precision, &values(3, outputs * inputs));
+            // Long enough for several blocks of input.
+            let input = values(5, 200 * inputs);
+            let mut whole = vec![0.0; 200 * outputs];
+            matrix.multiply(&input, None, &mut whole);
+            for rows in [1, 2, 3, 4, 5, 7, 33] {
+                let mut part = vec![0.0; rows * outputs];
+                for first in [0, 1, 100, 200 - rows] {
+                    matrix.multiply(&input[first * inputs..][..rows * inputs], None, &mut part);
+                    assert_eq!(
+                        bits(&part),
+                        bits(&whole[first * outputs..][..rows * outputs]),
+                        "{rows} rows at {first}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_product_is_the_same_bits_on_one_thread_and_on_three() {
+        let matrix = pack(333, 64, Precision::F16, &values(3, 333 * 64));
+        let input = values(5, 20 * 64);
+        let [one, three] = [1, 3].map(|threads| {
+            let mut out = vec![0.0; 20 * 333];
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| matrix.multiply(&input, None, &mut out));
+            bits(&out)
+        });
+        assert_eq!(one, three);
+    }
+
+    #[test]
+    fn a_matrix_with_weights_beyond_f16_is_kept_in_f32() {
+        let mut weights = values(1, 40 * 8);
+        let small = pack(40, 8, Precision::F16, &weights);
+        weights[100] = 70_000.0;
+        let large = pack(40, 8, Precision::F16, &weights);
+        assert_eq!((small.bytes(), large.bytes()), (48 * 8 * 2, 48 * 8 * 4));
+        let mut row = [0.0; 8];
+        large.copy_row(12, &mut row);
+        assert_eq!(row, weights[96..104]);
+    }
+
+    #[test]
+    fn packing_passes_on_the_error_of_its_source() {
+        let packed =
+            PackedMatrix::pack(100, 4, Precision::F32, |first, _| if first == 48 { Err("row 48") } else { Ok(()) });
+        assert_eq!(packed.err(), Some("row 48"));
+    }
+}

@@ -198,3 +198,156 @@ fn logits_agree_with_candles_own_llama_on_the_real_model() {
         eprintln!("position {position}: cosine {cosine}, worst {worst}");
     }
 }
+
+/// What transformers computes for a small random model: see `tests/golden/make_logits.py`.
+struct Golden {
+    model: Decoder,
+    tokens: Vec<u32>,
+    prompt: usize,
+    logits: Vec<Vec<f32>>,
+}
+
+impl Golden {
+    fn read(architecture: &str) -> Self {
+        let stem = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/tiny-{architecture}"));
+        let bytes = std::fs::read(stem.with_extension("logits")).unwrap();
+        let words: Vec<u32> = bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect();
+        let (count, prompt, vocab) = (words[0] as usize, words[1] as usize, words[2] as usize);
+        let logits: Vec<f32> = words[3 + count..].iter().map(|&word| f32::from_bits(word)).collect();
+        assert_eq!(logits.len(), count * vocab);
+        Self {
+            model: Decoder::load(&stem.with_extension("gguf"), &mut |_, _| {}).unwrap(),
+            tokens: words[3..3 + count].to_vec(),
+            prompt,
+            logits: logits.chunks_exact(vocab).map(<[f32]>::to_vec).collect(),
+        }
+    }
+
+    /// The largest difference of any logit, over the largest logit.
+    fn worst(&self, ours: &[Vec<f32>]) -> f32 {
+        assert_eq!(ours.len(), self.logits.len());
+        let largest = self.logits.iter().flatten().fold(0.0_f32, |largest, logit| largest.max(logit.abs()));
+        let differences = ours.iter().flatten().zip(self.logits.iter().flatten()).map(|(a, b)| (a - b).abs());
+        differences.fold(0.0, f32::max) / largest
+    }
+}
+
+/// All is f32 in both, but for keys and values, which both round to f16. So only the order of sums is left, and, rarely, a
+/// value that it rounds to the other side; a wrong pairing, bias or norm makes more than a tenth.
+const GOLDEN_TOLERANCE: f32 = 4e-4;
+
+#[test]
+fn logits_agree_with_transformers_for_a_prompt_and_step_by_step() {
+    for architecture in ["llama", "qwen2"] {
+        let golden = Golden::read(architecture);
+        let mut bench = Bench::new(&golden.model);
+        let mut running = bench.start(&golden.tokens);
+        let mut ours = bench.step(&mut [(&mut running, golden.prompt)]);
+        while ours.len() < golden.tokens.len() {
+            ours.extend(bench.step(&mut [(&mut running, 1)]));
+        }
+        let worst = golden.worst(&ours);
+        assert!(worst < GOLDEN_TOLERANCE, "{architecture}: {worst}");
+        eprintln!("{architecture}: worst relative difference {worst}");
+        assert_same_bits(&ours, &bench.alone(&golden.tokens, 5), architecture);
+    }
+}
+
+#[test]
+fn a_family_run_as_another_is_far_from_its_golden_logits() {
+    // The tolerance means something: turning the wrong pairs is seen.
+    let mut golden = Golden::read("llama");
+    golden.model.family = families::read(
+        &[
+            ("general.architecture", "qwen2".into()),
+            ("qwen2.block_count", 2.into()),
+            ("qwen2.context_length", 256.into()),
+            ("qwen2.embedding_length", 64.into()),
+            ("qwen2.feed_forward_length", 88.into()),
+            ("qwen2.attention.head_count", 4.into()),
+            ("qwen2.attention.layer_norm_rms_epsilon", 1e-5.into()),
+        ]
+        .into_iter()
+        .map(|(key, value): (&str, crate::model::weights::gguf::Value)| (key.to_owned(), value))
+        .collect(),
+    )
+    .unwrap()
+    .0;
+    let ours = Bench::new(&golden.model).alone(&golden.tokens, golden.tokens.len());
+    assert!(golden.worst(&ours) > 100.0 * GOLDEN_TOLERANCE);
+}
+
+#[test]
+fn rows_that_are_not_sampled_change_nothing_but_the_cache() {
+    let golden = Golden::read("llama");
+    let mut bench = Bench::new(&golden.model);
+    let whole = bench.alone(&golden.tokens, golden.tokens.len());
+    let table: Vec<_> = bench.free.split_off(bench.free.len() - 6);
+    let tokens: Vec<_> = golden.tokens.iter().map(|&token| TokenId(token)).collect();
+    let arena = Arc::clone(&bench.arena);
+    let mut model = golden.model;
+    let mut logits = Logits::default();
+    // A chunk of which nothing is wanted, then one of which the last row is.
+    for (context, end, sampled) in [(0, 50, &[][..]), (50, 83, &[32][..])] {
+        let sequences = [SequenceRows { first_row: 0, rows: end - context, context, table: &table }];
+        let batch = Batch { tokens: &tokens[context..end], sequences: &sequences, sampled };
+        model.forward(&batch, &arena, &mut logits).unwrap();
+        assert_eq!(logits.rows(), sampled.len());
+    }
+    assert_same_bits(&[logits.row(0).to_vec()], &whole[82..], "the sampled row");
+}
+
+#[test]
+fn a_batch_that_names_a_token_or_a_block_that_is_not_there_fails_with_a_sentence() {
+    let mut model = Golden::read("llama").model;
+    let arena = Arc::new(Arena::new(4, model.spec.kv.block_bytes(BLOCK_SIZE)).unwrap());
+    let mut fail = |tokens: &[u32], tables: &[&[u32]], rows: usize| {
+        let tokens: Vec<_> = tokens.iter().map(|&token| TokenId(token)).collect();
+        let tables: Vec<Vec<_>> = tables.iter().map(|table| table.iter().map(|&id| BlockId(id)).collect()).collect();
+        let sequences: Vec<_> = tables
+            .iter()
+            .enumerate()
+            .map(|(index, table)| SequenceRows { first_row: index * rows, rows, context: 0, table })
+            .collect();
+        let batch = Batch { tokens: &tokens, sequences: &sequences, sampled: &[0] };
+        model.forward(&batch, &arena, &mut Logits::default()).unwrap_err().to_string()
+    };
+    assert!(fail(&[131], &[&[0]], 1).contains("token 131 is outside a vocabulary of 131"));
+    assert!(fail(&[1], &[&[4]], 1).contains("names block 4, outside an arena of 4"));
+    assert!(fail(&[1; 17], &[&[0]], 17).contains("1 blocks, too few for 17 tokens"));
+    assert!(fail(&[1, 1], &[&[2], &[2]], 1).contains("share block 2, which this step writes"));
+    assert!(fail(&[1; 17], &[&[3, 3]], 17).contains("share block 3, which this step writes"));
+    assert!(fail(&[1, 1, 1], &[&[0]], 2).contains("a batch of 3 tokens for 2 rows"));
+}
+
+#[test]
+fn the_name_of_a_model_is_that_of_its_file_without_the_quantisation() {
+    for (file, wanted) in [
+        ("/m/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
+        ("Qwen2.5-0.5B-Instruct-Q8_0.gguf", "qwen2.5-0.5b-instruct"),
+        ("my model-IQ3_XXS.gguf", "my-model"),
+        ("tiny-llama.gguf", "tiny-llama"),
+        ("Q4_0.gguf", "q4-0"),
+    ] {
+        assert_eq!(name(Path::new(file)), wanted, "{file}");
+    }
+}
+
+#[test]
+fn loading_tells_how_far_it_is_and_fingerprints_every_byte() {
+    let stem = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny-llama.gguf");
+    let mut told = Vec::new();
+    let model = Decoder::load(&stem, &mut |done, total| told.push((done, total))).unwrap();
+    let bytes = std::fs::read(&stem).unwrap();
+    assert!(told.is_sorted() && told.iter().all(|&(done, total)| done <= total && total == bytes.len() as u64));
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("copy.gguf");
+    let mut changed = bytes.clone();
+    *changed.last_mut().unwrap() ^= 1;
+    std::fs::write(&copy, changed).unwrap();
+    let other = Decoder::load(&copy, &mut |_, _| {}).unwrap();
+    assert_ne!(model.spec.fingerprint, other.spec.fingerprint, "a weight's last bit");
+    std::fs::write(&copy, bytes).unwrap();
+    let same = Decoder::load(&copy, &mut |_, _| {}).unwrap();
+    assert_eq!(model.spec.fingerprint, same.spec.fingerprint);
+}

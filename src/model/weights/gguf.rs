@@ -15,8 +15,8 @@ use candle_core::quantized::GgmlDType;
 
 /// Most metadata keys, and most tensors, of a file. The largest published models have some thousands.
 const MAX_ENTRIES: u64 = 1 << 16;
-/// Longest key in bytes: the format's own limit.
-const MAX_KEY_BYTES: u64 = (1 << 16) - 1;
+/// Longest key in bytes. The format allows more; none in use is half as long, and keys stand in sentences.
+const MAX_KEY_BYTES: u64 = 256;
 /// Longest tensor name in bytes: the format's own limit.
 const MAX_TENSOR_NAME_BYTES: u64 = 64;
 /// Longest string in bytes. Chat templates are some kilobytes.
@@ -41,6 +41,8 @@ pub enum HeaderError {
     OverLimit { place: Place, found: u64, limit: u64 },
     #[error("{0} is not UTF-8")]
     NotUtf8(Place),
+    #[error("{0} has control characters in it")]
+    ControlCharacters(Place),
     #[error("{place} has the unknown type {found}")]
     UnknownType { place: Place, found: u32 },
     #[error("{0} is an array of arrays, which no supported model needs")]
@@ -139,6 +141,24 @@ impl Value {
             Value::Bools(_) => "an array of truth values",
             Value::Strs(_) => "an array of strings",
         }
+    }
+}
+
+impl From<&str> for Value {
+    fn from(text: &str) -> Self {
+        Value::Str(text.to_owned())
+    }
+}
+
+impl From<u32> for Value {
+    fn from(int: u32) -> Self {
+        Value::Int(i128::from(int))
+    }
+}
+
+impl From<f32> for Value {
+    fn from(float: f32) -> Self {
+        Value::Float(f64::from(float))
     }
 }
 
@@ -277,7 +297,7 @@ impl Header {
         let key_count = reader.count(Place::MetadataCount, MAX_ENTRIES)?;
         let mut values = HashMap::new();
         for index in 0..key_count {
-            let key = reader.string(|| Place::KeyName(index), MAX_KEY_BYTES)?;
+            let key = reader.name(|| Place::KeyName(index), MAX_KEY_BYTES)?;
             let value = reader.value(&key)?;
             if values.contains_key(&key) {
                 return Err(HeaderError::Twice(Place::Value(key)));
@@ -416,6 +436,12 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(bytes).map(str::to_owned).map_err(|_| HeaderError::NotUtf8(place()))
     }
 
+    /// A string that may stand in a sentence, and in a log.
+    fn name(&mut self, place: impl Fn() -> Place, limit: u64) -> Result<String, HeaderError> {
+        let name = self.string(&place, limit)?;
+        if name.contains(char::is_control) { Err(HeaderError::ControlCharacters(place())) } else { Ok(name) }
+    }
+
     fn value(&mut self, key: &str) -> Result<Value, HeaderError> {
         let place = || Place::Value(key.to_owned());
         let truncated = || HeaderError::Truncated(place());
@@ -490,7 +516,7 @@ impl<'a> Reader<'a> {
     }
 
     fn tensor_entry(&mut self, index: u64) -> Result<TensorEntry, HeaderError> {
-        let name = self.string(|| Place::TensorName(index), MAX_TENSOR_NAME_BYTES)?;
+        let name = self.name(|| Place::TensorName(index), MAX_TENSOR_NAME_BYTES)?;
         let truncated = || HeaderError::Truncated(Place::Tensor(name.clone()));
         let dimensions = self.u32().ok_or_else(truncated)?;
         if !(1..=MAX_DIMENSIONS).contains(&dimensions) {
@@ -525,3 +551,6 @@ impl<'a> Reader<'a> {
         Ok(TensorEntry { name, shape, dtype, size_bytes, offset })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,244 @@
+//! Does attention over blocks give what attention over a plain list gives?
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// One sequence of a random step: what is in its blocks already, and what comes.
+#[derive(Clone, Debug)]
+struct Case {
+    context: usize,
+    rows: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Step {
+    kv_heads: usize,
+    group: usize,
+    head_dim: usize,
+    layers: usize,
+    sequences: Vec<Case>,
+    seed: u64,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let case = (0..150_usize, 1..40_usize).prop_map(|(context, rows)| Case { context, rows });
+    let sequences = proptest::collection::vec(case, 1..5);
+    (1..4_usize, 1..8_usize, 1..9_usize, 1..3_usize, sequences, any::<u64>()).prop_map(
+        |(kv_heads, group, eighths, layers, sequences, seed)| Step {
+            kv_heads,
+            group,
+            head_dim: 8 * eighths,
+            layers,
+            sequences,
+            seed,
+        },
+    )
+}
+
+/// The row of q, k, v that sequence `sequence` has at `position`: a function of these alone.
+fn qkv_row(step: &Step, sequence: usize, position: usize) -> Vec<f32> {
+    let width = (step.group + 2) * step.kv_heads * step.head_dim;
+    let mut state = step.seed ^ ((sequence as u64) << 32) ^ position as u64 ^ 0x9e37_79b9;
+    (0..width)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * 3.0
+        })
+        .collect()
+}
+
+/// An arena and the tables of some sequences, scattered over it. Its bytes are all ones, NaN to who reads them.
+struct World<'a> {
+    step: &'a Step,
+    layout: KvLayout,
+    arena: Arc<Arena>,
+    tables: Vec<Vec<BlockId>>,
+}
+
+impl<'a> World<'a> {
+    fn new(step: &'a Step) -> Self {
+        let layout = KvLayout { layers: step.layers, kv_heads: step.kv_heads, head_dim: step.head_dim };
+        let arena = Arc::new(Arena::new(61, layout.block_bytes()).unwrap());
+        (0..61).for_each(|block| arena.with_bytes_mut(block, |bytes| bytes.fill(0xff)));
+        let mut free = (0..61).map(|block| BlockId(block * 23 % 61));
+        let blocks = step.sequences.iter().map(|case| (case.context + case.rows).div_ceil(BLOCK_TOKENS));
+        let tables = blocks.map(|blocks| free.by_ref().take(blocks).collect()).collect();
+        Self { step, layout, arena, tables }
+    }
+
+    /// Attends in one step with rows `parts[s]` of each sequence `s` that has some. Rows of the result: per sequence.
+    fn run(&self, kernel: Kernel, layer: usize, parts: &[Range<usize>]) -> Vec<Vec<Vec<f32>>> {
+        let heads = self.step.group * self.step.kv_heads;
+        let (mut rows, mut qkv) = (Vec::new(), Vec::new());
+        let mut first_row = 0;
+        for (sequence, part) in parts.iter().enumerate().filter(|(_, part)| !part.is_empty()) {
+            rows.push(Rows { first_row, rows: part.len(), context: part.start, table: &self.tables[sequence] });
+            first_row += part.len();
+            part.clone().for_each(|position| qkv.extend(qkv_row(self.step, sequence, position)));
+        }
+        let plan = Arc::new(Plan::new(&self.arena, self.layout, rows).unwrap());
+        let mut out = vec![f32::NAN; first_row * heads * self.step.head_dim];
+        PagedAttention { plan, layer, heads }.run(kernel, &qkv, &mut out);
+        let mut out = out.chunks_exact(heads * self.step.head_dim).map(<[f32]>::to_vec);
+        parts.iter().map(|part| out.by_ref().take(part.len()).collect()).collect()
+    }
+}
+
+/// Attention over a plain list, in f64.
+fn naive(step: &Step, sequence: usize, position: usize) -> Vec<f64> {
+    let (dim, heads) = (step.head_dim, step.group * step.kv_heads);
+    let rounded = |values: &[f32]| -> Vec<f64> { values.iter().map(|&v| f16::from_f32(v).to_f64()).collect() };
+    let rows: Vec<_> = (0..=position).map(|position| qkv_row(step, sequence, position)).collect();
+    let query_row = &rows[position];
+    let mut out = Vec::new();
+    for head in 0..heads {
+        let kv_head = head / step.group;
+        let query = &query_row[head * dim..][..dim];
+        let scores: Vec<f64> = rows
+            .iter()
+            .map(|row| {
+                let keys = rounded(&row[(heads + kv_head) * dim..][..dim]);
+                query.iter().zip(keys).map(|(q, k)| f64::from(*q) * k).sum::<f64>() / (dim as f64).sqrt()
+            })
+            .collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        let mut sums = vec![0.0; dim];
+        for (row, weight) in rows.iter().zip(weights) {
+            let values = rounded(&row[(heads + step.kv_heads + kv_head) * dim..][..dim]);
+            sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += weight * value);
+        }
+        out.extend(sums.into_iter().map(|value| value / sum));
+    }
+    out
+}
+
+fn kernels() -> Vec<Kernel> {
+    #[cfg(target_arch = "x86_64")]
+    if crate::kernels::has_avx2() {
+        return vec![Kernel::Scalar, Kernel::Avx2];
+    }
+    vec![Kernel::Scalar]
+}
+
+/// The same pass over every sequence, `chunk` tokens a step at most, until all rows are done. Rows per sequence.
+fn in_chunks(world: &World<'_>, kernel: Kernel, layer: usize, chunk: usize, alone: bool) -> Vec<Vec<Vec<f32>>> {
+    let ends: Vec<_> = world.step.sequences.iter().map(|case| case.context + case.rows).collect();
+    let mut done = vec![0; ends.len()];
+    let mut out = vec![Vec::new(); ends.len()];
+    let steps: Vec<Vec<usize>> =
+        if alone { (0..ends.len()).map(|s| vec![s]).collect() } else { vec![(0..ends.len()).collect()] };
+    for sequences in steps {
+        while sequences.iter().any(|&s| done[s] < ends[s]) {
+            let parts: Vec<_> = (0..ends.len())
+                .map(|s| {
+                    let end = if sequences.contains(&s) { ends[s].min(done[s] + chunk) } else { done[s] };
+                    done[s]..end
+                })
+                .collect();
+            for (s, rows) in world.run(kernel, layer, &parts).into_iter().enumerate() {
+                out[s].extend(rows);
+                done[s] = parts[s].end;
+            }
+        }
+    }
+    out
+}
+
+fn bits(rows: &[Vec<Vec<f32>>]) -> Vec<u32> {
+    rows.iter().flatten().flatten().map(|value| value.to_bits()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn attention_over_scattered_blocks_is_attention_over_a_list_in_every_kernel_and_chunking(step in step()) {
+        let world = World::new(&step);
+        let layer = step.layers - 1;
+        let mut all = Vec::new();
+        for kernel in kernels() {
+            for (chunk, alone) in [(1, false), (7, true), (16, false), (1000, true), (33, false)] {
+                all.push(bits(&in_chunks(&world, kernel, layer, chunk, alone)));
+            }
+        }
+        for (index, other) in all.iter().enumerate() {
+            prop_assert!(other == &all[0], "way {} of computing gives other bits than the first", index);
+        }
+        for (sequence, rows) in in_chunks(&world, kernels()[0], layer, 64, false).iter().enumerate() {
+            for position in [0, rows.len() / 2, rows.len() - 1] {
+                for (ours, wanted) in rows[position].iter().zip(naive(&step, sequence, position)) {
+                    prop_assert!((f64::from(*ours) - wanted).abs() < 2e-5, "{ours} for {wanted} at {position}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_layer_writes_its_own_planes_and_no_others() {
+    let step = Step {
+        kv_heads: 2,
+        group: 2,
+        head_dim: 16,
+        layers: 3,
+        sequences: vec![Case { context: 0, rows: 20 }],
+        seed: 1,
+    };
+    let world = World::new(&step);
+    let whole = 0..20;
+    world.run(Kernel::Scalar, 1, std::slice::from_ref(&whole));
+    let layer_bytes = world.layout.block_bytes() / 3;
+    for block in 0..61 {
+        let used = world.tables[0].contains(&BlockId(block));
+        for (layer, bytes) in world.arena.bytes(block).chunks_exact(layer_bytes).enumerate() {
+            let touched = bytes.iter().any(|&byte| byte != 0xff);
+            assert_eq!(touched, used && layer == 1, "block {block}, layer {layer}");
+        }
+    }
+}
+
+#[test]
+fn keys_and_values_beyond_f16_are_clamped_rather_than_infinite() {
+    let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8 };
+    let arena = Arc::new(Arena::new(1, layout.block_bytes()).unwrap());
+    let table = [BlockId(0)];
+    let plan = Plan::new(&arena, layout, [Rows { first_row: 0, rows: 2, context: 0, table: &table }]).unwrap();
+    let attention = PagedAttention { plan: Arc::new(plan), layer: 0, heads: 1 };
+    let qkv = [[1e-3; 8], [1e9; 8], [-1e9; 8], [1e-3; 8], [-1e9; 8], [1.0; 8]].concat();
+    let mut out = [0.0; 16];
+    attention.run(Kernel::Scalar, &qkv, &mut out);
+    assert!(out.iter().all(|value| value.is_finite()), "{out:?}");
+    assert_eq!(out[0], -65504.0);
+}
+
+#[test]
+fn tables_that_would_write_anothers_block_or_leave_the_arena_are_refused() {
+    let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8 };
+    let arena = Arc::new(Arena::new(8, layout.block_bytes()).unwrap());
+    let plan = |sequences: &[(usize, usize, usize, &[u32])]| {
+        let tables: Vec<Vec<_>> = sequences.iter().map(|s| s.3.iter().map(|&id| BlockId(id)).collect()).collect();
+        let rows = sequences.iter().zip(&tables).map(|(&(first_row, rows, context, _), table)| Rows {
+            first_row,
+            rows,
+            context,
+            table,
+        });
+        Plan::new(&arena, layout, rows).map(|plan| plan.rows()).map_err(|error| error.to_string())
+    };
+    // A full block that both have read before, and a block each to write: the prefix is shared.
+    assert_eq!(plan(&[(0, 1, 16, &[0, 1]), (1, 2, 16, &[0, 2])]), Ok(3));
+    assert!(plan(&[(0, 1, 15, &[0, 1]), (1, 2, 16, &[0, 2])]).unwrap_err().contains("share block 0"));
+    assert!(plan(&[(0, 1, 16, &[0, 1]), (1, 2, 32, &[0, 1, 2])]).unwrap_err().contains("share block 1"));
+    assert!(plan(&[(0, 17, 0, &[3, 3])]).unwrap_err().contains("share block 3"));
+    assert!(plan(&[(0, 1, 0, &[8])]).unwrap_err().contains("outside an arena of 8"));
+    assert!(plan(&[(0, 1, 16, &[0])]).unwrap_err().contains("1 blocks, too few for 17 tokens"));
+    assert!(plan(&[(1, 1, 0, &[0])]).unwrap_err().contains("starts at row 1, where row 0 is next"));
+    assert!(plan(&[(0, 0, 0, &[0])]).unwrap_err().contains("has no rows"));
+    // Blocks behind the rows are nobody's business in this step.
+    assert_eq!(plan(&[(0, 1, 0, &[0, 5]), (1, 1, 0, &[5])]), Ok(2));
+    let other = KvLayout { layers: 2, ..layout };
+    assert!(matches!(Plan::new(&arena, other, []), Err(PlanError::BlockBytes { wanted: 1024, found: 512 })));
+}
