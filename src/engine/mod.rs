@@ -5,6 +5,8 @@
 pub mod batch;
 pub mod core;
 pub mod fairness;
+#[cfg(test)]
+pub mod fixtures;
 pub mod handle;
 pub mod sampler;
 pub mod scheduler;
