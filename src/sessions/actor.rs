@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use actix::{Actor, ActorFutureExt, AsyncContext, Context, Handler, WrapFuture};
+use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, WrapFuture};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -181,13 +181,15 @@ impl Session {
         }
     }
 
-    /// Leaves the registry. The KV handle goes, and leaves the blocks to the evictor.
+    /// Leaves the registry. The KV handle goes, and leaves the blocks to the evictor. What was sent before is in the mailbox
+    /// by now, which is emptied before the last future is looked at.
     fn retire(&mut self, refusal: &Refusal, context: &mut Context<Self>) {
         self.phase = Phase::Retired;
         self.shared.registry.remove(&self.who, &context.address());
         for command in std::mem::take(&mut self.waiting) {
             command.refuse(refusal.clone());
         }
+        context.spawn(std::future::ready(()).into_actor(self).map(|(), _, context| context.stop()));
     }
 
     fn claim(&self) -> KvHandle {
