@@ -18,6 +18,7 @@ pub use sampler::Sampling;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use crate::model::language::{ChatMessage, Language, Rendered, TemplateError, TextDecoder};
 use crate::types::{TokenCount, TokenId};
 
 /// A turn as the engine takes it: the whole prompt in tokens, and how to answer.
