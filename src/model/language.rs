@@ -247,14 +247,15 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::weights::gguf::{Header, Value as GgufValue};
+    use crate::model::weights::WeightFile;
+    use crate::model::weights::gguf::Value as GgufValue;
 
     /// The real model's language.
     static SMOLLM2: LazyLock<Language> = LazyLock::new(|| {
         let path = std::env::var("REKINDLE_TEST_MODEL").unwrap_or("models/SmolLM2-135M-Instruct.Q4_1.gguf".to_owned());
-        let file = std::fs::read(&path)
-            .unwrap_or_else(|error| panic!("the tests need the model `{path}` ({error}); get it with `rekindle pull`"));
-        Language::from_metadata(&Header::read(&file).unwrap().metadata).unwrap()
+        let file = WeightFile::open(path.as_ref())
+            .unwrap_or_else(|error| panic!("the tests need a model: {error}; get it with `rekindle pull`"));
+        Language::from_metadata(file.metadata()).unwrap()
     });
 
     /// A small vocabulary: a token a byte, these control tokens and these of the maker's own, in this order from 256.

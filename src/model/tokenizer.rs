@@ -481,7 +481,8 @@ mod tests {
     use proptest::prelude::*;
     use serde::Deserialize;
 
-    use super::super::weights::gguf::{Header, Value as GgufValue};
+    use super::super::weights::WeightFile;
+    use super::super::weights::gguf::Value as GgufValue;
     use super::*;
 
     /// A text, and the ids that llama.cpp gives it: as typed, and where markup in it counts.
@@ -570,9 +571,9 @@ mod tests {
     #[test]
     fn the_real_models_tokens_are_those_of_llama_cpp() {
         let path = std::env::var("REKINDLE_TEST_MODEL").unwrap_or("models/SmolLM2-135M-Instruct.Q4_1.gguf".to_owned());
-        let file = std::fs::read(&path)
-            .unwrap_or_else(|error| panic!("the tests need the model `{path}` ({error}); get it with `rekindle pull`"));
-        let tokenizer = Tokenizer::from_metadata(&Header::read(&file).unwrap().metadata).unwrap();
+        let file = WeightFile::open(path.as_ref())
+            .unwrap_or_else(|error| panic!("the tests need a model: {error}; get it with `rekindle pull`"));
+        let tokenizer = Tokenizer::from_metadata(file.metadata()).unwrap();
         let found = differences(&tokenizer, &goldens("smollm2.jsonl"), |token| token.0);
         assert!(found.is_empty(), "{} differences:\n{}", found.len(), found.join("\n"));
     }
