@@ -11,7 +11,6 @@
 use std::collections::HashMap;
 
 use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{
@@ -173,15 +172,16 @@ impl Tokenizer {
             return Err(TokenizerError::NoTokens);
         }
         let kinds = kinds(metadata, texts)?;
-        let mut alphabet = Alphabet::new();
-        let bytes = TokenBytes::new(texts, &kinds, &alphabet)?;
         let vocab: Vocab = ids()
             .zip(texts)
             .zip(&kinds)
             .filter(|(_, kind)| **kind != TokenKind::Control)
             .map(|((id, text), _)| (text.clone(), id.0))
             .collect();
-        let space = alphabet.find_lacking(&vocab).ok_or(TokenizerError::NoSpace)?;
+        let alphabet = Alphabet::new(&vocab);
+        let bytes = TokenBytes::new(texts, &kinds, &alphabet)?;
+        let space = alphabet.known(b' ').and_then(|c| vocab.get(c.encode_utf8(&mut [0; 4])));
+        let space = TokenId(*space.ok_or(TokenizerError::NoSpace)?);
         let bpe = BPE::builder()
             .vocab_and_merges(vocab.clone(), merges(metadata, &vocab)?)
             .ignore_merges(rule.takes_whole_words)
@@ -246,12 +246,17 @@ impl Tokenizer {
         if own == text {
             return true;
         }
-        let known: Vec<u8> = text.iter().copied().filter(|byte| !self.alphabet.lacks_byte(*byte)).collect();
+        let known: Vec<u8> = text.iter().copied().filter(|byte| self.alphabet.known(*byte).is_some()).collect();
         known.len() < text.len() && (known == own || (known.is_empty() && id == self.space))
     }
 
     pub fn is_control(&self, id: TokenId) -> bool {
         self.kinds.get(id.0 as usize) == Some(&TokenKind::Control)
+    }
+
+    /// Bytes of the longest token, at least 1.
+    pub fn longest_token_bytes(&self) -> usize {
+        self.bytes.longest().max(1)
     }
 
     /// Tokens in the vocabulary.
@@ -324,21 +329,32 @@ impl Tokenizer {
     ) -> tokenizers::Result<()> {
         let mut words = PreTokenizedString::from(text);
         self.words.pre_tokenize(&mut words)?;
+        let mut spelled = String::new();
         for (word, _, _) in words.get_splits(OffsetReferential::Original, OffsetType::None) {
-            for run in word.split_inclusive(|c| self.alphabet.lacks(c)) {
-                let known = run.trim_end_matches(|c| self.alphabet.lacks(c));
-                for token in if known.is_empty() { Vec::new() } else { self.bpe.tokenize(known)? } {
-                    let id = TokenId(token.id);
-                    tokens.push((id, self.length(id)));
-                }
-                if known.len() < run.len() {
-                    match tokens.get_mut(first..).and_then(<[_]>::last_mut) {
-                        None => *leading += 1,
-                        Some((_, bytes)) if *bytes < u16::MAX => *bytes += 1,
-                        Some(_) => tokens.push((self.space, 1)),
+            for byte in word.bytes() {
+                match self.alphabet.known(byte) {
+                    Some(character) => spelled.push(character),
+                    None => {
+                        self.merge(&mut spelled, tokens)?;
+                        match tokens.get_mut(first..).and_then(<[_]>::last_mut) {
+                            None => *leading += 1,
+                            Some((_, bytes)) if *bytes < u16::MAX => *bytes += 1,
+                            Some(_) => tokens.push((self.space, 1)),
+                        }
                     }
                 }
             }
+            self.merge(&mut spelled, tokens)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a word, or what stands between bytes that the vocabulary lacks, as spelled in GPT-2's alphabet.
+    fn merge(&self, spelled: &mut String, tokens: &mut Vec<(TokenId, u16)>) -> tokenizers::Result<()> {
+        if !spelled.is_empty() {
+            let merged = self.bpe.tokenize(spelled)?;
+            tokens.extend(merged.iter().map(|token| (TokenId(token.id), self.length(TokenId(token.id)))));
+            spelled.clear();
         }
         Ok(())
     }
@@ -352,7 +368,6 @@ impl WordRule {
             let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(build)?;
             steps.push(PreTokenizerWrapper::Split(split));
         }
-        steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, false, false)));
         Ok(Sequence::new(steps))
     }
 }
@@ -411,15 +426,15 @@ pub(super) fn byte_alphabet() -> impl Iterator<Item = char> {
 
 /// GPT-2's alphabet: a printable character for each byte, so that vocabularies and merges are text.
 struct Alphabet {
-    /// Each character and its byte, by character.
     bytes: HashMap<char, u8>,
-    /// `[character]`: true of those that the vocabulary has no token for.
-    lacking: Vec<bool>,
+    /// `[256]`: each byte's character, if the vocabulary has a token for it.
+    known: Vec<Option<char>>,
 }
 
 impl Alphabet {
-    fn new() -> Self {
-        Self { bytes: byte_alphabet().zip(0..=u8::MAX).collect(), lacking: Vec::new() }
+    fn new(vocab: &Vocab) -> Self {
+        let known = |c: char| vocab.contains_key(c.encode_utf8(&mut [0; 4])).then_some(c);
+        Self { bytes: byte_alphabet().zip(0..=u8::MAX).collect(), known: byte_alphabet().map(known).collect() }
     }
 
     /// The bytes that a token's text stands for; `None` if it isn't in this alphabet.
@@ -427,21 +442,9 @@ impl Alphabet {
         text.chars().map(|c| self.bytes.get(&c).copied()).collect()
     }
 
-    /// Learns which characters the vocabulary lacks. `None` if the space is one, else its token.
-    fn find_lacking(&mut self, vocab: &Vocab) -> Option<TokenId> {
-        let lacks = |c: char| self.bytes.contains_key(&c) && !vocab.contains_key(c.encode_utf8(&mut [0; 4]));
-        let last = self.bytes.keys().max().copied()?;
-        self.lacking = ('\0'..=last).map(lacks).collect();
-        let (space, _) = self.bytes.iter().find(|(_, byte)| **byte == b' ')?;
-        vocab.get(space.encode_utf8(&mut [0; 4])).map(|&id| TokenId(id))
-    }
-
-    fn lacks(&self, c: char) -> bool {
-        self.lacking.get(c as usize).copied().unwrap_or(false)
-    }
-
-    fn lacks_byte(&self, byte: u8) -> bool {
-        self.bytes.iter().any(|(c, b)| *b == byte && self.lacks(*c))
+    /// The byte's character; `None` if the vocabulary lacks it.
+    fn known(&self, byte: u8) -> Option<char> {
+        self.known.get(usize::from(byte)).copied().flatten()
     }
 }
 
@@ -465,6 +468,10 @@ impl TokenBytes {
             bytes.starts.push(bytes.buffer.len());
         }
         Ok(bytes)
+    }
+
+    fn longest(&self) -> usize {
+        self.starts.iter().zip(self.starts.iter().skip(1)).map(|(start, end)| end - start).max().unwrap_or(0)
     }
 
     fn get(&self, id: TokenId) -> &[u8] {
