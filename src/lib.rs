@@ -1,6 +1,7 @@
 //! rekindle: a multi-tenant chat session engine. The map of the house, a line a room; ARCHITECTURE.md has the rules.
 
 pub mod api; // REST and SSE: parse, map errors; no policy
+pub mod cli; // the commands beside serving: pull
 pub mod config; // typed settings from file, environment and flags
 pub mod engine; // handle | thread | core: scheduler, fairness, sampling
 pub mod kernels; // attention, linear layers, arenas: the only unsafe

@@ -8,6 +8,7 @@ pub mod fairness;
 #[cfg(test)]
 pub mod fixtures;
 pub mod handle;
+mod metrics;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
@@ -21,6 +22,7 @@ pub use sampler::Sampling;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use crate::model::language::{ChatMessage, Language, Rendered, TemplateError, TextDecoder};
 use crate::types::{TokenCount, TokenId};
 
 /// A turn as the engine takes it: the whole prompt in tokens, and how to answer.

@@ -4,10 +4,9 @@
 //! or a histogram without buckets, can't exist. Labels are bounded: tenants by configuration, the rest by enums;
 //! conversations never.
 
-use std::sync::OnceLock;
-
 use metrics::{Label, Unit, counter, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use parking_lot::Mutex;
 
 /// A number that only rises.
 pub struct Counter(Description);
@@ -51,7 +50,9 @@ table! {
     Counter PREEMPTIONS, "rekindle_preemptions_total", Count, "Running turns that were offloaded to let others go on.";
     Counter EVICTIONS, "rekindle_evictions_total", Count, "Decisions that took device KV of a conversation.";
     Counter PROMPT_TOKENS, "rekindle_prompt_tokens_total", Count,
-        "Prompt tokens by where their KV came from: resident, shared, reloaded_host, encoded. Reencoded is a part of encoded.";
+        "Prompt tokens by where their KV came from: resident, shared, reloaded_host or encoded.";
+    Counter REENCODED_TOKENS, "rekindle_reencoded_tokens_total", Count,
+        "The part of the encoded prompt tokens whose KV their conversation had before and lost.";
     Counter GENERATED_TOKENS, "rekindle_generated_tokens_total", Count, "Tokens sampled.";
     Counter ISOLATION_FAULTS, "rekindle_isolation_faults_total", Count,
         "Evictions for another tenant that took one below its floor. Any value but 0 is a fault.";
@@ -61,8 +62,10 @@ table! {
     Counter RELOADED_BYTES, "rekindle_reloaded_bytes_total", Bytes, "KV copied back up.";
     Gauge POOL_BYTES, "rekindle_pool_bytes", Bytes, "Size of a tier's pool.";
     Gauge POOL_FREE_BYTES, "rekindle_pool_free_bytes", Bytes, "Bytes of a tier's pool that hold nothing.";
-    Gauge PREFILL_RATE, "rekindle_prefill_tokens_per_second", CountPerSecond, "Moving average of prefill; 0 before the first.";
-    Gauge RELOAD_RATE, "rekindle_reload_bytes_per_second", CountPerSecond, "Moving average of reloads; 0 before the first.";
+    Gauge PREFILL_RATE, "rekindle_prefill_tokens_per_second", CountPerSecond,
+        "Moving average of prefill; 0 before the first.";
+    Gauge RELOAD_RATE, "rekindle_reload_bytes_per_second", CountPerSecond,
+        "Moving average of reloads; 0 before the first.";
 
     Histogram TTFT_SECONDS, "rekindle_turn_first_token_seconds", Seconds,
         "From a turn's arrival to its first token, by how its prompt was met: fresh, resident, reload, reencode.", LATENCY_S;
@@ -71,7 +74,8 @@ table! {
         "From a request's first byte to its answer's headers, by route and status.", LATENCY_S;
     Gauge LIVE_SESSIONS, "rekindle_live_sessions", Count, "Conversations that have an actor.";
 
-    Histogram STORE_COMMIT_SECONDS, "rekindle_store_commit_seconds", Seconds, "A group's time from its first request to its answers.", LATENCY_S;
+    Histogram STORE_COMMIT_SECONDS, "rekindle_store_commit_seconds", Seconds,
+        "A group's time from its first request to its answers.", LATENCY_S;
     Histogram STORE_GROUP_REQUESTS, "rekindle_store_group_requests", Count, "Requests that shared one commit.", GROUP;
 }
 
@@ -108,9 +112,10 @@ pub struct Metrics {
 impl Metrics {
     /// Installs the recorder once a process; later calls give the same one.
     pub fn install() -> Result<Self, BuildError> {
-        static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
-        if let Some(handle) = INSTALLED.get() {
-            return Ok(Self { handle: handle.clone() });
+        static INSTALLED: Mutex<Option<Metrics>> = Mutex::new(None);
+        let mut installed = INSTALLED.lock();
+        if let Some(metrics) = &*installed {
+            return Ok(metrics.clone());
         }
         let mut builder = PrometheusBuilder::new();
         for entry in TABLE {
@@ -119,12 +124,12 @@ impl Metrics {
                     builder.set_buckets_for_metric(Matcher::Full(entry.description().name.to_owned()), buckets)?;
             }
         }
-        let handle = builder.install_recorder()?;
+        let metrics = Self { handle: builder.install_recorder()? };
         for entry in TABLE {
             entry.describe();
         }
         BUILD_INFO.set(1.0, &[("version", env!("CARGO_PKG_VERSION"))]);
-        Ok(Self { handle: INSTALLED.get_or_init(|| handle).clone() })
+        Ok(installed.insert(metrics).clone())
     }
 
     /// All metrics in Prometheus' text format. The caller brings the snapshot-based ones up to date first.
@@ -213,16 +218,16 @@ mod tests {
     #[test]
     fn what_was_counted_is_in_the_text_with_its_help() {
         let metrics = Metrics::install().unwrap();
-        ENGINE_STEPS.set_total(7, &[]);
-        ENGINE_STEPS.set_total(3, &[]);
-        EVICTIONS.add(2, &[("tenant", "a\"b")]);
+        TURNS.set_total(7, &[("outcome", "test")]);
+        TURNS.set_total(3, &[("outcome", "test")]);
+        TURNS.add(2, &[("outcome", "a\"b")]);
         STORE_GROUP_REQUESTS.record(3.0, &[]);
         let text = metrics.render();
-        assert!(text.contains("# HELP rekindle_engine_steps_total Forward passes of the model."), "{text}");
-        assert!(text.contains("\nrekindle_engine_steps_total 7\n"), "a total fell: {text}");
-        assert!(text.contains("rekindle_evictions_total{tenant=\"a\\\"b\"} 2"), "{text}");
+        assert!(text.contains("# HELP rekindle_turns_total Turns that ended, by outcome."), "{text}");
+        assert!(text.contains("\nrekindle_turns_total{outcome=\"test\"} 7\n"), "a total fell: {text}");
+        assert!(text.contains("rekindle_turns_total{outcome=\"a\\\"b\"} 2"), "{text}");
         assert!(text.contains("rekindle_store_group_requests_bucket{le=\"4\"}"), "no buckets: {text}");
         assert!(text.contains("rekindle_process_resident_bytes "), "{text}");
-        assert!(Metrics::install().unwrap().render().contains("rekindle_engine_steps_total 7"));
+        assert!(Metrics::install().unwrap().render().contains("{outcome=\"test\"} 7"), "a second install is the first");
     }
 }

@@ -1,0 +1,4 @@
+//! Which commands does the program have beside serving?
+
+pub mod download;
+pub mod pull;

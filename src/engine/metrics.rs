@@ -1,0 +1,83 @@
+//! Which of the engine's numbers does a scraper see?
+//!
+//! The same snapshot that everyone else looks at, so that metrics and pages can't disagree. Published at scrape time: the
+//! engine's loop spends nothing on it.
+
+use super::status::{EngineStatus, PoolStatus};
+use crate::telemetry::metrics;
+use crate::types::Tier;
+
+impl EngineStatus {
+    /// Brings the engine's metrics up to this snapshot.
+    pub fn publish(&self) {
+        metrics::ENGINE_STEPS.set_total(self.steps, &[]);
+        metrics::ENGINE_RUNNING.set(self.running.into(), &[]);
+        metrics::ENGINE_QUEUED.set(self.queued.into(), &[]);
+        metrics::ENGINE_RELOADING.set(self.reloading.into(), &[]);
+        for (outcome, total) in
+            [("finished", self.turns_finished), ("cancelled", self.turns_cancelled), ("failed", self.turns_failed)]
+        {
+            metrics::TURNS.set_total(total, &[("outcome", outcome)]);
+        }
+        metrics::PREEMPTIONS.set_total(self.preemptions, &[]);
+        metrics::EVICTIONS.set_total(self.evictions, &[]);
+        let prompt = &self.prompt;
+        for (source, total) in [
+            ("resident", prompt.resident_tokens),
+            ("shared", prompt.shared_tokens),
+            ("reloaded_host", prompt.reloaded_host_tokens),
+            ("encoded", prompt.encoded_tokens),
+        ] {
+            metrics::PROMPT_TOKENS.set_total(total, &[("source", source)]);
+        }
+        metrics::REENCODED_TOKENS.set_total(prompt.reencoded_tokens, &[]);
+        metrics::GENERATED_TOKENS.set_total(self.generated_tokens, &[]);
+        metrics::ISOLATION_FAULTS.set_total(self.isolation_faults, &[]);
+        metrics::VERIFICATION_FAILURES.set_total(self.verification_failures, &[]);
+        metrics::OFFLOADED_BYTES.set_total(self.offloaded_bytes, &[]);
+        metrics::RELOADED_BYTES.set_total(self.reloaded_bytes, &[]);
+        publish_pool(Tier::Device, &self.device);
+        publish_pool(Tier::Host, &self.host);
+        metrics::PREFILL_RATE.set(self.prefill_tokens_per_s as f64, &[]);
+        metrics::RELOAD_RATE.set(self.reload_bytes_per_s as f64, &[]);
+    }
+}
+
+fn publish_pool(tier: Tier, pool: &PoolStatus) {
+    let bytes = |blocks: u32| (u64::from(blocks) * pool.block_bytes) as f64;
+    metrics::POOL_BYTES.set(bytes(pool.total.0), &[("tier", tier.name())]);
+    metrics::POOL_FREE_BYTES.set(bytes(pool.free.0), &[("tier", tier.name())]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::status::PromptTotals;
+    use super::*;
+    use crate::telemetry::metrics::Metrics;
+    use crate::types::BlockCount;
+
+    #[test]
+    fn a_snapshot_is_in_the_text_number_for_number() {
+        let metrics = Metrics::install().unwrap();
+        let status = EngineStatus {
+            turns_finished: 41,
+            evictions: 5,
+            prompt: PromptTotals { encoded_tokens: 900, reencoded_tokens: 30, ..PromptTotals::default() },
+            device: PoolStatus { total: BlockCount(100), free: BlockCount(40), block_bytes: 368_640 },
+            ..EngineStatus::default()
+        };
+        status.publish();
+        let text = metrics.render();
+        for line in [
+            "rekindle_turns_total{outcome=\"finished\"} 41",
+            "rekindle_turns_total{outcome=\"failed\"} 0",
+            "rekindle_evictions_total 5",
+            "rekindle_prompt_tokens_total{source=\"encoded\"} 900",
+            "rekindle_reencoded_tokens_total 30",
+            "rekindle_pool_free_bytes{tier=\"device\"} 14745600",
+            "rekindle_isolation_faults_total 0",
+        ] {
+            assert!(text.lines().any(|l| l == line), "`{line}` is not in:\n{text}");
+        }
+    }
+}

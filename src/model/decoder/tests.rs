@@ -1,0 +1,200 @@
+//! Is a row's answer its own, whatever it was batched with, and is it the right one?
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use candle_core::quantized::{QTensor, gguf_file};
+use candle_transformers::models::quantized_llama;
+
+use super::*;
+use crate::model::SequenceRows;
+use crate::types::BlockId;
+
+/// The small published model that the tests share.
+fn real_model_path() -> PathBuf {
+    let path = std::env::var_os("REKINDLE_TEST_MODEL").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/SmolLM2-135M-Instruct.Q4_1.gguf"),
+        PathBuf::from,
+    );
+    assert!(path.exists(), "{} is missing: `make test` fetches it, or set REKINDLE_TEST_MODEL", path.display());
+    path
+}
+
+fn real_model() -> &'static Decoder {
+    static MODEL: OnceLock<Decoder> = OnceLock::new();
+    MODEL.get_or_init(|| Decoder::load(&real_model_path(), &mut |_, _| {}).expect("the test model loads"))
+}
+
+/// A sequence under test: its tokens so far in the cache, and its blocks, scattered over the arena.
+struct Running {
+    tokens: Vec<TokenId>,
+    cached: usize,
+    table: Vec<BlockId>,
+}
+
+/// A model with an arena, whose blocks are given out in a scattered order.
+struct Bench<'a> {
+    model: &'a Decoder,
+    arena: Arc<Arena>,
+    free: Vec<BlockId>,
+}
+
+impl<'a> Bench<'a> {
+    fn new(model: &'a Decoder) -> Self {
+        let arena = Arc::new(Arena::new(61, model.spec.kv.block_bytes(BLOCK_SIZE)).unwrap());
+        // What a forgotten sequence left must never be seen: here it is all NaN.
+        for block in 0..61 {
+            arena.with_bytes_mut(block, |bytes| bytes.fill(0xff));
+        }
+        Self { model, arena, free: (0..61).map(|i| BlockId(i * 37 % 61)).collect() }
+    }
+
+    fn start(&mut self, tokens: &[u32]) -> Running {
+        Running { tokens: tokens.iter().map(|&token| TokenId(token)).collect(), cached: 0, table: Vec::new() }
+    }
+
+    /// One step: the next `rows` tokens of each sequence. Returns the logits of every row, sequence after sequence.
+    fn step(&mut self, running: &mut [(&mut Running, usize)]) -> Vec<Vec<f32>> {
+        let mut tokens = Vec::new();
+        let mut sequences = Vec::new();
+        for (sequence, rows) in running.iter_mut() {
+            let end = sequence.cached + *rows;
+            while sequence.table.len() < end.div_ceil(BLOCK_TOKENS) {
+                sequence.table.push(self.free.pop().unwrap());
+            }
+            sequences.push((tokens.len(), *rows, sequence.cached));
+            tokens.extend_from_slice(&sequence.tokens[sequence.cached..end]);
+            sequence.cached = end;
+        }
+        let sequences: Vec<_> = sequences
+            .into_iter()
+            .zip(running.iter())
+            .map(|((first_row, rows, context), (sequence, _))| SequenceRows {
+                first_row,
+                rows,
+                context,
+                table: &sequence.table,
+            })
+            .collect();
+        let sampled: Vec<usize> = (0..tokens.len()).collect();
+        let batch = Batch { tokens: &tokens, sequences: &sequences, sampled: &sampled };
+        let mut logits = Logits::default();
+        let KvShape { layers, kv_heads, head_dim } = self.model.spec.kv;
+        let rows =
+            sequences.iter().map(|s| Rows { first_row: s.first_row, rows: s.rows, context: s.context, table: s.table });
+        let plan = Plan::new(&self.arena, KvLayout { layers, kv_heads, head_dim }, rows).unwrap();
+        self.model.step(&batch, plan, &mut logits).unwrap();
+        (0..sampled.len()).map(|row| logits.row(row).to_vec()).collect()
+    }
+
+    /// Runs one sequence alone in chunks of `chunk` tokens; logits of every position.
+    fn alone(&mut self, tokens: &[u32], chunk: usize) -> Vec<Vec<f32>> {
+        let mut running = self.start(tokens);
+        let mut all = Vec::new();
+        while running.cached < tokens.len() {
+            let rows = chunk.min(tokens.len() - running.cached);
+            all.extend(self.step(&mut [(&mut running, rows)]));
+        }
+        self.free.append(&mut running.table);
+        all
+    }
+}
+
+fn assert_same_bits(left: &[Vec<f32>], right: &[Vec<f32>], what: &str) {
+    assert_eq!(left.len(), right.len(), "{what}");
+    for (position, (left, right)) in left.iter().zip(right).enumerate() {
+        let differing = left.iter().zip(right).filter(|(l, r)| l.to_bits() != r.to_bits()).count();
+        assert_eq!(differing, 0, "{what}: {differing} logits differ at position {position}");
+        assert!(left.iter().all(|value| value.is_finite()), "{what}: a logit is not finite");
+    }
+}
+
+/// Tokens without a meaning, but not all alike.
+fn some_tokens(seed: u32, count: usize) -> Vec<u32> {
+    (0..count as u32)
+        .map(|i| (seed.wrapping_mul(2_654_435_761).wrapping_add(i.wrapping_mul(40_503)) >> 7) % 49_000)
+        .collect()
+}
+
+#[test]
+fn logits_are_the_same_bits_whatever_the_chunks_of_the_prefill() {
+    let mut bench = Bench::new(real_model());
+    let tokens = some_tokens(1, 75);
+    let whole = bench.alone(&tokens, tokens.len());
+    for chunk in [1, 7, 16, 64] {
+        assert_same_bits(&whole, &bench.alone(&tokens, chunk), &format!("chunks of {chunk}"));
+    }
+}
+
+#[test]
+fn logits_are_the_same_bits_alone_and_in_a_mixed_batch() {
+    let mut bench = Bench::new(real_model());
+    let prompts = [some_tokens(1, 40), some_tokens(2, 90), some_tokens(3, 23), some_tokens(4, 70)];
+    let alone: Vec<_> = prompts.iter().map(|tokens| bench.alone(tokens, tokens.len())).collect();
+    let mut running: Vec<_> = prompts.iter().map(|tokens| bench.start(tokens)).collect();
+    let mut batched = vec![Vec::new(); prompts.len()];
+    // Prefill chunks of one beside decodes of the others, in a shape that changes from step to step.
+    for step in 0.. {
+        let mut parts: Vec<_> = running
+            .iter_mut()
+            .enumerate()
+            .map(|(index, running)| {
+                let left = running.tokens.len() - running.cached;
+                let wanted = if (step + index) % 3 == 0 { 17 } else { 1 };
+                (index, running, wanted.min(left))
+            })
+            .filter(|(.., rows)| *rows > 0)
+            .collect();
+        if parts.is_empty() {
+            break;
+        }
+        let shape: Vec<_> = parts.iter().map(|(index, _, rows)| (*index, *rows)).collect();
+        let mut step_parts: Vec<_> = parts.iter_mut().map(|(_, running, rows)| (&mut **running, *rows)).collect();
+        let mut logits = bench.step(&mut step_parts).into_iter();
+        for (index, rows) in shape {
+            batched[index].extend(logits.by_ref().take(rows));
+        }
+    }
+    for (index, (alone, batched)) in alone.iter().zip(&batched).enumerate() {
+        assert_same_bits(alone, batched, &format!("sequence {index}"));
+    }
+}
+
+/// The same file with all its weights dequantised, so that candle multiplies in f32 too.
+fn dequantised_copy() -> std::io::Cursor<Vec<u8>> {
+    let mut file = std::fs::File::open(real_model_path()).unwrap();
+    let content = gguf_file::Content::read(&mut file).unwrap();
+    let tensors: Vec<_> = content
+        .tensor_infos
+        .keys()
+        .map(|name| {
+            let tensor = content.tensor(&mut file, name, &Device::Cpu).unwrap().dequantize(&Device::Cpu).unwrap();
+            (name.clone(), QTensor::quantize(&tensor, candle_core::quantized::GgmlDType::F32).unwrap())
+        })
+        .collect();
+    let metadata: Vec<_> = content.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    gguf_file::write(&mut bytes, &metadata, &tensors).unwrap();
+    bytes.set_position(0);
+    bytes
+}
+
+#[test]
+fn logits_agree_with_candles_own_llama_on_the_real_model() {
+    let tokens = [1, 4093, 198, 1780, 314, 253, 1443, 5345];
+    let mut file = dequantised_copy();
+    let content = gguf_file::Content::read(&mut file).unwrap();
+    let mut oracle = quantized_llama::ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap();
+    let ours = Bench::new(real_model()).alone(&tokens, tokens.len());
+    for (position, (token, ours)) in tokens.iter().zip(&ours).enumerate() {
+        let token = Tensor::new(&[[*token]], &Device::Cpu).unwrap();
+        let theirs: Vec<f32> = oracle.forward(&token, position).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        let cosine = dot(ours, &theirs) / (dot(ours, ours) * dot(&theirs, &theirs)).sqrt();
+        let worst = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        // Weights and KV are rounded to f16 here, and to nothing there.
+        assert!(cosine > 0.999_99 && worst < 0.1, "position {position}: cosine {cosine}, worst difference {worst}");
+        eprintln!("position {position}: cosine {cosine}, worst {worst}");
+    }
+}
