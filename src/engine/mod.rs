@@ -16,7 +16,6 @@ pub mod status;
 pub mod thread;
 
 pub use handle::{EngineHandle, KvHandle, SubmitError, TurnEvents, TurnHandle};
-pub use crate::model::language::{ChatMessage, Language, Rendered, TemplateError, TextDecoder};
 pub use sampler::Sampling;
 
 use std::sync::Arc;
