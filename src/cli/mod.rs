@@ -1,3 +1,5 @@
-//! Which commands run beside the server?
+//! Which commands does the program have beside serving?
 
 pub mod chat;
+pub mod download;
+pub mod pull;

@@ -13,13 +13,13 @@ pub mod sequence;
 pub mod status;
 pub mod thread;
 
-pub use crate::model::language::{ChatMessage, Language, Rendered, TemplateError, TextDecoder};
 pub use handle::{EngineHandle, KvHandle, SubmitError, TurnEvents, TurnHandle};
 pub use sampler::Sampling;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use crate::model::language::{ChatMessage, Language, Rendered, TemplateError, TextDecoder};
 use crate::types::{TokenCount, TokenId};
 
 /// A turn as the engine takes it: the whole prompt in tokens, and how to answer.

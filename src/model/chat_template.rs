@@ -397,7 +397,23 @@ impl PythonJson {
 
 /// `text` as a JSON string.
 fn quoted(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
+    let mut out = String::with_capacity(text.len() + 2);
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            '\u{8}' => out.push_str("\\b"),
+            '\u{c}' => out.push_str("\\f"),
+            '\0'..='\u{1f}' => out.push_str(&format!("\\u{:04x}", u32::from(c))),
+            _ => out.push(c),
+        }
+    }
+    out.push('"');
+    out
 }
 
 fn strftime_now(format: &str) -> String {
@@ -481,4 +497,164 @@ fn date(mut days: u64) -> (u64, u64, u64, u64) {
         month += 1;
     }
     (year, month, days + 1, day_of_year)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn template(source: &str) -> ChatTemplate {
+        ChatTemplate::new(source, "<s>".to_owned(), "</s>".to_owned()).unwrap()
+    }
+
+    fn messages(said: &[(&str, &str)]) -> Vec<TemplateMessage> {
+        let message = |(role, content): &(&str, &str)| TemplateMessage {
+            role: role.to_string(),
+            name: None,
+            content: content.to_string(),
+        };
+        said.iter().map(message).collect()
+    }
+
+    fn render(source: &str, said: &[(&str, &str)]) -> Result<String, TemplateError> {
+        template(source).render(messages(said), false)
+    }
+
+    const EACH: &str = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}";
+    /// Demands one system message, in front, and alternation, as Mistral's does.
+    const STRICT: &str = "
+        {%- if messages[0].role == 'system' %}[system]{{ messages[0].content }}{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}
+        {%- for m in rest %}
+            {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+            {{- '[' + m.role + ']' + m.content }}
+        {%- endfor %}";
+
+    #[test]
+    fn developer_is_system_where_the_template_does_not_name_it() {
+        assert_eq!(render(EACH, &[("developer", "d"), ("user", "u")]).unwrap(), "[system]d[user]u");
+        let knows = EACH.to_owned() + "{# developer #}";
+        assert_eq!(render(&knows, &[("developer", "d"), ("user", "u")]).unwrap(), "[developer]d[user]u");
+    }
+
+    #[test]
+    fn messages_are_merged_only_where_the_template_demands_it() {
+        let said =
+            [("user", "a"), ("user", "b"), ("system", "s"), ("assistant", "c"), ("assistant", "d"), ("system", "t")];
+        assert_eq!(render(EACH, &said).unwrap(), "[user]a[user]b[system]s[assistant]c[assistant]d[system]t");
+        assert_eq!(render(STRICT, &said).unwrap(), "[system]s\n\nt[user]a\n\nb[assistant]c\n\nd");
+        assert_eq!(
+            render(STRICT, &[("assistant", "a"), ("user", "b")]),
+            Err(TemplateError::Raised("roles must alternate".into()))
+        );
+    }
+
+    #[test]
+    fn a_system_message_is_never_dropped() {
+        let said = [("system", "Be kind."), ("user", "u")];
+        let silent =
+            "{% for m in messages %}{% if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}";
+        assert_eq!(render(silent, &said).unwrap(), "[user]Be kind.\n\nu");
+        let loud =
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}".to_owned() + EACH;
+        assert_eq!(render(&loud, &said).unwrap(), "[user]Be kind.\n\nu");
+        assert_eq!(render(&loud, &[("system", "Be kind.")]).unwrap(), "[user]Be kind.");
+    }
+
+    #[test]
+    fn a_tool_message_without_a_place_is_refused() {
+        let silent = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}";
+        let refused = render(silent, &[("user", "u"), ("tool", "t")]);
+        assert_eq!(refused, Err(TemplateError::Dropped { role: "tool".into() }));
+        let quoted = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}";
+        assert_eq!(render(quoted, &[("tool", "a\"b\n")]).unwrap(), r#""a\"b\n""#);
+    }
+
+    #[test]
+    fn a_template_that_reads_only_parts_gets_parts() {
+        let source = "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}";
+        assert_eq!(render(source, &[("user", "u")]).unwrap(), "u");
+    }
+
+    #[test]
+    fn white_space_around_blocks_is_jinjas_as_transformers_sets_it() {
+        let source = "{{ bos_token }}\n{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n";
+        assert_eq!(render(source, &[("user", "u")]).unwrap(), "<s>\nu\n");
+    }
+
+    #[test]
+    fn generation_tags_change_nothing() {
+        let source = "{% for m in messages %}{%- generation -%} {{ m.content }} {%- endgeneration %}{% generation %}!{% endgeneration %}{% endfor %}";
+        assert_eq!(render(source, &[("user", "u")]).unwrap(), "u!");
+    }
+
+    #[test]
+    fn json_is_pythons() {
+        let value = "{% set v = {'b': [1, 2.5, none, true], 'a': '<é😀>\\n', 'e': {}} %}".to_owned();
+        let render = |filter: &str| render(&format!("{value}{{{{ v | {filter} }}}}"), &[("user", "u")]).unwrap();
+        assert_eq!(render("tojson"), r#"{"b": [1, 2.5, null, true], "a": "<é😀>\n", "e": {}}"#);
+        assert_eq!(render("tojson(ensure_ascii=False)"), render("tojson"));
+        let ascii = r#"{"a":"<\u00e9\ud83d\ude00>\n","b":[1,2.5,null,true],"e":{}}"#;
+        assert_eq!(render("tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':'))"), ascii);
+        let lines =
+            "{\n  \"b\": [\n    1,\n    2.5,\n    null,\n    true\n  ],\n  \"a\": \"<é😀>\\n\",\n  \"e\": {}\n}";
+        assert_eq!(render("tojson(indent=2)"), lines);
+    }
+
+    #[test]
+    fn values_print_as_in_python() {
+        assert_eq!(
+            render("{{ true }} {{ none }} {{ 1.0 }} {{ nothing }}", &[("user", "u")]).unwrap(),
+            "True None 1.0 "
+        );
+    }
+
+    #[test]
+    fn methods_of_python_strings_work() {
+        let source = "{% set c = messages[0]['content'] %}{{ c.split('|')[-1].lstrip('\\n').rstrip() }}{{ c.startswith('a') }}{{ c[1:] | trim | length }}";
+        assert_eq!(render(source, &[("user", "a|\n\nb ")]).unwrap(), "bTrue4");
+    }
+
+    #[test]
+    fn a_template_that_never_ends_is_stopped() {
+        for source in [
+            "{% for a in range(90000) %}{% for b in range(90000) %}{% for c in range(90000) %}x{% endfor %}{% endfor %}{% endfor %}",
+            "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+            "{% set ns = namespace(s='xxxxxxxxxxxxxxxx') %}{% for i in range(99999) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        ] {
+            let refused = render(source, &[("user", "u")]).unwrap_err();
+            assert!(
+                matches!(refused, TemplateError::OutOfFuel { .. } | TemplateError::Failed { .. }),
+                "{source}: {refused:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn long_conversations_have_fuel_enough() {
+        let long = "word <b> ".repeat(1000);
+        let said: Vec<(&str, &str)> = [("user", long.as_str()), ("assistant", "yes")].repeat(2048);
+        assert!(render(STRICT, &said).is_ok());
+    }
+
+    #[test]
+    fn errors_show_nothing_of_the_template() {
+        let syntax = ChatTemplate::new("a\n{% if secret %}", String::new(), String::new()).err().unwrap();
+        let run = render("a\n{{ messages.secret.word }}", &[("user", "u")]).unwrap_err();
+        for error in [&syntax, &run] {
+            assert!(matches!(error, TemplateError::Failed { line: 2, .. }), "{error:?}");
+            assert!(!error.to_string().contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn dates_are_cs() {
+        let at = 1_709_210_096; // 2024-02-29 12:34:56
+        assert_eq!(
+            strftime("%d %b %Y, %A %B %e %j %y %H:%M:%S %I%p %a 100%% %F %T %q", at),
+            "29 Feb 2024, Thursday February 29 060 24 12:34:56 12PM Thu 100% 2024-02-29 12:34:56 %q"
+        );
+        assert_eq!(strftime("%d %b %Y %A %I%p %j", 0), "01 Jan 1970 Thursday 12AM 001");
+        assert_eq!(strftime("%F %j", 951_782_399), "2000-02-28 059");
+        assert_eq!(strftime("%F %j", 4_102_444_799), "2099-12-31 365");
+    }
 }

@@ -11,8 +11,8 @@ use std::sync::Arc;
 pub use super::chat_template::TemplateError;
 use super::chat_template::{CHATML, ChatTemplate, TemplateMessage};
 use super::markup::{self, Author, Part};
-use super::tokenizer::{Tokenizer, TokenizerError};
-use super::weights::gguf::{Metadata, MetadataError};
+use super::tokenizer::{Tokenizer, TokenizerError, byte_alphabet};
+use super::weights::gguf::{Metadata, MetadataError, Value};
 use crate::types::TokenId;
 
 const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
@@ -74,6 +74,25 @@ impl Language {
         Ok(Self { tokenizer, template, stop_tokens: stop_tokens.into() })
     }
 
+    /// ChatML over bytes, for tests and the fake model: a token a byte, of the byte's own number, then `<|im_start|>` (256)
+    /// and `<|im_end|>` (257), which ends an answer.
+    #[expect(clippy::expect_used, reason = "the metadata is a constant, which a test loads")]
+    pub fn chatml_over_bytes() -> Self {
+        let control = ["<|im_start|>", "<|im_end|>"].map(str::to_owned);
+        let tokens: Vec<String> = byte_alphabet().map(String::from).chain(control).collect();
+        let types = [vec![1; 256], vec![3; 2]].concat();
+        let pairs = [
+            ("tokenizer.ggml.model", Value::Str("gpt2".to_owned())),
+            ("tokenizer.ggml.pre", Value::Str("gpt-2".to_owned())),
+            ("tokenizer.ggml.tokens", Value::Strs(tokens)),
+            ("tokenizer.ggml.token_type", Value::I32s(types)),
+            ("tokenizer.ggml.merges", Value::Strs(Vec::new())),
+            (CHAT_TEMPLATE, Value::Str(CHATML.to_owned())),
+        ];
+        let metadata = pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        Self::from_metadata(&metadata).expect("a vocabulary of all bytes and ChatML")
+    }
+
     /// The prompt that these messages make, `add_generation_prompt`: up to where the answer begins.
     pub fn render(&self, messages: &[ChatMessage<'_>], add_generation_prompt: bool) -> Result<Rendered, TemplateError> {
         let texts = messages.iter().flat_map(|message| [Some(message.content), message.name]).flatten();
@@ -103,6 +122,12 @@ impl Language {
     /// and the text lacks comes first, for 0 bytes.
     pub fn tokenize(&self, rendered: &Rendered, from_byte: usize) -> Vec<(TokenId, u16)> {
         self.tokenizer.tokenize(&rendered.text, &rendered.walls, from_byte)
+    }
+
+    /// Fewer tokens than this don't make a text of so many bytes, but for bytes that the vocabulary lacks: what can't fit a
+    /// window needn't be tokenised to know it, at some 0.4 s a megabyte.
+    pub fn fewest_tokens(&self, text_bytes: usize) -> usize {
+        text_bytes.div_ceil(self.tokenizer.longest_token_bytes())
     }
 
     /// How many tokens of an earlier log (each with the bytes of text that it stood for) `rendered` begins with, and the
@@ -228,24 +253,21 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::weights::gguf::{Header, Value as GgufValue};
+    use crate::model::weights::WeightFile;
+    use crate::model::weights::gguf::Value as GgufValue;
 
     /// The real model's language.
     static SMOLLM2: LazyLock<Language> = LazyLock::new(|| {
         let path = std::env::var("REKINDLE_TEST_MODEL").unwrap_or("models/SmolLM2-135M-Instruct.Q4_1.gguf".to_owned());
-        let file = std::fs::read(&path)
-            .unwrap_or_else(|error| panic!("the tests need the model `{path}` ({error}); get it with `rekindle pull`"));
-        Language::from_metadata(&Header::read(&file).unwrap().metadata).unwrap()
+        let file = WeightFile::open(path.as_ref())
+            .unwrap_or_else(|error| panic!("the tests need a model: {error}; get it with `rekindle pull`"));
+        Language::from_metadata(file.metadata()).unwrap()
     });
 
     /// A small vocabulary: a token a byte, these control tokens and these of the maker's own, in this order from 256.
     fn tiny(template: &str, control: &[&str], own: &[&str], bos: Option<&str>) -> Result<Language, LanguageError> {
-        let mut other = '\u{100}'..;
-        let bytes = (0..=255_u8).map(|byte| match byte {
-            b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte).to_string(),
-            _ => other.next().unwrap().to_string(),
-        });
-        let tokens: Vec<String> = bytes.chain(control.iter().chain(own).map(|text| text.to_string())).collect();
+        let special = control.iter().chain(own).map(|text| text.to_string());
+        let tokens: Vec<String> = byte_alphabet().map(String::from).chain(special).collect();
         let types = [vec![1; 256], vec![3; control.len()], vec![4; own.len()]].concat();
         let bos_id = bos.map(|bos| tokens.iter().position(|token| token == bos).unwrap() as i128);
         let pairs = [
@@ -297,6 +319,16 @@ mod tests {
         assert_eq!(text_of(language, &tokens), rendered.text);
         assert_eq!(controls(language, &tokens), [1, 2, 1, 2, 1].map(TokenId));
         assert_eq!(**language.stop_tokens(), [TokenId(0), TokenId(2)]);
+    }
+
+    #[test]
+    fn a_text_never_has_fewer_tokens_than_foretold() {
+        let language = &*SMOLLM2;
+        for content in ["", " ", &" ".repeat(10_000), &"_".repeat(10_000), "words and words"] {
+            let rendered = language.render(&[message("user", content)], true).unwrap();
+            let fewest = language.fewest_tokens(rendered.text.len());
+            assert!(fewest > 0 && fewest <= language.tokenize(&rendered, 0).len(), "{fewest}");
+        }
     }
 
     #[test]
@@ -422,9 +454,8 @@ mod tests {
     #[test]
     fn a_file_without_a_template_is_refused_unless_its_vocabulary_is_chatml() {
         let without = |control: &[&str]| {
-            let tokens = (33..=126_u8).chain(161..=172).chain(174..=255).map(char::from).chain('\u{100}'..'\u{144}');
-            let tokens: Vec<String> =
-                tokens.map(String::from).chain(control.iter().map(|text| text.to_string())).collect();
+            let special = control.iter().map(|text| text.to_string());
+            let tokens: Vec<String> = byte_alphabet().map(String::from).chain(special).collect();
             let types = [vec![1; 256], vec![3; control.len()]].concat();
             let pairs = [
                 ("tokenizer.ggml.model", GgufValue::Str("gpt2".into())),
@@ -440,5 +471,15 @@ mod tests {
         let rendered = chatml.render(&[message("user", "a")], true).unwrap();
         assert_eq!(rendered.text, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n");
         assert_eq!(**chatml.stop_tokens(), [TokenId(257)]);
+    }
+
+    #[test]
+    fn the_language_of_tests_is_a_token_a_byte() {
+        let language = Language::chatml_over_bytes();
+        let rendered = language.render(&[message("user", "é\u{4}")], false).unwrap();
+        let ids: Vec<u32> = language.tokenize(&rendered, 0).iter().map(|(id, _)| id.0).collect();
+        let expected = [&[256], &b"user\n\xC3\xA9\x04".map(u32::from)[..], &[257, 10]].concat();
+        assert_eq!(ids, expected);
+        assert_eq!(**language.stop_tokens(), [TokenId(257)]);
     }
 }

@@ -11,7 +11,6 @@
 use std::collections::HashMap;
 
 use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{
@@ -173,15 +172,16 @@ impl Tokenizer {
             return Err(TokenizerError::NoTokens);
         }
         let kinds = kinds(metadata, texts)?;
-        let mut alphabet = Alphabet::new();
-        let bytes = TokenBytes::new(texts, &kinds, &alphabet)?;
         let vocab: Vocab = ids()
             .zip(texts)
             .zip(&kinds)
             .filter(|(_, kind)| **kind != TokenKind::Control)
             .map(|((id, text), _)| (text.clone(), id.0))
             .collect();
-        let space = alphabet.find_lacking(&vocab).ok_or(TokenizerError::NoSpace)?;
+        let alphabet = Alphabet::new(&vocab);
+        let bytes = TokenBytes::new(texts, &kinds, &alphabet)?;
+        let space = alphabet.known(b' ').and_then(|c| vocab.get(c.encode_utf8(&mut [0; 4])));
+        let space = TokenId(*space.ok_or(TokenizerError::NoSpace)?);
         let bpe = BPE::builder()
             .vocab_and_merges(vocab.clone(), merges(metadata, &vocab)?)
             .ignore_merges(rule.takes_whole_words)
@@ -246,12 +246,17 @@ impl Tokenizer {
         if own == text {
             return true;
         }
-        let known: Vec<u8> = text.iter().copied().filter(|byte| !self.alphabet.lacks_byte(*byte)).collect();
+        let known: Vec<u8> = text.iter().copied().filter(|byte| self.alphabet.known(*byte).is_some()).collect();
         known.len() < text.len() && (known == own || (known.is_empty() && id == self.space))
     }
 
     pub fn is_control(&self, id: TokenId) -> bool {
         self.kinds.get(id.0 as usize) == Some(&TokenKind::Control)
+    }
+
+    /// Bytes of the longest token, at least 1.
+    pub fn longest_token_bytes(&self) -> usize {
+        self.bytes.longest().max(1)
     }
 
     /// Tokens in the vocabulary.
@@ -324,21 +329,32 @@ impl Tokenizer {
     ) -> tokenizers::Result<()> {
         let mut words = PreTokenizedString::from(text);
         self.words.pre_tokenize(&mut words)?;
+        let mut spelled = String::new();
         for (word, _, _) in words.get_splits(OffsetReferential::Original, OffsetType::None) {
-            for run in word.split_inclusive(|c| self.alphabet.lacks(c)) {
-                let known = run.trim_end_matches(|c| self.alphabet.lacks(c));
-                for token in if known.is_empty() { Vec::new() } else { self.bpe.tokenize(known)? } {
-                    let id = TokenId(token.id);
-                    tokens.push((id, self.length(id)));
-                }
-                if known.len() < run.len() {
-                    match tokens.get_mut(first..).and_then(<[_]>::last_mut) {
-                        None => *leading += 1,
-                        Some((_, bytes)) if *bytes < u16::MAX => *bytes += 1,
-                        Some(_) => tokens.push((self.space, 1)),
+            for byte in word.bytes() {
+                match self.alphabet.known(byte) {
+                    Some(character) => spelled.push(character),
+                    None => {
+                        self.merge(&mut spelled, tokens)?;
+                        match tokens.get_mut(first..).and_then(<[_]>::last_mut) {
+                            None => *leading += 1,
+                            Some((_, bytes)) if *bytes < u16::MAX => *bytes += 1,
+                            Some(_) => tokens.push((self.space, 1)),
+                        }
                     }
                 }
             }
+            self.merge(&mut spelled, tokens)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a word, or what stands between bytes that the vocabulary lacks, as spelled in GPT-2's alphabet.
+    fn merge(&self, spelled: &mut String, tokens: &mut Vec<(TokenId, u16)>) -> tokenizers::Result<()> {
+        if !spelled.is_empty() {
+            let merged = self.bpe.tokenize(spelled)?;
+            tokens.extend(merged.iter().map(|token| (TokenId(token.id), self.length(TokenId(token.id)))));
+            spelled.clear();
         }
         Ok(())
     }
@@ -352,7 +368,6 @@ impl WordRule {
             let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(build)?;
             steps.push(PreTokenizerWrapper::Split(split));
         }
-        steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, false, false)));
         Ok(Sequence::new(steps))
     }
 }
@@ -400,22 +415,26 @@ fn special_token(metadata: &Metadata, key: &str, tokens: usize) -> Result<Option
     }
 }
 
+/// GPT-2's characters for bytes, from byte 0: printable ones are themselves, the others follow from U+0100.
+pub(super) fn byte_alphabet() -> impl Iterator<Item = char> {
+    let mut others = '\u{100}'..;
+    (0..=u8::MAX).map(move |byte| match byte {
+        b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
+        _ => others.next().unwrap_or_default(),
+    })
+}
+
 /// GPT-2's alphabet: a printable character for each byte, so that vocabularies and merges are text.
 struct Alphabet {
-    /// Each character and its byte, by character.
     bytes: HashMap<char, u8>,
-    /// `[character]`: true of those that the vocabulary has no token for.
-    lacking: Vec<bool>,
+    /// `[256]`: each byte's character, if the vocabulary has a token for it.
+    known: Vec<Option<char>>,
 }
 
 impl Alphabet {
-    fn new() -> Self {
-        let mut others = '\u{100}'..;
-        let characters = (0..=u8::MAX).map(|byte| match byte {
-            b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => (char::from(byte), byte),
-            _ => (others.next().unwrap_or_default(), byte),
-        });
-        Self { bytes: characters.collect(), lacking: Vec::new() }
+    fn new(vocab: &Vocab) -> Self {
+        let known = |c: char| vocab.contains_key(c.encode_utf8(&mut [0; 4])).then_some(c);
+        Self { bytes: byte_alphabet().zip(0..=u8::MAX).collect(), known: byte_alphabet().map(known).collect() }
     }
 
     /// The bytes that a token's text stands for; `None` if it isn't in this alphabet.
@@ -423,21 +442,9 @@ impl Alphabet {
         text.chars().map(|c| self.bytes.get(&c).copied()).collect()
     }
 
-    /// Learns which characters the vocabulary lacks. `None` if the space is one, else its token.
-    fn find_lacking(&mut self, vocab: &Vocab) -> Option<TokenId> {
-        let lacks = |c: char| self.bytes.contains_key(&c) && !vocab.contains_key(c.encode_utf8(&mut [0; 4]));
-        let last = self.bytes.keys().max().copied()?;
-        self.lacking = ('\0'..=last).map(lacks).collect();
-        let (space, _) = self.bytes.iter().find(|(_, byte)| **byte == b' ')?;
-        vocab.get(space.encode_utf8(&mut [0; 4])).map(|&id| TokenId(id))
-    }
-
-    fn lacks(&self, c: char) -> bool {
-        self.lacking.get(c as usize).copied().unwrap_or(false)
-    }
-
-    fn lacks_byte(&self, byte: u8) -> bool {
-        self.bytes.iter().any(|(c, b)| *b == byte && self.lacks(*c))
+    /// The byte's character; `None` if the vocabulary lacks it.
+    fn known(&self, byte: u8) -> Option<char> {
+        self.known.get(usize::from(byte)).copied().flatten()
     }
 }
 
@@ -463,9 +470,237 @@ impl TokenBytes {
         Ok(bytes)
     }
 
+    fn longest(&self) -> usize {
+        self.starts.iter().zip(self.starts.iter().skip(1)).map(|(start, end)| end - start).max().unwrap_or(0)
+    }
+
     fn get(&self, id: TokenId) -> &[u8] {
         let id = id.0 as usize;
         let range = self.starts.get(id).zip(self.starts.get(id + 1));
         range.and_then(|(&start, &end)| self.buffer.get(start..end)).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use proptest::prelude::*;
+    use serde::Deserialize;
+
+    use super::super::weights::WeightFile;
+    use super::super::weights::gguf::Value as GgufValue;
+    use super::*;
+
+    /// A text, and the ids that llama.cpp gives it: as typed, and where markup in it counts.
+    #[derive(Deserialize)]
+    struct Golden {
+        text: String,
+        plain: Vec<u32>,
+        markup: Vec<u32>,
+    }
+
+    /// A family's vocabulary, cut to what the golden texts touch.
+    #[derive(Deserialize)]
+    struct CutVocabulary {
+        pre: String,
+        ids: Vec<u32>,
+        tokens: Vec<String>,
+        types: Vec<i32>,
+        merges: Vec<String>,
+    }
+
+    fn golden(name: &str) -> String {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokens").join(name);
+        std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+
+    fn goldens(name: &str) -> Vec<Golden> {
+        let goldens: Vec<Golden> = golden(name).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert!(goldens.len() >= 300);
+        goldens
+    }
+
+    fn metadata(pre: &str, tokens: Vec<String>, types: Vec<i32>, merges: Vec<String>) -> Metadata {
+        let pairs = [
+            (MODEL, GgufValue::Str("gpt2".to_owned())),
+            (PRE, GgufValue::Str(pre.to_owned())),
+            (TOKENS, GgufValue::Strs(tokens)),
+            (TOKEN_TYPE, GgufValue::I32s(types)),
+            (MERGES, GgufValue::Strs(merges)),
+            (ADD_BOS, GgufValue::Bool(false)),
+        ];
+        pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    }
+
+    /// A token a byte, and `more`.
+    fn byte_tokens(more: &[&str]) -> Vec<String> {
+        byte_alphabet().map(String::from).chain(more.iter().map(|text| text.to_string())).collect()
+    }
+
+    fn tokenizer(pre: &str, more: &[&str], types: &[i32], merges: &[&str]) -> Result<Tokenizer, TokenizerError> {
+        let types = [vec![1; 256], types.to_vec()].concat();
+        let merges = merges.iter().map(|merge| merge.to_string()).collect();
+        Tokenizer::from_metadata(&metadata(pre, byte_tokens(more), types, merges))
+    }
+
+    fn differences(tokenizer: &Tokenizer, goldens: &[Golden], id: impl Fn(TokenId) -> u32) -> Vec<String> {
+        let ids = |text: &str, walls: &[usize]| -> Vec<u32> {
+            tokenizer.tokenize(text, walls, 0).iter().map(|(token, _)| id(*token)).collect()
+        };
+        let mut found = Vec::new();
+        for Golden { text, plain, markup } in goldens {
+            let everywhere: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
+            for (walls, expected) in [(everywhere.as_slice(), plain), (&[], markup)] {
+                let ours = ids(text, walls);
+                if ours != *expected {
+                    found.push(format!("{text:?}:\n  ours   {ours:?}\n  golden {expected:?}"));
+                }
+            }
+        }
+        found
+    }
+
+    fn agrees_with_llama_cpp(name: &str) {
+        agrees_with_llama_cpp_where(name, |_| true);
+    }
+
+    fn agrees_with_llama_cpp_where(name: &str, counts: impl Fn(&str) -> bool) {
+        let CutVocabulary { pre, ids, tokens, types, merges } =
+            serde_json::from_str(&golden(&format!("{name}.vocab.json"))).unwrap();
+        let tokenizer = Tokenizer::from_metadata(&metadata(&pre, tokens, types, merges)).unwrap();
+        let mut goldens = goldens(&format!("{name}.jsonl"));
+        goldens.retain(|golden| counts(&golden.text));
+        let found = differences(&tokenizer, &goldens, |token| ids[token.0 as usize]);
+        assert!(found.is_empty(), "{} differences:\n{}", found.len(), found.join("\n"));
+    }
+
+    #[test]
+    fn the_real_models_tokens_are_those_of_llama_cpp() {
+        let path = std::env::var("REKINDLE_TEST_MODEL").unwrap_or("models/SmolLM2-135M-Instruct.Q4_1.gguf".to_owned());
+        let file = WeightFile::open(path.as_ref())
+            .unwrap_or_else(|error| panic!("the tests need a model: {error}; get it with `rekindle pull`"));
+        let tokenizer = Tokenizer::from_metadata(file.metadata()).unwrap();
+        let found = differences(&tokenizer, &goldens("smollm2.jsonl"), |token| token.0);
+        assert!(found.is_empty(), "{} differences:\n{}", found.len(), found.join("\n"));
+    }
+
+    #[test]
+    fn tokens_of_gpt_2_are_those_of_llama_cpp() {
+        agrees_with_llama_cpp("gpt-2");
+    }
+
+    #[test]
+    fn tokens_of_llama_3_are_those_of_llama_cpp() {
+        agrees_with_llama_cpp("llama-bpe");
+    }
+
+    #[test]
+    fn tokens_of_qwen_2_are_those_of_llama_cpp() {
+        agrees_with_llama_cpp("qwen2");
+    }
+
+    #[test]
+    fn tokens_of_qwen_3_5_are_those_of_llama_cpp() {
+        agrees_with_llama_cpp("qwen35");
+    }
+
+    #[test]
+    fn tokens_of_the_default_words_are_those_of_llama_cpp() {
+        agrees_with_llama_cpp("default");
+    }
+
+    #[test]
+    fn tokens_of_tekkens_words_are_those_of_llama_cpp() {
+        // Tekken's own expression has combining marks in words, as ours; that of llama.cpp does not.
+        agrees_with_llama_cpp_where("tekken", |text| !text.contains(['\u{301}', '\u{30a}', '\u{303}', 'ि']));
+    }
+
+    #[test]
+    fn malformed_metadata_is_refused_with_the_key_that_is_wrong() {
+        let refused = |metadata: Metadata| Tokenizer::from_metadata(&metadata).err().unwrap().to_string();
+        let with = |changed: &[(&str, GgufValue)]| {
+            let mut pairs = vec![
+                (MODEL, GgufValue::Str("gpt2".to_owned())),
+                (PRE, GgufValue::Str("gpt-2".to_owned())),
+                (TOKENS, GgufValue::Strs(byte_tokens(&["ab"]))),
+                (TOKEN_TYPE, GgufValue::I32s(vec![1; 257])),
+                (MERGES, GgufValue::Strs(vec!["a b".to_owned()])),
+            ];
+            pairs.extend(changed.iter().cloned());
+            refused(pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
+        };
+        let strs = |texts: &[&str]| GgufValue::Strs(texts.iter().map(|text| text.to_string()).collect());
+        let cases: [(&str, GgufValue, &str); 15] = [
+            (MODEL, GgufValue::Str("llama".to_owned()), "`tokenizer.ggml.model` is `llama`"),
+            (PRE, GgufValue::Str("chameleon".to_owned()), "`tokenizer.ggml.pre` is `chameleon`"),
+            (TOKENS, strs(&[]), "`tokenizer.ggml.tokens` is empty"),
+            (TOKENS, GgufValue::Int(7), "`tokenizer.ggml.tokens` is an integer"),
+            (TOKENS, strs(&["a"]), "`tokenizer.ggml.token_type` has 257 entries"),
+            (TOKEN_TYPE, GgufValue::I32s(vec![1; 256]), "has 256 entries"),
+            (TOKEN_TYPE, GgufValue::I32s(vec![-1; 257]), "token 0 the type -1"),
+            (TOKEN_TYPE, GgufValue::I32s(vec![7; 257]), "token 0 the type 7"),
+            (TOKEN_TYPE, GgufValue::I32s(vec![3; 257]), "no token for a space"),
+            (MERGES, strs(&["ab"]), "`tokenizer.ggml.merges`: entry 0"),
+            (MERGES, strs(&["a b", "a c"]), "`tokenizer.ggml.merges`: entry 1"),
+            (MERGES, strs(&["a  b"]), "`tokenizer.ggml.merges`: entry 0"),
+            (MERGES, strs(&[" "]), "`tokenizer.ggml.merges`: entry 0"),
+            ("tokenizer.ggml.eos_token_id", GgufValue::Int(257), "`tokenizer.ggml.eos_token_id` is 257"),
+            ("tokenizer.ggml.bos_token_id", GgufValue::Int(-1), "`tokenizer.ggml.bos_token_id`"),
+        ];
+        for (key, value, sentence) in cases {
+            let found = with(&[(key, value.clone())]);
+            assert!(found.contains(sentence), "{key} {value:?}: {found}");
+        }
+    }
+
+    #[test]
+    fn a_token_longer_than_a_log_can_count_is_refused() {
+        let long = "x".repeat(65_536);
+        assert!(matches!(tokenizer("gpt-2", &[&long], &[1], &[]), Err(TokenizerError::TokenTooLong { id: 256, .. })));
+        assert!(tokenizer("gpt-2", &[&long[1..]], &[1], &[]).is_ok());
+    }
+
+    #[test]
+    fn a_control_token_is_never_made_by_merging() {
+        let refused = tokenizer("gpt-2", &["ab"], &[3], &["a b"]);
+        assert!(matches!(refused, Err(TokenizerError::Merge { index: 0 })));
+        let spelled = tokenizer("llama-bpe", &["ab"], &[3], &[]).unwrap();
+        assert_eq!(spelled.tokenize("ab", &[0, 1], 0), [(TokenId(97), 1), (TokenId(98), 1)]);
+    }
+
+    #[test]
+    fn an_end_of_turn_that_the_file_calls_text_is_control() {
+        let tokenizer = tokenizer("gpt-2", &["<|im_end|>"], &[1], &[]).unwrap();
+        assert!(tokenizer.is_control(TokenId(256)));
+        assert_eq!(tokenizer.stop_tokens(), [TokenId(256)]);
+    }
+
+    #[test]
+    fn ids_past_the_vocabulary_are_nothing() {
+        let tokenizer = tokenizer("gpt-2", &[], &[], &[]).unwrap();
+        assert!(tokenizer.token_bytes(TokenId(u32::MAX)).is_empty() && !tokenizer.is_control(TokenId(256)));
+    }
+
+    #[test]
+    fn a_very_long_word_is_no_trouble() {
+        let tokenizer = tokenizer("llama-bpe", &["aa", "aaaa"], &[1, 1], &["a a", "aa aa"]).unwrap();
+        for c in ["a", "_", " ", "\n", "1", "é", "\u{301}", "😀"] {
+            let text = c.repeat(200_000 / c.len());
+            let bytes: usize = tokenizer.tokenize(&text, &[], 0).iter().map(|(_, bytes)| usize::from(*bytes)).sum();
+            assert_eq!(bytes, text.len());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_byte_of_a_text_belongs_to_one_token(text in any::<String>(), pre in prop::sample::select(
+            WORD_RULES.iter().flat_map(|rule| rule.names).collect::<Vec<_>>())) {
+            let tokenizer = tokenizer(pre, &["<s>", "Ġt", "\n\n"], &[3, 1, 4], &["Ġ t"]).unwrap();
+            let tokens = tokenizer.tokenize(&text, &[], 0);
+            let spelled: Vec<u8> = tokens.iter().flat_map(|(id, _)| tokenizer.token_bytes(*id)).copied().collect();
+            prop_assert_eq!(String::from_utf8(spelled).unwrap(), text);
+            prop_assert!(tokens.iter().all(|(id, bytes)| tokenizer.token_bytes(*id).len() == usize::from(*bytes)));
+        }
     }
 }

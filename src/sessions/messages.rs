@@ -121,13 +121,15 @@ pub struct TokenLogprob {
     pub top: Vec<(TokenId, Vec<u8>, f32)>,
 }
 
-/// What a running turn tells, in this order: `Started`, any number of `Text`, one of `Done` and `Failed`.
+/// What a running turn tells, in this order: `Started`, any number of `Text`, one of `Done` and `Failed`. A turn that is
+/// cancelled before its prompt is encoded has no `Started`.
 #[derive(Clone, PartialEq, Debug)]
 pub enum TurnUpdate {
     Started {
         prompt_tokens: TokenCount,
     },
-    /// Whole characters only. Deltas add up to the answer exactly; a slow reader gets fewer, longer ones.
+    /// Whole characters only. Deltas add up to the answer exactly; a slow reader gets fewer, longer ones. Each token that is
+    /// shown has its log probability with the first text that reaches past its beginning; control tokens have none.
     Text {
         delta: String,
         logprobs: Vec<TokenLogprob>,

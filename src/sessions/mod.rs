@@ -16,6 +16,7 @@ mod stored;
 mod stream;
 mod transcript;
 mod turn;
+mod work;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -96,7 +97,7 @@ impl Sessions {
         items: Vec<NewItem>,
     ) -> Result<Conversation, SessionError> {
         let (id, now) = (rand::random(), unix_now());
-        let items = actor::new_items(items).iter().map(|item| (item.id.clone(), stored::encode(item))).collect();
+        let items = work::new_items(items).iter().map(|item| (item.id.clone(), stored::encode(item))).collect();
         let record = ConversationRecord {
             id,
             tenant: tenant.name.clone(),

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use actix::dev::SendError;
 use actix::{Actor, Addr, ArbiterHandle};
+use dashmap::mapref::one::RefMut;
 use dashmap::{DashMap, Entry};
 use moka::future::Cache;
 use moka::notification::RemovalCause;
@@ -77,17 +78,17 @@ impl Registry {
     }
 
     /// Hands a command to the conversation's session, making one if there is none. If that can't be, the command is refused.
+    ///
+    /// It is in the mailbox before the map's lock is given back: what was sent to a session came before its retirement.
     pub fn deliver(&self, shared: &Arc<Shared>, who: &Identity, command: Command) {
-        let mut command = command;
-        // One that has failed since it was looked up is replaced; two in a row mean that none can run.
-        for _ in 0..2 {
-            match self.session(shared, who).try_send(command) {
-                Ok(()) => return,
-                Err(SendError::Full(back)) => return back.refuse(Refusal::Overloaded),
-                Err(SendError::Closed(back)) => command = back,
-            }
+        let session = self.session(shared, who);
+        let sent = session.try_send(command);
+        drop(session);
+        match sent {
+            Ok(()) => {}
+            Err(SendError::Full(command)) => command.refuse(Refusal::Overloaded),
+            Err(SendError::Closed(command)) => command.refuse(Refusal::Lost),
         }
-        command.refuse(Refusal::Lost);
     }
 
     /// Forgets a session, unless another has taken its place.
@@ -95,7 +96,8 @@ impl Registry {
         self.live.remove_if(&who.key(), |_, live| live == session);
     }
 
-    fn session(&self, shared: &Arc<Shared>, who: &Identity) -> Addr<Session> {
+    /// The conversation's session, locked in its place. One that has failed is replaced.
+    fn session(&self, shared: &Arc<Shared>, who: &Identity) -> RefMut<'_, Key, Addr<Session>> {
         let start = || {
             let session = Session::new(Arc::clone(shared), who.clone());
             Session::start_in_arbiter(&self.arbiter, move |context| {
@@ -104,20 +106,20 @@ impl Registry {
             })
         };
         match self.live.entry(who.key()) {
-            Entry::Occupied(entry) if entry.get().connected() => entry.get().clone(),
+            Entry::Occupied(entry) if entry.get().connected() => entry.into_ref(),
             Entry::Occupied(mut entry) => {
                 tracing::error!(session = %who.id, tenant = %who.tenant.id, "a session failed and is started again");
                 entry.insert(start());
-                entry.get().clone()
+                entry.into_ref()
             }
-            Entry::Vacant(entry) => entry.insert(start()).value().clone(),
+            Entry::Vacant(entry) => entry.insert(start()),
         }
     }
 }
 
 /// Lets the idle clock go off while nobody asks for anything. Ends with the registry.
 pub(super) async fn tick(shared: Weak<Shared>, idle: Duration) {
-    let period = (idle / 8).clamp(Duration::from_millis(50), Duration::from_secs(10));
+    let period = (idle / 8).clamp(Duration::from_millis(10), Duration::from_secs(1));
     let mut ticks = tokio::time::interval(period);
     loop {
         ticks.tick().await;

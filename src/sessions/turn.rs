@@ -29,17 +29,20 @@ pub(super) async fn prepare(
     if transcript.items.is_empty() && input.is_empty() {
         return Err(TurnError::NothingToAnswer);
     }
-    let language = Arc::clone(&shared.language);
+    let (language, window) = (Arc::clone(&shared.language), shared.engine.window());
     let made = tokio::task::spawn_blocking(move || {
         let history = transcript.items.iter().map(|item| &item.message);
-        let rendered = render(&language, instructions.as_deref(), history.chain(input.iter()), true);
-        rendered.map(|rendered| transcript.log.prompt(&language, &rendered))
+        let rendered = render(&language, instructions.as_deref(), history.chain(input.iter()), true)
+            .map_err(|refused| TurnError::Template(refused.to_string()))?;
+        // What is far too long is refused for what it has at least: counting it exactly would take seconds.
+        let fewest = TokenCount(u32::try_from(language.fewest_tokens(rendered.text.len())).unwrap_or(u32::MAX));
+        if fewest >= window {
+            return Err(TurnError::ContextLength { prompt: fewest, window });
+        }
+        Ok(transcript.log.prompt(&language, &rendered))
     });
-    let prompt = match made.await {
-        Ok(Ok(prompt)) => prompt,
-        Ok(Err(refused)) => return Err(TurnError::Template(refused.to_string())),
-        Err(failed) => return Err(TurnError::Internal(format!("the prompt could not be made: {failed}"))),
-    };
+    let prompt =
+        made.await.map_err(|failed| TurnError::Internal(format!("the prompt could not be made: {failed}")))??;
     shared.engine.admits(prompt.len())?;
     Ok(prompt)
 }
