@@ -91,7 +91,14 @@ pub async fn measure(common: &Common, args: &Args) -> anyhow::Result<Report> {
         ]
     };
     let mut rows = vec![
-        vec!["at the start".to_owned(), "1".to_owned(), figure(start.resident_bytes / MIB), figure(start.own_bytes / MIB), "–".to_owned(), "–".to_owned()],
+        vec![
+            "at the start".to_owned(),
+            "1".to_owned(),
+            figure(start.resident_bytes / MIB),
+            figure(start.own_bytes / MIB),
+            "–".to_owned(),
+            "–".to_owned(),
+        ],
         row("stored, never touched since", each, stored, start),
         row("all live: each has its actor", each, live, stored),
         row("all passivated", each, passivated, stored),

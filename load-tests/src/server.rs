@@ -37,6 +37,10 @@ impl Server {
             "log.level=warn".to_owned(),
         ];
         let mut command = Command::new(&program);
+        // What is measured is the defaults, not what the shell has set.
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("REKINDLE__")) {
+            command.env_remove(name);
+        }
         command.arg("serve").stdin(Stdio::null()).stdout(Stdio::piped());
         for setting in fixed.iter().map(String::as_str).chain(settings.iter().copied()) {
             command.args(["--set", setting]);

@@ -134,8 +134,7 @@ fn report(args: &Args, tokens: u64, measured: &[Vec<Turn>; 3]) -> anyhow::Result
         row
     });
     let rows = rows.collect();
-    let [resident, reloaded, reencoded] =
-        measured.each_ref().map(|turns| median(&of(turns, |turn| turn.ttft_ms)));
+    let [resident, reloaded, reencoded] = measured.each_ref().map(|turns| median(&of(turns, |turn| turn.ttft_ms)));
     let lengths = || measured.iter().flatten().map(|turn| turn.usage.input_tokens);
     let (shortest, longest) = (lengths().min().context("no turn")?, lengths().max().context("no turn")?);
     let mut notes = vec![
