@@ -3,12 +3,10 @@
 //! The server's memory, at its start and after each step of what conversations go through: stored and never touched, live
 //! (each has its actor), passivated, and after a turn. KV has its pools and its bounds; it is told apart.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::Parser;
+use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::Common;
 use crate::client::Client;
@@ -50,7 +48,6 @@ pub async fn measure(common: &Common, args: &Args) -> anyhow::Result<Report> {
     let stored = server.memory()?;
 
     eprintln!("[idle] waking all of them");
-    let conversations = Arc::new(conversations);
     wake(&client, &conversations).await?;
     let live = server.memory()?;
 
@@ -150,51 +147,17 @@ pub async fn measure(common: &Common, args: &Args) -> anyhow::Result<Report> {
 
 /// Makes conversations of one short message.
 async fn make(client: &Client, count: usize) -> anyhow::Result<Vec<String>> {
-    let made = each(count, |number| {
-        let client = client.clone();
-        async move { client.create(Some(&format!("Good morning, this is number {number}"))).await }
-    });
-    made.await
+    each(count, async |number| client.create(Some(&format!("Good morning, this is number {number}"))).await).await
 }
 
 /// Makes every conversation's session live.
-async fn wake(client: &Client, conversations: &Arc<Vec<String>>) -> anyhow::Result<()> {
-    let woken = each(conversations.len(), |number| {
-        let (client, conversations) = (client.clone(), Arc::clone(conversations));
-        async move { client.residency(&conversations[number]).await.map(drop) }
-    });
-    woken.await.map(drop)
+async fn wake(client: &Client, conversations: &[String]) -> anyhow::Result<()> {
+    each(conversations.len(), async |number| client.residency(&conversations[number]).await.map(drop)).await.map(drop)
 }
 
-/// Runs `work` for each number below `count`, `CONCURRENT` at a time, with a line of progress now and then.
-async fn each<T, W>(count: usize, work: impl Fn(usize) -> W + Clone + Send + 'static) -> anyhow::Result<Vec<T>>
-where
-    T: Send + 'static,
-    W: Future<Output = anyhow::Result<T>> + Send,
-{
-    let next = Arc::new(AtomicUsize::new(0));
-    let workers = (0..CONCURRENT).map(|_| {
-        let (next, work) = (Arc::clone(&next), work.clone());
-        tokio::spawn(async move {
-            let mut done = Vec::new();
-            loop {
-                let number = next.fetch_add(1, Ordering::Relaxed);
-                if number >= count {
-                    return anyhow::Ok(done);
-                }
-                done.push(work(number).await?);
-                if (number + 1).is_multiple_of(2500) {
-                    eprintln!("[idle] {}/{count}", number + 1);
-                }
-            }
-        })
-    });
-    let workers: Vec<_> = workers.collect();
-    let mut all = Vec::with_capacity(count);
-    for worker in workers {
-        all.extend(worker.await.context("a worker panicked")??);
-    }
-    Ok(all)
+/// Does `work` for each number below `count`, `CONCURRENT` at a time; in no order.
+async fn each<T>(count: usize, work: impl AsyncFn(usize) -> anyhow::Result<T>) -> anyhow::Result<Vec<T>> {
+    stream::iter((0..count).map(|number| work(number))).buffer_unordered(CONCURRENT).try_collect().await
 }
 
 #[cfg(test)]
@@ -203,14 +166,14 @@ mod tests {
 
     #[tokio::test]
     async fn each_number_is_worked_on_once() {
-        let mut done = each(1000, |number| async move { Ok(number) }).await.unwrap();
+        let mut done = each(1000, async |number| Ok(number)).await.unwrap();
         done.sort_unstable();
         assert_eq!(done, (0..1000).collect::<Vec<_>>());
     }
 
     #[tokio::test]
     async fn one_failure_fails_all() {
-        let work = |number| async move { if number == 7 { anyhow::bail!("no") } else { Ok(()) } };
+        let work = async |number| if number == 7 { anyhow::bail!("no") } else { Ok(()) };
         assert!(each(100, work).await.is_err());
     }
 }

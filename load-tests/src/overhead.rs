@@ -29,6 +29,9 @@ const BLOCK_SIZE: BlockSize = BlockSize(16);
 const PROMPT_TOKENS: u32 = 256;
 /// Tokens of a conversation that rests beside the running ones.
 const RESTING_TOKENS: u32 = 32;
+/// Small, so that what is seen is the bookkeeping; and SmolLM2's.
+const SMALL_VOCAB: usize = 256;
+const REAL_VOCAB: usize = 49_152;
 /// Steps before timing begins.
 const WARM_UP: u32 = 100;
 const TENANTS: u32 = 8;
@@ -47,33 +50,33 @@ pub struct Args {
 struct Case {
     sequences: u32,
     resting: u32,
-    /// Width of the logits that are sampled from; `None`: the fake model's own.
-    vocab: Option<usize>,
+    /// Words of the fake model's vocabulary: how many logits a token is chosen from.
+    vocab: usize,
 }
 
 pub fn measure(args: &Args) -> anyhow::Result<Report> {
     let case = |sequences, resting, vocab| Case { sequences, resting, vocab };
     let cases = [
-        case(1, 0, None),
-        case(16, 0, None),
-        case(64, 0, None),
-        case(64, args.resting, None),
-        case(64, 0, Some(49_152)),
+        case(1, 0, SMALL_VOCAB),
+        case(16, 0, SMALL_VOCAB),
+        case(64, 0, SMALL_VOCAB),
+        case(64, args.resting, SMALL_VOCAB),
+        case(64, 0, REAL_VOCAB),
     ];
     let mut rows = Vec::new();
     let mut at_64 = f64::NAN;
     for case in &cases {
         let Case { sequences, resting, vocab } = *case;
-        let (steps_us, width) = steps(args, case)?;
+        let steps_us = steps(args, case)?;
         let (middle, slow) = (median(&steps_us), quantile(&steps_us, 0.99));
-        eprintln!("[overhead] {sequences} sequences, {resting} at rest, {width} logits: {} µs a step", figure(middle));
-        if (sequences, resting, vocab) == (64, 0, None) {
+        eprintln!("[overhead] {sequences} sequences, {resting} at rest, {vocab} logits: {} µs a step", figure(middle));
+        if (sequences, resting, vocab) == (64, 0, SMALL_VOCAB) {
             at_64 = middle;
         }
         rows.push(vec![
             sequences.to_string(),
             resting.to_string(),
-            width.to_string(),
+            vocab.to_string(),
             figure(middle),
             figure(slow),
             figure(middle / f64::from(sequences)),
@@ -123,8 +126,8 @@ struct Engine {
     clock: Instant,
 }
 
-/// Times a case's steps in µs. Also the width of its logits.
-fn steps(args: &Args, case: &Case) -> anyhow::Result<(Vec<f64>, usize)> {
+/// Times a case's steps, in µs.
+fn steps(args: &Args, case: &Case) -> anyhow::Result<Vec<f64>> {
     let steps = WARM_UP + args.steps;
     let mut engine = Engine::new(case, steps)?;
     for number in 0..case.resting {
@@ -138,37 +141,26 @@ fn steps(args: &Args, case: &Case) -> anyhow::Result<(Vec<f64>, usize)> {
     }
     let sequences = usize::try_from(case.sequences)?;
     let mut prefills = 0;
-    while engine.step(None)?.1 < sequences {
+    while engine.step()?.1 < sequences {
         prefills += 1;
         ensure!(prefills < said, "the sequences never all decoded");
     }
-    let width = case.vocab.unwrap_or(engine.model.spec().vocab);
-    let wide = case.vocab.map(|vocab| wide_logits(sequences, vocab));
     let mut timed_us = Vec::new();
     for number in 0..steps {
-        let (time, rows) = engine.step(wide.as_ref())?;
+        let (time, rows) = engine.step()?;
         ensure!(rows == sequences, "step {number} had {rows} rows for {sequences} sequences");
         if number >= WARM_UP {
             timed_us.push(time.as_secs_f64() * 1e6);
         }
     }
-    Ok((timed_us, width))
-}
-
-/// Logits that a model of this vocabulary might give: the largest one is somewhere in the row.
-fn wide_logits(rows: usize, vocab: usize) -> Logits {
-    let mut logits = Logits::default();
-    for (index, value) in logits.reset(rows, vocab).iter_mut().enumerate() {
-        *value = (index.wrapping_mul(2_654_435_761) % 65_536) as f32 / 4096.0;
-    }
-    logits
+    Ok(timed_us)
 }
 
 impl Engine {
     fn new(case: &Case, steps: u32) -> anyhow::Result<Self> {
-        let model = FakeModel::new();
-        let block_bytes = model.spec().kv.block_bytes(BLOCK_SIZE);
         let window = TokenCount(2 * (PROMPT_TOKENS + case.sequences + steps));
+        let model = FakeModel::new(case.vocab, window);
+        let block_bytes = model.spec().kv.block_bytes(BLOCK_SIZE);
         let running = case.sequences * window.blocks(BLOCK_SIZE).0;
         let resting = case.resting * TokenCount(RESTING_TOKENS + 1).blocks(BLOCK_SIZE).0;
         let blocks = BlockCount(running + resting);
@@ -226,15 +218,15 @@ impl Engine {
     /// Runs until no turn is left.
     fn run_dry(&mut self) -> anyhow::Result<()> {
         loop {
-            self.step(None)?;
+            self.step()?;
             if self.core.is_idle() && self.commands.is_empty() {
                 return Ok(());
             }
         }
     }
 
-    /// One step. Returns the engine's own time, and how many rows were sampled. `logits`: instead of the model's.
-    fn step(&mut self, logits: Option<&Logits>) -> anyhow::Result<(Duration, usize)> {
+    /// One step. Returns the engine's own time, and how many rows were sampled.
+    fn step(&mut self) -> anyhow::Result<(Duration, usize)> {
         let now = self.now()?;
         let began = Instant::now();
         let mut plan = self.core.plan(now, &mut self.commands);
@@ -252,7 +244,7 @@ impl Engine {
         let now = self.now()?;
         let began = Instant::now();
         if !plan.is_empty() {
-            self.core.commit(now, &plan, Ok(logits.unwrap_or(&self.logits)), &mut self.events);
+            self.core.commit(now, &plan, Ok(&self.logits), &mut self.events);
         }
         drop(plan);
         drop(self.core.take_residencies());
@@ -287,7 +279,7 @@ mod tests {
     #[test]
     fn every_timed_step_has_a_row_of_each_sequence() {
         let args = Args { steps: 3, resting: 4 };
-        let (steps_us, width) = steps(&args, &Case { sequences: 2, resting: 4, vocab: Some(1000) }).unwrap();
-        assert_eq!((steps_us.len(), width), (3, 1000));
+        let timed = steps(&args, &Case { sequences: 2, resting: 4, vocab: SMALL_VOCAB }).unwrap();
+        assert_eq!(timed.len(), 3);
     }
 }

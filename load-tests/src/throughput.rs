@@ -3,12 +3,10 @@
 //! The same conversations on two servers, one with `engine.reuse` and one without, in turn. Both must give the same
 //! answers, word for word: reuse may change when an answer comes, never what it is.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::Parser;
+use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::Common;
 use crate::client::{Client, Turn};
@@ -111,32 +109,17 @@ async fn converse(client: &Client, args: Args) -> anyhow::Result<Arm> {
     // Not timed: the first turn of a server touches weights and pools for the first time.
     let warm_up = client.create(None).await?;
     client.turn(&warm_up, "Hello", args.output_tokens).await?;
-    let next = Arc::new(AtomicU32::new(0));
     let started = Instant::now();
-    let users = (0..args.concurrent.min(args.conversations)).map(|_| {
-        let (client, next) = (client.clone(), Arc::clone(&next));
-        tokio::spawn(async move {
-            let mut played = Vec::new();
-            loop {
-                let number = next.fetch_add(1, Ordering::Relaxed);
-                if number >= args.conversations {
-                    return anyhow::Ok(played);
-                }
-                played.push((number, conversation(&client, args, number).await?));
-            }
-        })
-    });
-    let users: Vec<_> = users.collect();
-    let mut played = Vec::new();
-    for user in users {
-        played.extend(user.await.context("a user panicked")??);
-    }
+    let all = (0..args.conversations).map(|number| conversation(client, args, number));
+    let at_a_time = usize::try_from(args.concurrent)?;
+    let mut played: Vec<(u32, Vec<Turn>)> = stream::iter(all).buffer_unordered(at_a_time).try_collect().await?;
     let wall_s = started.elapsed().as_secs_f64();
     played.sort_unstable_by_key(|(number, _)| *number);
     Ok(Arm { wall_s, conversations: played.into_iter().map(|(_, turns)| turns).collect() })
 }
 
-async fn conversation(client: &Client, args: Args, number: u32) -> anyhow::Result<Vec<Turn>> {
+/// One conversation's turns, with its number.
+async fn conversation(client: &Client, args: Args, number: u32) -> anyhow::Result<(u32, Vec<Turn>)> {
     let id = client.create(None).await?;
     let mut turns = Vec::new();
     for turn in 0..args.turns {
@@ -144,7 +127,7 @@ async fn conversation(client: &Client, args: Args, number: u32) -> anyhow::Resul
         let said = words(u64::from(number * args.turns + turn), length);
         turns.push(client.turn(&id, &said, args.output_tokens).await?);
     }
-    Ok(turns)
+    Ok((number, turns))
 }
 
 fn report(args: &Args, [with, without]: &[Arm; 2]) -> Report {
