@@ -40,11 +40,11 @@ fmt: ## Put all code into its format
 	cargo fmt --all
 
 .PHONY: bench
-bench: ## Measure a server of this machine under load; ARGS are those of the load tests' `bench`
+bench: ## Measure the server on this machine, some minutes; ARGS are those of the load tests' `bench`
 	@scripts/setup
-	cargo build --release --workspace --locked
+	cargo build --release --locked
 	@test -f $(model) || $(target_dir)/release/rekindle pull
-	cargo run --release --locked -p rekindle-load -- bench $(ARGS)
+	cargo run --release --locked -p load-tests -- bench $(ARGS)
 
 .PHONY: soak
 soak: ## The system and simulation tests, for much longer
