@@ -12,7 +12,7 @@ RUN rekindle pull --models-dir /models
 FROM debian:bookworm-slim
 # curl for the health check, certificates for `rekindle pull`.
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates curl && rm -rf /var/lib/apt/lists/*
-RUN useradd --system --uid 10001 --home-dir /srv/rekindle --create-home rekindle
+RUN useradd --uid 10001 --home-dir /srv/rekindle --create-home rekindle
 WORKDIR /srv/rekindle
 COPY --from=build /usr/local/bin/rekindle /usr/local/bin/rekindle
 # A volume that is empty at its first use takes over these folders, with their owner.
