@@ -107,8 +107,8 @@ pub fn measure(args: &Args) -> anyhow::Result<Report> {
                  timed: the model, and sending to clients.",
                 args.steps
             ),
-            "The last row samples from as many logits as SmolLM2's vocabulary has: what it takes beyond the row above \
-             is the search for the largest logit, and in proportion to the vocabulary."
+            "The bound is about bookkeeping: its vocabulary has 256 words. The last row's has as many as SmolLM2's, and \
+             searching them for the largest logit is most of its time; with a real model expect that row."
                 .to_owned(),
         ],
     })

@@ -27,6 +27,11 @@ pub struct Server {
 impl Server {
     /// Starts a server and waits until it listens. `settings`: `key=value`, over the defaults.
     pub fn start(common: &Common, settings: &[&str]) -> anyhow::Result<Self> {
+        Self::start_with(common, settings, &[])
+    }
+
+    /// As `start`, with these variables in the server's environment.
+    pub fn start_with(common: &Common, settings: &[&str], environment: &[(&str, &str)]) -> anyhow::Result<Self> {
         let program = program(common)?;
         let data = DataFolder::new()?;
         let model = &common.model;
@@ -45,6 +50,7 @@ impl Server {
         for setting in fixed.iter().map(String::as_str).chain(settings.iter().copied()) {
             command.args(["--set", setting]);
         }
+        command.envs(environment.iter().copied());
         let process = command.spawn().with_context(|| format!("{} can't be started", program.display()))?;
         // From here on the process ends with the value, whatever goes wrong.
         let mut server = Self { process, url: String::new(), _data: data };
