@@ -24,7 +24,7 @@ const IDLE: Duration = Duration::from_secs(IDLE_S);
 const RETURNS_MEMORY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "0");
 /// What the configuration promises of a live session (`sessions.max_live`).
 const LIVE_LIMIT_BYTES: f64 = 10_000.0;
-/// A session that was passivated left nothing behind, but for the allocator's loose ends.
+/// What leaks with each life of a session is at most this; a part of it is the allocator's unevenness.
 const AGAIN_LIMIT_BYTES: f64 = 1_000.0;
 const MIB: f64 = (1 << 20) as f64;
 
@@ -70,7 +70,7 @@ pub async fn measure(common: &Common, args: &Args) -> anyhow::Result<Report> {
     tokio::time::sleep(silence).await;
     let passivated = server.memory()?;
 
-    // What passivating gave back is used again, or it was not given back.
+    // What passivating gave back is used again; what it lost is taken once more.
     eprintln!("[idle] waking all of them a second time");
     let began = Instant::now();
     wake(&client, &conversations).await?;
@@ -126,8 +126,8 @@ pub async fn measure(common: &Common, args: &Args) -> anyhow::Result<Report> {
         "RSS has the store's mapped file in it, whose pages the system takes back when it needs them; own memory is heap \
          and pools, with the store's page cache, which has a bound."
             .to_owned(),
-        "The allocator returns whole pages only, so *passivated* keeps some of what is free. That it is free shows in the \
-         next row: becoming live again takes next to nothing."
+        "*Passivated* is above *stored*, and this measurement does not say by what: part-used pages and tables that keep \
+             their size would look so. What leaked would be added once more by the second life; the bound is on that."
             .to_owned(),
     ];
     if turns > 0 {
