@@ -1,1 +1,110 @@
-fn main() {}
+//! The `load-tests` program: how fast and how frugal is the real server on this machine?
+//!
+//! Each command starts its own server, measures one thing, prints a table, and keeps it in `load-tests/results/`. A bound
+//! that does not hold, or an answer that is not what the measurement is about, ends it with a status other than 0.
+
+mod client;
+mod idle;
+mod numbers;
+mod overhead;
+mod report;
+mod server;
+mod text;
+mod throughput;
+mod ttft;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+
+use report::Report;
+
+/// Measures the real server on this machine.
+#[derive(Parser)]
+#[command(name = "load-tests", version, infer_subcommands = true)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every measurement needs.
+#[derive(clap::Args)]
+struct Common {
+    /// The server's program; the `rekindle` beside this one if left out
+    #[arg(long, global = true, env = "REKINDLE_SERVER")]
+    server: Option<PathBuf>,
+    /// The model to serve
+    #[arg(long, global = true, default_value = "models/SmolLM2-135M-Instruct.Q4_1.gguf")]
+    model: PathBuf,
+    /// Where the tables are kept
+    #[arg(long, global = true, default_value = "load-tests/results")]
+    results: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// All of the others, one after another, as they come
+    Bench,
+    /// Time to first token of a turn whose KV is resident, reloaded from the host, or re-encoded
+    Ttft(ttft::Args),
+    /// Many conversations of several turns at once, with KV kept between turns and without
+    Throughput(throughput::Args),
+    /// What the engine itself takes of each step, without the model
+    Overhead(overhead::Args),
+    /// Memory that idle conversations take
+    Idle(idle::Args),
+}
+
+/// The arguments of a command when none are given.
+fn defaults<A: Parser>() -> A {
+    A::parse_from([""])
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether every bound held.
+fn run(cli: Cli) -> anyhow::Result<bool> {
+    let runtime = tokio::runtime::Runtime::new().context("no async runtime")?;
+    let common = &cli.common;
+    let keep = |report: anyhow::Result<Report>| report?.keep(&common.results);
+    match cli.command {
+        Command::Ttft(args) => keep(runtime.block_on(ttft::measure(common, &args))),
+        Command::Throughput(args) => keep(runtime.block_on(throughput::measure(common, &args))),
+        Command::Overhead(args) => keep(overhead::measure(&args)),
+        Command::Idle(args) => keep(runtime.block_on(idle::measure(common, &args))),
+        Command::Bench => {
+            // One that fails does not hide the others.
+            let outcomes = [
+                ("overhead", keep(overhead::measure(&defaults()))),
+                ("ttft", keep(runtime.block_on(ttft::measure(common, &defaults())))),
+                ("throughput", keep(runtime.block_on(throughput::measure(common, &defaults())))),
+                ("idle", keep(runtime.block_on(idle::measure(common, &defaults())))),
+            ];
+            println!("\n# All\n");
+            let mut all_held = true;
+            for (name, outcome) in outcomes {
+                all_held &= matches!(outcome, Ok(true));
+                match outcome {
+                    Ok(true) => println!("{name}: measured, every bound holds"),
+                    Ok(false) => println!("{name}: measured, A BOUND DOES NOT HOLD"),
+                    Err(error) => println!("{name}: FAILED: {error:#}"),
+                }
+            }
+            Ok(all_held)
+        }
+    }
+}
