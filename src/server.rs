@@ -61,7 +61,7 @@ pub enum ServeError {
     #[error("the model at {path} can't be opened")]
     Open { path: PathBuf, source: OpenError },
     #[error("the model at {path} can't be loaded")]
-    Load { path: PathBuf, source: LoadError },
+    Load { path: PathBuf, source: Box<LoadError> },
     #[error("the tokenizer or the chat template of {path} can't be used")]
     Language { path: PathBuf, source: LanguageError },
     #[error(transparent)]
@@ -174,7 +174,7 @@ fn load(config: &Config) -> Result<(Decoder, Language), ServeError> {
     let mut progress = Progress::new(path);
     let decoder = threads
         .install(|| Decoder::load(path, &mut |done, total| progress.tell(done, total)))
-        .map_err(|source| ServeError::Load { path: path.clone(), source })?;
+        .map_err(|source| ServeError::Load { path: path.clone(), source: Box::new(source) })?;
     progress.clear();
     tracing::info!(path = %path.display(), ms = started.elapsed().as_millis(), "model loaded");
     Ok((decoder, language))

@@ -4,6 +4,8 @@
 //! rules are ARCHITECTURE.md's table. Also here: where unsafe, actix, serde and the clock may be, and how long a file may
 //! get. Test modules (`#[cfg(test)] mod`, `tests.rs`) may wire what they like.
 
+#![expect(clippy::unwrap_used, reason = "a test: what can't be read fails it")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

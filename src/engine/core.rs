@@ -40,6 +40,8 @@ pub enum Command {
     Forget(KvKey),
     /// Take an idle conversation off the device.
     Leave(KvKey),
+    /// Give up every copy of an idle conversation's KV.
+    LetGo(KvKey),
     /// The conversation is over.
     End(KvKey),
     Transferred(TransferDone),
@@ -51,7 +53,7 @@ pub enum Event {
     Turn(TurnId, TurnEvent),
     /// Every tier has let go.
     Forgotten(KvKey, Freed),
-    /// An asked-for offload is over, with the device bytes given up. `None`: a turn runs.
+    /// An asked-for offload is over, with the device bytes given up. `None`: a turn runs or waits.
     Left(KvKey, Option<u64>),
 }
 
@@ -282,17 +284,16 @@ impl Core {
             }
             Command::Cancel(turn) => self.finish(now, turn, FinishReason::Cancelled, events),
             Command::Forget(key) => {
-                // Rare, and bounded by the queue: no index of turns by conversation is kept for it.
-                let turns = self.sequences.values().filter(|sequence| sequence.key == key);
-                let mut turns: Vec<TurnId> = turns.map(|sequence| sequence.turn).collect();
-                turns.sort_unstable();
-                for turn in turns {
+                for turn in self.turns_of(key) {
                     self.finish(now, turn, FinishReason::Cancelled, events);
                 }
                 self.manager.forget(key);
             }
-            Command::Leave(key) if self.manager.runs(key) => events.push(Event::Left(key, None)),
+            Command::Leave(key) | Command::LetGo(key) if !self.turns_of(key).is_empty() => {
+                events.push(Event::Left(key, None));
+            }
             Command::Leave(key) => self.manager.leave(now, key),
+            Command::LetGo(key) => self.manager.forget(key),
             Command::End(key) if self.manager.runs(key) => self.ending.push(key),
             Command::End(key) => self.manager.end(key),
             Command::Transferred(done) => {
@@ -301,6 +302,14 @@ impl Core {
                 }
             }
         }
+    }
+
+    /// A conversation's turns, oldest first. Asked for rarely, and the queue bounds them: no index is kept for it.
+    fn turns_of(&self, key: KvKey) -> Vec<TurnId> {
+        let turns = self.sequences.values().filter(|sequence| sequence.key == key);
+        let mut turns: Vec<TurnId> = turns.map(|sequence| sequence.turn).collect();
+        turns.sort_unstable();
+        turns
     }
 
     /// A reload is back: its sequence encodes what is left of its tokens.
@@ -351,11 +360,6 @@ impl Core {
     /// Whether no turn is in the engine.
     pub fn is_idle(&self) -> bool {
         self.sequences.is_empty()
-    }
-
-    /// Whether a turn waits for its place.
-    pub fn is_queued(&self, turn: TurnId) -> bool {
-        self.sequences.get(&turn).is_some_and(|sequence| sequence.phase == Phase::Queued)
     }
 
     /// All turns that have not ended, in no order.

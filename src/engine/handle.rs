@@ -87,6 +87,30 @@ pub(super) struct Shared {
     pub residency: DashMap<KvKey, Residency>,
 }
 
+impl Shared {
+    pub fn new(spec: ModelSpec, block_size: BlockSize, window: TokenCount, queue_depth: usize) -> Self {
+        Self {
+            spec,
+            block_size,
+            window,
+            queue_depth,
+            queued: AtomicUsize::new(0),
+            next_turn: AtomicU64::new(0),
+            cancels: Mutex::default(),
+            status: ArcSwap::default(),
+            residency: DashMap::new(),
+        }
+    }
+
+    pub fn has_cancels(&self) -> bool {
+        !self.cancels.lock().is_empty()
+    }
+
+    pub fn take_cancels(&self) -> Vec<TurnId> {
+        std::mem::take(&mut *self.cancels.lock())
+    }
+}
+
 /// The engine, for all who submit work or look on. Cheap to clone.
 #[derive(Clone)]
 pub struct EngineHandle {
@@ -176,8 +200,12 @@ impl KvHandle {
         let (events, listener) = mpsc::channel(room);
         let start =
             StartTurn { turn, key: self.key, tenant: self.tenant, tenant_key: self.tenant_key, hashes, request };
-        self.engine.send(Message::Start(Box::new(start), events))?;
+        // Counted before it is sent: the engine counts it out, and may be quick.
         shared.queued.fetch_add(1, Ordering::Relaxed);
+        if let Err(error) = self.engine.send(Message::Start(Box::new(start), events)) {
+            shared.queued.fetch_sub(1, Ordering::Relaxed);
+            return Err(error);
+        }
         Ok((TurnHandle { turn, engine: self.engine.clone() }, TurnEvents { listener }))
     }
 

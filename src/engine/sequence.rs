@@ -68,10 +68,6 @@ impl Sequence {
         TokenCount::of(&self.start.request.prompt)
     }
 
-    pub fn generated(&self) -> u32 {
-        self.usage.generated.0
-    }
-
     /// Notes where the prompt's tokens came from, once it runs for the first time with `context` tokens in place.
     ///
     /// A reload that failed in the middle has less in place than was found; the rest counts as encoded.

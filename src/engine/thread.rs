@@ -1,1 +1,398 @@
-//! thread
+//! Who drives the core?
+//!
+//! One thread owns core, model and KV memory. Each round it takes in what the mailbox holds, plans, does the plan's chores,
+//! hands its transfers to a copier thread, runs the model, commits, and tells. It waits for nobody but the model: the
+//! mailbox is bounded at the senders' side, a turn's channel has room for all it may say, and copies go on beside the steps.
+//! Invariant: what a listener is told is in the published status and residency already.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::core::{Command, Core, CoreSettings, Event, Plan};
+use super::handle::{EngineHandle, Forgotten, Message, OffloadTo, Offloaded, Shared, SubmitError};
+use super::{TurnEvent, TurnFailure};
+use crate::kernels::memory::{Arena, ArenaError};
+use crate::kv::KvSettings;
+use crate::kv::transfer::{self, TransferDone, TransferOrder};
+use crate::model::{Logits, Model};
+use crate::types::{BlockCount, BlockSize, KvKey, Tick, TokenCount, TurnId};
+
+/// Sizes and switches of the engine.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineSettings {
+    pub block_size: BlockSize,
+    pub device_bytes: u64,
+    pub host_bytes: u64,
+    pub background_offload: bool,
+    pub journal_entries: usize,
+    /// Threads that run the model, this one among them.
+    pub threads: usize,
+    pub max_running: usize,
+    pub step_tokens: TokenCount,
+    pub queue_depth: usize,
+    pub reuse: bool,
+}
+
+/// Why the engine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(
+        "`kv.device_bytes` = {bytes} holds {blocks} blocks of {block_bytes} bytes, and a conversation needs {LEAST_BLOCKS} \
+         or more; set it to {} or more", block_bytes * u64::from(LEAST_BLOCKS)
+    )]
+    DeviceTooSmall { bytes: u64, blocks: u32, block_bytes: u64 },
+    #[error("`{key}` = {bytes} is more than {} blocks of {block_bytes} bytes", u32::MAX)]
+    PoolTooLarge { key: &'static str, bytes: u64, block_bytes: u64 },
+    #[error("`{key}` is too much for this machine")]
+    Memory { key: &'static str, source: ArenaError },
+    #[error("the threads of the model could not be started")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+    #[error("a thread could not be started")]
+    Thread(#[from] std::io::Error),
+}
+
+/// A running engine.
+pub struct Engine {
+    pub handle: EngineHandle,
+    /// Ends after `EngineHandle::shut_down`; an error means that the engine panicked.
+    pub join: JoinHandle<()>,
+}
+
+/// Blocks of the smallest device pool that is of any use.
+const LEAST_BLOCKS: u32 = 4;
+/// Messages that wait for the thread; it drains them each step.
+const MAILBOX: usize = 4096;
+/// Transfers handed to the copier ahead of time; the others wait in order here.
+const COPIER_AHEAD: usize = 16;
+/// How long the thread sleeps at most while turns wait for copies, memory or their deadline.
+const NAP: Duration = Duration::from_millis(1);
+
+/// Starts the engine's threads. They end after `EngineHandle::shut_down`.
+pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<Engine, StartError> {
+    let spec = model.spec().clone();
+    let block_bytes = spec.kv.block_bytes(settings.block_size);
+    let blocks = |key, bytes: u64| {
+        let block_bytes = block_bytes as u64;
+        let blocks = u32::try_from(bytes / block_bytes);
+        blocks.map(BlockCount).map_err(|_| StartError::PoolTooLarge { key, bytes, block_bytes })
+    };
+    let device_blocks = blocks("kv.device_bytes", settings.device_bytes)?;
+    let host_blocks = blocks("kv.host_bytes", settings.host_bytes)?;
+    if device_blocks.0 < LEAST_BLOCKS {
+        let (bytes, blocks) = (settings.device_bytes, device_blocks.0);
+        return Err(StartError::DeviceTooSmall { bytes, blocks, block_bytes: block_bytes as u64 });
+    }
+    let arena = |key, blocks: BlockCount| {
+        Arena::new(blocks.get(), block_bytes).map(Arc::new).map_err(|source| StartError::Memory { key, source })
+    };
+    let device = arena("kv.device_bytes", device_blocks)?;
+    let host = arena("kv.host_bytes", host_blocks)?;
+    let pool_tokens = u64::from(device_blocks.0) * u64::from(settings.block_size.0);
+    let window =
+        u32::try_from(pool_tokens).map_or(spec.context_length, |tokens| spec.context_length.min(TokenCount(tokens)));
+
+    let (mailbox, inbox) = sync_channel(MAILBOX);
+    let shared = Arc::new(Shared::new(spec, settings.block_size, window, settings.queue_depth));
+    let handle = EngineHandle { mailbox: mailbox.clone(), shared: Arc::clone(&shared) };
+    let (orders, copier) = start_copier(mailbox, Arc::clone(&device), Arc::clone(&host))?;
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(settings.threads.max(1))
+        .thread_name(|index| format!("model-{index}"))
+        .build()?;
+    let kv = KvSettings {
+        block_size: settings.block_size,
+        block_bytes: block_bytes as u64,
+        device_blocks,
+        host_blocks,
+        window,
+        background_offload: settings.background_offload,
+        journal_entries: settings.journal_entries,
+        reuse: settings.reuse,
+    };
+    let core = CoreSettings { max_running: settings.max_running, step_tokens: settings.step_tokens.get() };
+    let join = std::thread::Builder::new().name("engine".into()).spawn(move || {
+        let driver = Driver {
+            core: Core::new(core, kv),
+            model,
+            device,
+            host,
+            inbox,
+            shared,
+            clock: Instant::now(),
+            orders,
+            backlog: VecDeque::new(),
+            listeners: HashMap::new(),
+            replies: HashMap::new(),
+            commands: Vec::new(),
+            started: 0,
+            left_queue: 0,
+            ran: false,
+            logits: Logits::default(),
+        };
+        pool.install(move || driver.run());
+        // The inbox is gone by now, so that a copier that waits to report gives up.
+        if copier.join().is_err() {
+            std::panic::resume_unwind(Box::new("the copier panicked"));
+        }
+    })?;
+    Ok(Engine { handle, join })
+}
+
+/// Starts the thread that copies blocks between tiers, one order after another. It ends when nobody can order any more.
+fn start_copier(
+    mailbox: SyncSender<Message>,
+    device: Arc<Arena>,
+    host: Arc<Arena>,
+) -> Result<(SyncSender<TransferOrder>, JoinHandle<()>), std::io::Error> {
+    let (orders, inbox) = sync_channel::<TransferOrder>(COPIER_AHEAD);
+    let join = std::thread::Builder::new().name("copier".into()).spawn(move || {
+        for order in inbox {
+            let started = Instant::now();
+            let sums = transfer::execute(&order, &device, &host);
+            let done = TransferDone { ticket: order.ticket, sums, took_us: micros(started.elapsed()) };
+            if mailbox.send(Message::Transferred(done)).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok((orders, join))
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Someone who waits until a conversation's KV has gone.
+enum Reply {
+    Forget(oneshot::Sender<Forgotten>),
+    Offload(oneshot::Sender<Result<Offloaded, SubmitError>>, Tick),
+}
+
+/// Whether there is another round.
+#[derive(PartialEq, Eq)]
+enum Goes {
+    On,
+    Down,
+}
+
+struct Driver {
+    core: Core,
+    model: Box<dyn Model + Send>,
+    device: Arc<Arena>,
+    host: Arc<Arena>,
+    inbox: Receiver<Message>,
+    shared: Arc<Shared>,
+    clock: Instant,
+    orders: SyncSender<TransferOrder>,
+    /// Transfers that the copier has not been handed yet.
+    backlog: VecDeque<TransferOrder>,
+    listeners: HashMap<TurnId, mpsc::Sender<TurnEvent>>,
+    replies: HashMap<KvKey, Vec<Reply>>,
+    commands: Vec<Command>,
+    /// Turns ever started, and those of them that are in the queue no more.
+    started: usize,
+    left_queue: usize,
+    /// The last step had rows.
+    ran: bool,
+    logits: Logits,
+}
+
+impl Driver {
+    fn now(&self) -> Tick {
+        Tick(micros(self.clock.elapsed()))
+    }
+
+    fn run(mut self) {
+        while self.take_in() == Goes::On {
+            self.step();
+        }
+        self.commands.extend(self.core.turns().map(Command::Cancel));
+        self.step();
+    }
+
+    /// Takes in all that waits in the mailbox; sleeps if there is nothing to do.
+    fn take_in(&mut self) -> Goes {
+        let may_sleep = self.commands.is_empty() && !self.shared.has_cancels();
+        let first = match self.rest(may_sleep) {
+            Ok(first) => first,
+            Err(goes) => return goes,
+        };
+        // Cancels first: their turns' starts were in the mailbox before them.
+        let cancels = self.shared.take_cancels();
+        let waiting: Vec<Message> = first.into_iter().chain(self.inbox.try_iter().take(MAILBOX)).collect();
+        for message in waiting {
+            if self.open(message) == Goes::Down {
+                return Goes::Down;
+            }
+        }
+        self.commands.extend(cancels.into_iter().map(Command::Cancel));
+        Goes::On
+    }
+
+    /// Waits for a message if no turn can go on: for long if there is none, for a nap if one waits.
+    fn rest(&self, may_sleep: bool) -> Result<Option<Message>, Goes> {
+        if !may_sleep || self.ran {
+            return Ok(None);
+        }
+        if self.core.is_idle() && self.backlog.is_empty() {
+            return self.inbox.recv().map(Some).map_err(|_| Goes::Down);
+        }
+        match self.inbox.recv_timeout(NAP) {
+            Ok(message) => Ok(Some(message)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(Goes::Down),
+        }
+    }
+
+    fn open(&mut self, message: Message) -> Goes {
+        match message {
+            Message::Start(start, listener) => {
+                self.started += 1;
+                self.listeners.insert(start.turn, listener);
+                self.commands.push(Command::Start(start));
+            }
+            Message::Forget(key, reply) => {
+                self.replies.entry(key).or_default().push(Reply::Forget(reply));
+                self.commands.push(Command::Forget(key));
+            }
+            Message::Offload(key, to, reply) => {
+                let asked = self.now();
+                self.replies.entry(key).or_default().push(Reply::Offload(reply, asked));
+                self.commands.push(match to {
+                    OffloadTo::Host => Command::Leave(key),
+                    OffloadTo::None => Command::LetGo(key),
+                });
+            }
+            Message::End(key) => self.commands.push(Command::End(key)),
+            Message::Transferred(done) => self.commands.push(Command::Transferred(done)),
+            Message::Wake => {}
+            Message::Shutdown => return Goes::Down,
+        }
+        Goes::On
+    }
+
+    /// One step: plan, copy, run, commit, tell.
+    fn step(&mut self) {
+        let mut commands = std::mem::take(&mut self.commands);
+        let mut plan = self.core.plan(self.now(), &mut commands);
+        self.commands = commands;
+        self.do_chores(&plan);
+        self.hand_over(std::mem::take(&mut plan.orders));
+        let mut events = std::mem::take(&mut plan.events);
+        self.ran = !plan.is_empty();
+        if !plan.is_empty() {
+            if !events.is_empty() {
+                self.publish();
+                self.tell(std::mem::take(&mut events));
+            }
+            let ran = {
+                let rows = self.core.rows(&plan);
+                self.model.forward(&rows.batch(), &self.device, &mut self.logits)
+            };
+            if let Err(error) = &ran {
+                tracing::error!(%error, turns = plan.spans.len(), "a step failed, and its turns with it");
+            }
+            let now = self.now();
+            self.core.commit(now, &plan, ran.map(|()| &self.logits), &mut events);
+        }
+        self.publish();
+        self.tell(events);
+    }
+
+    fn do_chores(&self, plan: &Plan) {
+        for (from, to) in &plan.chores.copies {
+            self.device.copy_from(to.0, &self.device, from.0);
+        }
+        for slot in &plan.chores.zero_device {
+            self.device.zero(slot.place().0);
+        }
+        for slot in &plan.chores.zero_host {
+            self.host.zero(slot.place().0);
+        }
+    }
+
+    /// Gives the copier as many orders as it takes without waiting, in order.
+    fn hand_over(&mut self, orders: Vec<TransferOrder>) {
+        self.backlog.extend(orders);
+        while let Some(order) = self.backlog.pop_front() {
+            match self.orders.try_send(order) {
+                Ok(()) => {}
+                Err(TrySendError::Full(order)) => return self.backlog.push_front(order),
+                Err(TrySendError::Disconnected(_)) => panic!("the copier has ended"),
+            }
+        }
+    }
+
+    /// Shows the state to those who only look.
+    fn publish(&mut self) {
+        for (key, residency) in self.core.take_residencies() {
+            match residency {
+                Some(residency) => drop(self.shared.residency.insert(key, residency)),
+                None => drop(self.shared.residency.remove(&key)),
+            }
+        }
+        let status = self.core.status(self.now());
+        let left_queue = self.started - status.queued as usize;
+        self.shared.status.store(Arc::new(status));
+        // A preempted turn is back in the queue: the difference may be negative, and the sum is right all the same.
+        self.shared.queued.fetch_sub(left_queue.wrapping_sub(self.left_queue), Ordering::Relaxed);
+        self.left_queue = left_queue;
+    }
+
+    fn tell(&mut self, events: Vec<Event>) {
+        for event in events {
+            match event {
+                Event::Turn(turn, event) => self.tell_turn(turn, event),
+                Event::Forgotten(key, freed) => {
+                    let bytes = |blocks: BlockCount| u64::from(blocks.0) * self.core.manager().settings().block_bytes;
+                    let forgotten = Forgotten {
+                        device_bytes: bytes(freed.device),
+                        host_bytes: bytes(freed.host),
+                        kept_shared_bytes: bytes(freed.kept_shared),
+                    };
+                    for reply in self.replies.remove(&key).unwrap_or_default() {
+                        match reply {
+                            Reply::Forget(reply) => drop(reply.send(forgotten)),
+                            Reply::Offload(reply, asked) => self.offloaded(reply, asked, forgotten.device_bytes),
+                        }
+                    }
+                }
+                Event::Left(key, bytes) => {
+                    for reply in self.replies.remove(&key).unwrap_or_default() {
+                        match (reply, bytes) {
+                            (reply @ Reply::Forget(_), _) => self.replies.entry(key).or_default().push(reply),
+                            (Reply::Offload(reply, asked), Some(bytes)) => self.offloaded(reply, asked, bytes),
+                            (Reply::Offload(reply, _), None) => drop(reply.send(Err(SubmitError::Busy))),
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn offloaded(&self, reply: oneshot::Sender<Result<Offloaded, SubmitError>>, asked: Tick, bytes: u64) {
+        drop(reply.send(Ok(Offloaded { bytes, ms: self.now().ms_since(asked) })));
+    }
+
+    fn tell_turn(&mut self, turn: TurnId, event: TurnEvent) {
+        let last = matches!(event, TurnEvent::Finished { .. } | TurnEvent::Failed(_));
+        if let TurnEvent::Failed(failure @ TurnFailure::Model(_)) = &event {
+            tracing::error!(%turn, %failure, "a turn failed");
+        }
+        let Some(listener) = self.listeners.get(&turn) else { return };
+        // The channel has room for all that a turn may say: an error means that nobody listens any more.
+        let gone = listener.try_send(event).is_err();
+        if last || gone {
+            self.listeners.remove(&turn);
+        }
+        if gone && !last {
+            self.commands.push(Command::Cancel(turn));
+        }
+    }
+}

@@ -1,13 +1,12 @@
 //! What do the tests of sessions stand on?
 
 use super::messages::{Message, Part, Role};
-use crate::engine::fixtures::chatml_over_bytes;
 use crate::engine::{ChatMessage, Language, Token};
 use crate::types::TokenId;
 
 /// A small language: ChatML over bytes.
 pub fn language() -> Language {
-    chatml_over_bytes()
+    Language::chatml_over_bytes()
 }
 
 /// The tokens of a text as an answer might have them.
