@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use reqwest::{RequestBuilder, StatusCode};
+use reqwest::RequestBuilder;
 use serde_json::{Value, json};
 
 /// Tokens of an answer: enough to show a difference, few enough to be quick.
@@ -80,14 +80,6 @@ impl Client {
         let body: Value = response.json().await.expect("the answer is JSON");
         assert!(status.is_success(), "{status}: {body}");
         body
-    }
-
-    /// Sends and expects a refusal: its status and stable code.
-    pub async fn refusal(&self, request: RequestBuilder) -> (StatusCode, String) {
-        let response = request.send().await.expect("the server answers");
-        let status = response.status();
-        let body: Value = response.json().await.expect("a refusal is JSON");
-        (status, body["error"]["code"].as_str().unwrap_or_else(|| panic!("no refusal: {body}")).to_owned())
     }
 
     /// A new conversation's id.

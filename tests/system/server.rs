@@ -2,7 +2,6 @@
 //!
 //! Invariant: no server outlives its test, and a test whose server warned, failed or panicked unexpectedly fails too.
 
-use std::future::Future;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -170,11 +169,7 @@ impl Drop for Server<'_> {
 }
 
 /// Looks again and again until there is an answer; fails with `what` at the deadline.
-pub async fn eventually<T, F: Future<Output = Option<T>>>(
-    deadline: Duration,
-    what: &str,
-    mut look: impl FnMut() -> F,
-) -> T {
+pub async fn eventually<T>(deadline: Duration, what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let started = Instant::now();
     let mut polls = tokio::time::interval(POLL);
     loop {
