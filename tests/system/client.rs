@@ -121,6 +121,12 @@ impl Client {
         self.json(self.post(&format!("/v1/conversations/{conversation}/offload"), &json!({"to": to}))).await
     }
 
+    /// Deletes a conversation and every copy of its KV.
+    pub async fn delete_conversation(&self, conversation: &str) {
+        let deleted = self.json(self.delete(&format!("/v1/conversations/{conversation}"))).await;
+        assert_eq!((&deleted["deleted"], &deleted["rekindle"]["remaining_bytes"]), (&json!(true), &json!(0)));
+    }
+
     /// All items in their order, page by page.
     pub async fn items(&self, conversation: &str) -> Vec<Item> {
         let (mut items, mut after) = (Vec::new(), String::new());

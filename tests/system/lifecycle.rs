@@ -31,7 +31,7 @@ impl Stream {
     async fn until(&mut self, word: &str) {
         while !self.heard.contains(word) {
             let piece = self.response.chunk().await.unwrap();
-            let piece = piece.unwrap_or_else(|| panic!("the stream ended without {word}: {}", self.heard));
+            let piece = piece.unwrap_or_else(|| panic!("the stream ended without {word}"));
             self.heard += std::str::from_utf8(&piece).unwrap();
         }
     }
@@ -68,7 +68,7 @@ async fn a_client_that_goes_away_ends_its_generation_within_a_second() {
 
     let mut stream =
         Stream::open(client.post("/v1/chat/completions", &with_served_model(&client, long_chat()).await)).await;
-    stream.until("\"content\":\"1\"").await;
+    stream.until("{\"content\":\"").await;
     assert_eq!(client.metrics().await.count("rekindle_engine_running_turns"), 1);
     drop(stream);
     let left = Instant::now();
@@ -91,8 +91,7 @@ async fn a_client_that_goes_away_ends_its_generation_within_a_second() {
     let kept = kept.await;
     assert_eq!((kept["role"].as_str(), kept["status"].as_str()), (Some("assistant"), Some("incomplete")));
 
-    let delete = client.json(client.delete(&format!("/v1/conversations/{id}"))).await;
-    assert_eq!((&delete["deleted"], &delete["rekindle"]["remaining_bytes"]), (&json!(true), &json!(0)));
+    client.delete_conversation(&id).await;
     let free = client.metrics().await.free_bytes("device");
     let ended_chat = 10 * BLOCK_BYTES;
     assert!(free + ended_chat >= all_free, "{} bytes are still held", all_free - free);
