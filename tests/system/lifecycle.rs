@@ -36,7 +36,7 @@ impl Stream {
         }
     }
 
-    async fn to_end(mut self) -> String {
+    async fn rest(mut self) -> String {
         while let Some(piece) = self.response.chunk().await.unwrap() {
             self.heard += std::str::from_utf8(&piece).unwrap();
         }
@@ -136,7 +136,7 @@ async fn told_to_end_the_server_finishes_what_runs_refuses_what_comes_and_exits_
     let ready = client.get("/readyz").send().await.unwrap();
     assert_eq!(ready.status(), 503);
 
-    let heard = stream.to_end().await;
+    let heard = stream.rest().await;
     assert_eq!(heard.matches("event: response.incomplete\n").count(), 1, "{heard}");
     assert!(heard.contains("\"output_tokens\":96"), "the answer was cut short: {heard}");
     let status = server.ended(END).await;

@@ -59,9 +59,10 @@ async fn talk(
             let (client, id) = (client.clone(), ids[conversation].clone());
             async move { client.say(&id, &said(conversation, turn)).await }
         });
-        for (conversation, answer) in round.await.into_iter().enumerate() {
+        for ((conversation, answer), undisturbed) in round.await.into_iter().enumerate().zip(expected) {
             answer.usage.assert_adds_up();
-            answer.assert_same(&expected[conversation][turn], &format!("turn {turn} of conversation {conversation}"));
+            let undisturbed = &undisturbed[turn];
+            answer.assert_same(undisturbed, &format!("turn {turn} of conversation {conversation}"));
             answers[conversation].push(answer);
         }
     }
