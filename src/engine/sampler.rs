@@ -326,7 +326,7 @@ mod tests {
         let report = logprob(&LOGITS, TokenId(3), 5);
         let sum: f32 = report.top.iter().map(|(_, p)| p.exp()).sum();
         assert!((sum - 1.0).abs() < 1e-5);
-        assert_eq!(report.top[3], (TokenId(3), report.logprob));
+        assert_eq!(report.top[2], (TokenId(3), report.logprob), "the third likeliest");
         assert!(report.top.is_sorted_by(|a, b| a.1 >= b.1));
     }
 }

@@ -13,6 +13,7 @@ use super::block::{OpenBlock, Places, PrefixHash, Slot};
 use super::budget::Budget;
 use super::evictor::{Evictor, UseOrder};
 use super::journal::{Entry, Journal, Rule};
+use super::lookup::{Match, Matched, TailMatch};
 use super::prefix::PrefixIndex;
 use super::reclaim::Room;
 use super::residency::{Activity, Conversation, Running};
@@ -136,7 +137,7 @@ pub struct Rates {
 pub struct Chores {
     /// Device blocks to copy before the step, (from, to): copy-on-write.
     pub copies: Vec<(BlockId, BlockId)>,
-    copied_from: Vec<Arc<super::block::TailBlock<BlockId>>>,
+    pub(super) copied_from: Vec<Arc<super::block::TailBlock<BlockId>>>,
     /// Places of forgotten blocks, to overwrite with zeros.
     pub zero_device: Vec<Slot<BlockId>>,
     pub zero_host: Vec<Slot<HostBlockId>>,
@@ -167,7 +168,7 @@ pub struct Manager {
     touched: Vec<KvKey>,
     forgotten: Vec<(KvKey, Freed)>,
     pub(super) left: Vec<(KvKey, u64)>,
-    chores: Chores,
+    pub(super) chores: Chores,
     uses: u64,
 }
 
@@ -241,50 +242,6 @@ impl Manager {
         let slots = (0..need.0).map(|_| self.device.take(tenant).expect("room was made"));
         let slots: Vec<Slot<BlockId>> = slots.collect();
         self.run(now, key, matched, slots)
-    }
-
-    /// What the tiers hold of a sequence. Own claims that the tokens contradict are given up.
-    fn find(&mut self, admit: &Admit<'_>) -> Matched {
-        let size = self.settings.block_size;
-        let conversation = self.conversations.get_mut(&admit.key).expect("the caller made it known");
-        // At least one token is left to encode, since its logits are wanted.
-        let usable = (admit.tokens.len() - 1) / size.0 as usize;
-        let hashes = &admit.hashes[..usable.min(admit.hashes.len())];
-        let same = |table: &mut dyn Iterator<Item = PrefixHash>| table.zip(hashes).take_while(|(a, b)| a == *b).count();
-        let own = same(&mut conversation.device.sealed.iter().map(|block| block.hash()));
-        let host = same(&mut conversation.host.sealed.iter().map(|block| block.hash()));
-        conversation.device.truncate(own);
-        conversation.host.truncate(host);
-        let mut arrivals = Vec::new();
-        for (index, hash) in hashes.iter().enumerate().skip(own) {
-            if let Some(block) = self.device_index.get(hash) {
-                arrivals.push(Match::Here(block));
-            } else if let Some(block) = conversation.host.sealed.get(index) {
-                arrivals.push(Match::Below(Arc::clone(block)));
-            } else if let Some(block) = self.host_index.get(hash) {
-                arrivals.push(Match::Below(block));
-            } else {
-                break;
-            }
-        }
-        let full = own + arrivals.len();
-        let rest = &admit.tokens[full * size.0 as usize..];
-        let rest = &rest[..rest.len() - 1];
-        let common = |tail: &[TokenId]| tail.iter().zip(rest).take_while(|(a, b)| a == b).count();
-        let keep = |tail: &[TokenId]| TokenCount(u32::try_from(common(tail)).expect("a block bounds a tail"));
-        let mut tail = TailMatch::None;
-        if let Some(block) = &conversation.device.tail
-            && full == conversation.device.sealed.len()
-            && common(block.tokens()) > 0
-        {
-            tail = TailMatch::Resident { keep: keep(block.tokens()), alone: Arc::strong_count(block) == 1 };
-        } else if let Some(block) = &conversation.host.tail
-            && full == conversation.host.sealed.len()
-            && common(block.tokens()) > 0
-        {
-            tail = TailMatch::Below { keep: keep(block.tokens()), block: Arc::clone(block) };
-        }
-        Matched { own, arrivals, tail }
     }
 
     /// Makes the conversation a running one, out of what was found and as many places as are missing.
@@ -606,92 +563,6 @@ impl Manager {
     pub fn floor(&self) -> BlockCount {
         self.budget.floor()
     }
-
-    /// Where a conversation is; `None` if no tier holds any of it.
-    pub fn whereabouts(&self, key: KvKey) -> Option<Whereabouts> {
-        let conversation = self.conversations.get(&key)?;
-        let size = self.settings.block_size;
-        Some(Whereabouts {
-            tenant: conversation.tenant,
-            running: conversation.running().is_some(),
-            reloading: conversation.running().is_some_and(|running| running.arriving.is_some()),
-            device_tokens: conversation.device.tokens(size),
-            device_blocks: conversation.device.shares(),
-            host_tokens: conversation.host.tokens(size),
-            host_blocks: conversation.host.shares(),
-            last_used: conversation.last_used,
-            last_eviction: conversation.last_eviction,
-        })
-    }
-
-    /// Checks what must always hold; for tests. Cost: O(everything).
-    pub fn assert_invariants(&self) {
-        let mut device = std::collections::HashSet::new();
-        let mut host = std::collections::HashSet::new();
-        let mut in_flight = 0;
-        for conversation in self.conversations.values() {
-            let tables = (&conversation.device, &conversation.host);
-            device.extend(tables.0.sealed.iter().map(|block| block.id()));
-            device.extend(tables.0.tail.iter().map(|block| block.id()));
-            host.extend(tables.1.sealed.iter().map(|block| block.id()));
-            host.extend(tables.1.tail.iter().map(|block| block.id()));
-            for (above, below) in tables.0.sealed.iter().zip(&tables.1.sealed) {
-                assert_eq!(above.hash(), below.hash(), "a host table copies the device table's prefix");
-            }
-            let chains = [
-                tables.0.sealed.iter().map(|block| (block.parent(), block.hash())).collect::<Vec<_>>(),
-                tables.1.sealed.iter().map(|block| (block.parent(), block.hash())).collect(),
-            ];
-            for chain in chains {
-                let parents = std::iter::once(PrefixHash::ROOT).chain(chain.iter().map(|(_, hash)| *hash));
-                assert!(chain.iter().zip(parents).all(|((parent, _), end)| *parent == end), "a table is one chain");
-            }
-            if let Some(running) = conversation.running() {
-                device.extend(running.open.iter().map(OpenBlock::id));
-                device.extend(running.spare.iter().map(Slot::place));
-                assert!(!self.device_line.contains(conversation.tenant, conversation.key), "a running one is in line");
-                if running.arriving.is_none() {
-                    let sealed = conversation.device.sealed.iter().map(|block| block.id());
-                    let spare = running.spare.iter().rev().map(Slot::place);
-                    let ids: Vec<_> = sealed.chain(running.open.iter().map(OpenBlock::id)).chain(spare).collect();
-                    assert_eq!(running.ids, ids, "the block table names the blocks in order");
-                }
-            } else if conversation.is_idle() && !conversation.device.is_empty() {
-                assert!(self.device_line.contains(conversation.tenant, conversation.key), "an idle one is not in line");
-            }
-            in_flight += conversation.in_flight;
-        }
-        for transfer in self.in_flight.values() {
-            match transfer {
-                InFlight::Offload { sealed, tail, .. } => {
-                    device.extend(sealed.iter().map(|(block, _)| block.id()));
-                    device.extend(tail.iter().map(|(block, _)| block.id()));
-                    host.extend(sealed.iter().map(|(_, slot)| slot.place()));
-                    host.extend(tail.iter().map(|(_, slot)| slot.place()));
-                }
-                InFlight::Reload { blocks, tail, .. } => {
-                    for block in blocks {
-                        match block {
-                            Arrival::Here(block) => drop(device.insert(block.id())),
-                            Arrival::Coming(from, to) => {
-                                host.insert(from.id());
-                                device.insert(to.place());
-                            }
-                        }
-                    }
-                    host.extend(tail.iter().map(|tail| tail.from.id()));
-                    device.extend(tail.iter().map(|tail| tail.to.place()));
-                }
-            }
-        }
-        assert!(in_flight as usize <= self.in_flight.len(), "a transfer belongs to one conversation");
-        device.extend(self.chores.zero_device.iter().map(Slot::place));
-        device.extend(self.chores.copied_from.iter().map(|block| block.id()));
-        host.extend(self.chores.zero_host.iter().map(Slot::place));
-        assert_eq!(self.device.free().get() + device.len(), self.device.total().get(), "device places add up");
-        assert_eq!(self.host.free().get() + host.len(), self.host.total().get(), "host places add up");
-        assert_eq!(self.counters.isolation_faults, 0, "nobody was pushed below the floor for another");
-    }
 }
 
 /// Takes a table apart: places of blocks that nobody else holds go to `zero`. Counts (freed, shared).
@@ -709,45 +580,4 @@ fn wipe<P: super::block::Place>(table: BlockTable<P>, zero: &mut Vec<Slot<P>>) -
         }
     }
     (freed, shared)
-}
-
-/// Where one conversation is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Whereabouts {
-    pub tenant: TenantId,
-    pub running: bool,
-    pub reloading: bool,
-    pub device_tokens: TokenCount,
-    /// (private, shared).
-    pub device_blocks: (BlockCount, BlockCount),
-    pub host_tokens: TokenCount,
-    pub host_blocks: (BlockCount, BlockCount),
-    pub last_used: Tick,
-    pub last_eviction: Option<Entry>,
-}
-
-struct Matched {
-    /// Own full blocks on the device.
-    own: usize,
-    /// Full blocks that follow them.
-    arrivals: Vec<Match>,
-    tail: TailMatch,
-}
-
-enum Match {
-    Here(Arc<super::block::SealedBlock<BlockId>>),
-    Below(Arc<super::block::SealedBlock<HostBlockId>>),
-}
-
-enum TailMatch {
-    None,
-    /// On the device; `alone` if it can be written without a copy.
-    Resident {
-        keep: TokenCount,
-        alone: bool,
-    },
-    Below {
-        keep: TokenCount,
-        block: Arc<super::block::TailBlock<HostBlockId>>,
-    },
 }

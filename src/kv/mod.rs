@@ -3,7 +3,9 @@
 pub mod block;
 pub mod budget;
 pub mod evictor;
+pub mod invariants;
 pub mod journal;
+pub mod lookup;
 pub mod manager;
 pub mod prefix;
 pub mod reclaim;

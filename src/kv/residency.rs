@@ -1,11 +1,12 @@
 //! Where are one conversation's blocks, and in which state is it?
 
+use super::Manager;
 use super::block::{OpenBlock, PrefixHash, Slot};
 use super::evictor::UseOrder;
 use super::journal::Entry;
 use super::table::BlockTable;
 use super::transfer::Ticket;
-use crate::types::{BlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick};
+use crate::types::{BlockCount, BlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick, TokenCount};
 
 /// What the manager knows of one conversation.
 ///
@@ -115,5 +116,39 @@ impl Conversation {
             }
             None => self.host.sealed.len() >= self.device.sealed.len(),
         }
+    }
+}
+
+/// Where one conversation is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Whereabouts {
+    pub tenant: TenantId,
+    pub running: bool,
+    pub reloading: bool,
+    pub device_tokens: TokenCount,
+    /// (private, shared).
+    pub device_blocks: (BlockCount, BlockCount),
+    pub host_tokens: TokenCount,
+    pub host_blocks: (BlockCount, BlockCount),
+    pub last_used: Tick,
+    pub last_eviction: Option<Entry>,
+}
+
+impl Manager {
+    /// Where a conversation is; `None` if no tier holds any of it.
+    pub fn whereabouts(&self, key: KvKey) -> Option<Whereabouts> {
+        let conversation = self.conversations.get(&key)?;
+        let size = self.settings.block_size;
+        Some(Whereabouts {
+            tenant: conversation.tenant,
+            running: conversation.running().is_some(),
+            reloading: conversation.running().is_some_and(|running| running.arriving.is_some()),
+            device_tokens: conversation.device.tokens(size),
+            device_blocks: conversation.device.shares(),
+            host_tokens: conversation.host.tokens(size),
+            host_blocks: conversation.host.shares(),
+            last_used: conversation.last_used,
+            last_eviction: conversation.last_eviction,
+        })
     }
 }

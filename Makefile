@@ -1,0 +1,54 @@
+# What can be done here? `make help` lists it. Each target does its own set-up, and does nothing twice.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+# Arguments for the program that a target runs: make serve ARGS="--listen 127.0.0.1:9000"
+ARGS ?=
+
+target_dir := $(or $(CARGO_TARGET_DIR),target)
+model := models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: serve
+serve: ## Build, pull the model if there is none, serve on 127.0.0.1:8080; ARGS are those of `rekindle serve`
+	@scripts/setup
+	@cargo build --release --locked
+	@test -f $(model) || $(target_dir)/release/rekindle pull
+	@exec $(target_dir)/release/rekindle serve $(ARGS)
+
+# One profile, `ci`, for everything here, so that the dependencies are compiled once.
+.PHONY: test
+test: lint ## Format, lints and all tests, with all that they need
+	cargo test --profile ci --workspace --locked --no-run
+	@test -f $(model) || $(target_dir)/ci/rekindle pull
+	cargo test --profile ci --workspace --locked
+
+.PHONY: lint
+lint: ## Format and lints alone
+	@scripts/setup test
+	cargo fmt --all --check
+	cargo clippy --profile ci --workspace --all-targets --locked -- -D warnings
+
+.PHONY: fmt
+fmt: ## Put all code into its format
+	cargo fmt --all
+
+.PHONY: bench
+bench: ## Measure the server on this machine, some minutes; ARGS are those of the load tests' `bench`
+	@scripts/setup
+	cargo build --release --locked
+	@test -f $(model) || $(target_dir)/release/rekindle pull
+	cargo run --release --locked -p load-tests -- bench $(ARGS)
+
+.PHONY: soak
+soak: ## The system and simulation tests, for much longer
+	@scripts/setup test
+	cargo test --profile ci --locked --test system --test simulation --no-run
+	@test -f $(model) || $(target_dir)/ci/rekindle pull
+	REKINDLE_SOAK=1 cargo test --profile ci --locked --test system --test simulation -- --nocapture

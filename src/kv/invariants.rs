@@ -1,0 +1,80 @@
+//! What must always hold in the block manager?
+//!
+//! Free and held places are a pool's total, tables are chains, and only who is idle is in line. For tests.
+
+use std::collections::HashSet;
+
+use super::Manager;
+use super::block::{OpenBlock, PrefixHash, Slot};
+use super::tiers::{Arrival, InFlight};
+
+impl Manager {
+    /// Checks what must always hold; for tests. Cost: O(everything).
+    pub fn assert_invariants(&self) {
+        let mut device = HashSet::new();
+        let mut host = HashSet::new();
+        let mut in_flight = 0;
+        for conversation in self.conversations.values() {
+            let tables = (&conversation.device, &conversation.host);
+            device.extend(tables.0.sealed.iter().map(|block| block.id()));
+            device.extend(tables.0.tail.iter().map(|block| block.id()));
+            host.extend(tables.1.sealed.iter().map(|block| block.id()));
+            host.extend(tables.1.tail.iter().map(|block| block.id()));
+            for (above, below) in tables.0.sealed.iter().zip(&tables.1.sealed) {
+                assert_eq!(above.hash(), below.hash(), "a host table copies the device table's prefix");
+            }
+            let chains = [
+                tables.0.sealed.iter().map(|block| (block.parent(), block.hash())).collect::<Vec<_>>(),
+                tables.1.sealed.iter().map(|block| (block.parent(), block.hash())).collect(),
+            ];
+            for chain in chains {
+                let parents = std::iter::once(PrefixHash::ROOT).chain(chain.iter().map(|(_, hash)| *hash));
+                assert!(chain.iter().zip(parents).all(|((parent, _), end)| *parent == end), "a table is one chain");
+            }
+            if let Some(running) = conversation.running() {
+                device.extend(running.open.iter().map(OpenBlock::id));
+                device.extend(running.spare.iter().map(Slot::place));
+                assert!(!self.device_line.contains(conversation.tenant, conversation.key), "a running one is in line");
+                if running.arriving.is_none() {
+                    let sealed = conversation.device.sealed.iter().map(|block| block.id());
+                    let spare = running.spare.iter().rev().map(Slot::place);
+                    let ids: Vec<_> = sealed.chain(running.open.iter().map(OpenBlock::id)).chain(spare).collect();
+                    assert_eq!(running.ids, ids, "the block table names the blocks in order");
+                }
+            } else if conversation.is_idle() && !conversation.device.is_empty() {
+                assert!(self.device_line.contains(conversation.tenant, conversation.key), "an idle one is not in line");
+            }
+            in_flight += conversation.in_flight;
+        }
+        for transfer in self.in_flight.values() {
+            match transfer {
+                InFlight::Offload { sealed, tail, .. } => {
+                    device.extend(sealed.iter().map(|(block, _)| block.id()));
+                    device.extend(tail.iter().map(|(block, _)| block.id()));
+                    host.extend(sealed.iter().map(|(_, slot)| slot.place()));
+                    host.extend(tail.iter().map(|(_, slot)| slot.place()));
+                }
+                InFlight::Reload { blocks, tail, .. } => {
+                    for block in blocks {
+                        match block {
+                            Arrival::Here(block) => drop(device.insert(block.id())),
+                            Arrival::Coming(from, to) => {
+                                host.insert(from.id());
+                                device.insert(to.place());
+                            }
+                        }
+                    }
+                    host.extend(tail.iter().map(|tail| tail.from.id()));
+                    device.extend(tail.iter().map(|tail| tail.to.place()));
+                }
+            }
+        }
+        assert!(in_flight as usize <= self.in_flight.len(), "a transfer belongs to one conversation");
+        device.extend(self.chores.zero_device.iter().map(Slot::place));
+        device.extend(self.chores.copied_from.iter().map(|block| block.id()));
+        host.extend(self.chores.zero_host.iter().map(Slot::place));
+        assert_eq!(self.device.free().get() + device.len(), self.device.total().get(), "device places add up");
+        assert_eq!(self.host.free().get() + host.len(), self.host.total().get(), "host places add up");
+        assert_eq!(self.counters.isolation_faults, 0, "nobody was pushed below the floor for another");
+    }
+}

@@ -1,0 +1,83 @@
+//! What of a sequence do the tiers hold?
+//!
+//! Found by chain hash, never by trust: a conversation's own blocks first, then any block of the tenant with the same
+//! prefix, then what can be reloaded; the part-full tail by its tokens.
+
+use std::sync::Arc;
+
+use super::Manager;
+use super::block::{PrefixHash, SealedBlock, TailBlock};
+use super::manager::Admit;
+use crate::types::{BlockId, HostBlockId, TokenCount, TokenId};
+
+pub(super) struct Matched {
+    /// Own full blocks on the device.
+    pub own: usize,
+    /// Full blocks that follow them.
+    pub arrivals: Vec<Match>,
+    pub tail: TailMatch,
+}
+
+pub(super) enum Match {
+    Here(Arc<SealedBlock<BlockId>>),
+    Below(Arc<SealedBlock<HostBlockId>>),
+}
+
+pub(super) enum TailMatch {
+    None,
+    /// On the device; `alone` if it can be written without a copy.
+    Resident {
+        keep: TokenCount,
+        alone: bool,
+    },
+    Below {
+        keep: TokenCount,
+        block: Arc<TailBlock<HostBlockId>>,
+    },
+}
+
+impl Manager {
+    /// What the tiers hold of a sequence. Own claims that the tokens contradict are given up.
+    pub(super) fn find(&mut self, admit: &Admit<'_>) -> Matched {
+        let size = self.settings.block_size;
+        let conversation = self.conversations.get_mut(&admit.key).expect("the caller made it known");
+        // At least one token is left to encode, since its logits are wanted.
+        let usable = (admit.tokens.len() - 1) / size.0 as usize;
+        let hashes = &admit.hashes[..usable.min(admit.hashes.len())];
+        let same = |table: &mut dyn Iterator<Item = PrefixHash>| table.zip(hashes).take_while(|(a, b)| a == *b).count();
+        let own = same(&mut conversation.device.sealed.iter().map(|block| block.hash()));
+        let host = same(&mut conversation.host.sealed.iter().map(|block| block.hash()));
+        conversation.device.truncate(own);
+        conversation.host.truncate(host);
+        let mut arrivals = Vec::new();
+        for (index, hash) in hashes.iter().enumerate().skip(own) {
+            if let Some(block) = self.device_index.get(hash) {
+                arrivals.push(Match::Here(block));
+            } else if let Some(block) = conversation.host.sealed.get(index) {
+                arrivals.push(Match::Below(Arc::clone(block)));
+            } else if let Some(block) = self.host_index.get(hash) {
+                arrivals.push(Match::Below(block));
+            } else {
+                break;
+            }
+        }
+        let full = own + arrivals.len();
+        let rest = &admit.tokens[full * size.0 as usize..];
+        let rest = &rest[..rest.len() - 1];
+        let common = |tail: &[TokenId]| tail.iter().zip(rest).take_while(|(a, b)| a == b).count();
+        let keep = |tail: &[TokenId]| TokenCount(u32::try_from(common(tail)).expect("a block bounds a tail"));
+        let mut tail = TailMatch::None;
+        if let Some(block) = &conversation.device.tail
+            && full == conversation.device.sealed.len()
+            && common(block.tokens()) > 0
+        {
+            tail = TailMatch::Resident { keep: keep(block.tokens()), alone: Arc::strong_count(block) == 1 };
+        } else if let Some(block) = &conversation.host.tail
+            && full == conversation.host.sealed.len()
+            && common(block.tokens()) > 0
+        {
+            tail = TailMatch::Below { keep: keep(block.tokens()), block: Arc::clone(block) };
+        }
+        Matched { own, arrivals, tail }
+    }
+}
