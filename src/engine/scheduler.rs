@@ -103,8 +103,9 @@ impl Core {
         let (tenant, key) = (sequence.tenant, sequence.key);
         self.running.retain(|running| *running != victim);
         self.fairness.push_front(tenant, victim);
-        self.manager.rest(now, key);
+        // While it is known: one that has nothing in place yet, after a damaged reload, leaves no record.
         self.note_preemption(now, key, for_tenant);
+        self.manager.rest(now, key);
     }
 
     /// Lets waiting turns in, as long as the step has tokens left for them. A turn that must wait for memory holds its
