@@ -18,11 +18,12 @@ help: ## This list
 .PHONY: serve
 serve: ## Build, pull the model if there is none, serve on 127.0.0.1:8080; ARGS are those of `rekindle serve`
 	@scripts/setup
-	@cargo build --release --locked
+	@cargo build --release --workspace --locked
 	@test -f $(model) || $(target_dir)/release/rekindle pull
 	@exec $(target_dir)/release/rekindle serve $(ARGS)
 
-# One profile, `ci`, for everything here, so that the dependencies are compiled once.
+# One profile, `ci`, and always the whole workspace: another choice of packages is another choice of features, and
+# compiles the dependencies again.
 .PHONY: test
 test: lint ## Format, lints and all tests, with all that they need
 	cargo test --profile ci --workspace --locked --no-run
@@ -42,13 +43,13 @@ fmt: ## Put all code into its format
 .PHONY: bench
 bench: ## Measure the server on this machine, some minutes; ARGS are those of the load tests' `bench`
 	@scripts/setup
-	cargo build --release --locked
+	cargo build --release --workspace --locked
 	@test -f $(model) || $(target_dir)/release/rekindle pull
-	cargo run --release --locked -p load-tests -- bench $(ARGS)
+	$(target_dir)/release/load-tests bench $(ARGS)
 
 .PHONY: soak
 soak: ## The system and simulation tests, for much longer
 	@scripts/setup test
-	cargo test --profile ci --locked --test system --test simulation --no-run
+	cargo test --profile ci --workspace --locked --test system --test simulation --no-run
 	@test -f $(model) || $(target_dir)/ci/rekindle pull
-	REKINDLE_SOAK=1 cargo test --profile ci --locked --test system --test simulation -- --nocapture
+	REKINDLE_SOAK=1 cargo test --profile ci --workspace --locked --test system --test simulation -- --nocapture

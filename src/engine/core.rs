@@ -294,7 +294,11 @@ impl Core {
             }
             Command::Leave(key) => self.manager.leave(now, key),
             Command::LetGo(key) => self.manager.forget(key),
-            Command::End(key) if self.manager.runs(key) => self.ending.push(key),
+            Command::End(key) if self.manager.runs(key) => {
+                if !self.ending.contains(&key) {
+                    self.ending.push(key);
+                }
+            }
             Command::End(key) => self.manager.end(key),
             Command::Transferred(done) => {
                 if let Some(reloaded) = self.manager.transferred(now, done) {

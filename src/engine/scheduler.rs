@@ -7,7 +7,6 @@
 
 use super::core::{Core, Plan, Span};
 use super::sequence::Phase;
-use crate::kv::block::PrefixHash;
 use crate::kv::manager::{Admission, Admit, NoPlace};
 use crate::types::{TenantId, Tick, TokenCount, TurnId};
 
@@ -100,11 +99,13 @@ impl Core {
         let for_tenant = self.sequences[&for_turn].tenant;
         let sequence = self.sequences.get_mut(&victim).expect("a running turn is known");
         sequence.phase = Phase::Queued;
+        sequence.carry_chain_on(self.manager.settings().block_size);
         let (tenant, key) = (sequence.tenant, sequence.key);
         self.running.retain(|running| *running != victim);
         self.fairness.push_front(tenant, victim);
-        self.manager.rest(now, key);
+        // While it is known: one that has nothing in place yet, after a damaged reload, leaves no record.
         self.note_preemption(now, key, for_tenant);
+        self.manager.rest(now, key);
     }
 
     /// Lets waiting turns in, as long as the step has tokens left for them. A turn that must wait for memory holds its
@@ -120,16 +121,8 @@ impl Core {
                 passed_over.push(tenant);
                 continue;
             }
-            let size = self.manager.settings().block_size;
-            let resumed;
-            let hashes = if sequence.admitted_once {
-                resumed = PrefixHash::chain(&sequence.start.tenant_key, &sequence.tokens, size);
-                &resumed
-            } else {
-                &sequence.start.hashes
-            };
             let tenant_key = sequence.start.tenant_key;
-            let admit = Admit { key, tenant, tenant_key, tokens: &sequence.tokens, hashes };
+            let admit = Admit { key, tenant, tenant_key, tokens: &sequence.tokens, hashes: &sequence.hashes };
             let (phase, found) = match self.manager.admit(now, admit) {
                 Admission::Ready(found) => (Phase::Prefill, found),
                 Admission::Reloading(_, found) => (Phase::Reloading, found),

@@ -3,8 +3,9 @@
 use super::core::StartTurn;
 use super::sampler::Sampler;
 use super::{PromptUsage, TurnUsage};
+use crate::kv::block::PrefixHash;
 use crate::kv::manager::Found;
-use crate::types::{KvKey, TenantId, Tick, TokenCount, TokenId, TurnId};
+use crate::types::{BlockSize, KvKey, TenantId, Tick, TokenCount, TokenId, TurnId};
 
 /// Where a turn is on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +28,8 @@ pub(super) struct Sequence {
     pub start: Box<StartTurn>,
     /// Prompt and answer so far. The last token's KV is computed when it is fed.
     pub tokens: Vec<TokenId>,
+    /// The chain over the full blocks of `tokens`, as far as it was needed: of the prompt, and at a preemption of them all.
+    pub hashes: Vec<PrefixHash>,
     pub phase: Phase,
     pub sampler: Sampler,
     pub found: Found,
@@ -43,13 +46,14 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub fn new(start: Box<StartTurn>, now: Tick) -> Self {
+    pub fn new(mut start: Box<StartTurn>, now: Tick) -> Self {
         let sampler = Sampler::new(start.request.sampling.clone(), &start.request.prompt);
         Self {
             turn: start.turn,
             key: start.key,
             tenant: start.tenant,
             tokens: start.request.prompt.to_vec(),
+            hashes: std::mem::take(&mut start.hashes),
             sampler,
             phase: Phase::Queued,
             found: Found::default(),
@@ -66,6 +70,16 @@ impl Sequence {
 
     pub fn prompt_tokens(&self) -> TokenCount {
         TokenCount::of(&self.start.request.prompt)
+    }
+
+    /// Carries the chain on over all full blocks, once for each: a preempted turn may wait for many steps.
+    pub fn carry_chain_on(&mut self, size: BlockSize) {
+        let size = size.0 as usize;
+        let mut parent = self.hashes.last().copied().unwrap_or(PrefixHash::ROOT);
+        for block in self.tokens[self.hashes.len() * size..].chunks_exact(size) {
+            parent = parent.child(&self.start.tenant_key, block);
+            self.hashes.push(parent);
+        }
     }
 
     /// Notes where the prompt's tokens came from, once it runs for the first time with `context` tokens in place.

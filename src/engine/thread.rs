@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::core::{Command, Core, CoreSettings, Event, Plan};
+use super::core::{Command, Core, CoreSettings, Event};
 use super::handle::{EngineHandle, Forgotten, Message, OffloadTo, Offloaded, Shared, SubmitError};
 use super::{TurnEvent, TurnFailure};
 use crate::kernels::memory::{Arena, ArenaError};
 use crate::kv::KvSettings;
+use crate::kv::manager::Chores;
 use crate::kv::transfer::{self, TransferDone, TransferOrder};
 use crate::model::{Logits, Model};
 use crate::types::{BlockCount, BlockSize, KvKey, Tick, TokenCount, TurnId};
@@ -282,7 +283,7 @@ impl Driver {
         let mut commands = std::mem::take(&mut self.commands);
         let mut plan = self.core.plan(self.now(), &mut commands);
         self.commands = commands;
-        self.do_chores(&plan);
+        self.do_chores(std::mem::take(&mut plan.chores));
         self.hand_over(std::mem::take(&mut plan.orders));
         let mut events = std::mem::take(&mut plan.events);
         self.ran = !plan.is_empty();
@@ -305,14 +306,15 @@ impl Driver {
         self.tell(events);
     }
 
-    fn do_chores(&self, plan: &Plan) {
-        for (from, to) in &plan.chores.copies {
+    /// Copies and zeros what the plan says; the places that it held are free after that.
+    fn do_chores(&self, chores: Chores) {
+        for (from, to) in &chores.copies {
             self.device.copy_from(to.0, &self.device, from.0);
         }
-        for slot in &plan.chores.zero_device {
+        for slot in &chores.zero_device {
             self.device.zero(slot.place().0);
         }
-        for slot in &plan.chores.zero_host {
+        for slot in &chores.zero_host {
             self.host.zero(slot.place().0);
         }
     }
@@ -396,3 +398,6 @@ impl Driver {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -223,6 +223,7 @@ impl Manager {
         // Out of line while it looks for room: it is no victim of its own turn.
         self.device_line.remove(tenant, key);
         self.host_line.remove(tenant, key);
+        self.disown_copy(key, admit.hashes);
         let matched = self.find(&admit);
         let size = self.settings.block_size;
         let total = TokenCount::of(tokens).blocks(size);

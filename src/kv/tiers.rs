@@ -17,6 +17,9 @@ const OFFLOAD_BLOCKS: usize = 16;
 /// Most offloads under way that nobody waits for.
 const BACKGROUND_OFFLOADS: usize = 2;
 
+/// Full blocks, and the places that they are copied to.
+type CopyingDown = Vec<(Arc<SealedBlock<BlockId>>, Slot<HostBlockId>)>;
+
 /// A transfer under way, and all that it reads and writes.
 #[derive(Debug)]
 pub(super) enum InFlight {
@@ -24,7 +27,9 @@ pub(super) enum InFlight {
         key: KvKey,
         /// Index of the first block in the conversation's tables.
         first: usize,
-        sealed: Vec<(Arc<SealedBlock<BlockId>>, Slot<HostBlockId>)>,
+        /// Hash of the last full block, copied now or before: by it a sequence knows whether all this is its own.
+        end: PrefixHash,
+        sealed: CopyingDown,
         tail: Option<(Arc<TailBlock<BlockId>>, Slot<HostBlockId>)>,
     },
     Reload {
@@ -65,6 +70,18 @@ impl Manager {
         }
     }
 
+    /// Lets go of a copy under way of what the conversation, which goes on with this chain, has left behind: the copy is
+    /// made for nobody.
+    pub(super) fn disown_copy(&mut self, key: KvKey, hashes: &[PrefixHash]) {
+        let conversation = self.conversations.get_mut(&key).expect("the caller knows the conversation");
+        let Some(ticket) = conversation.copying else { return };
+        let Some(InFlight::Offload { first, end, sealed, .. }) = self.in_flight.get(&ticket) else { return };
+        let full = first + sealed.len();
+        if full > 0 && hashes.get(full - 1) != Some(end) {
+            conversation.copying = None;
+        }
+    }
+
     pub(super) fn copies_under_way(&self) -> bool {
         self.offloads_under_way > 0
     }
@@ -102,11 +119,13 @@ impl Manager {
         let wanted = BlockCount(u32::try_from(wanted).expect("bounded above"));
         self.make_host_room(now, wanted, key);
         let conversation = self.conversations.get(&key).expect("making host room keeps a conversation on the device");
+        let mut end = conversation.host.sealed.last().map_or(PrefixHash::ROOT, |block| block.hash());
         let mut sealed = Vec::new();
         let mut pairs = Vec::new();
         for block in conversation.device.sealed[first..].iter().take(OFFLOAD_BLOCKS) {
             let Some(slot) = self.host.take::<HostBlockId>(tenant) else { break };
             pairs.push((block.id().0, slot.place().0));
+            end = block.hash();
             sealed.push((Arc::clone(block), slot));
         }
         let reaches_tail = sealed.len() == missing && pairs.len() < OFFLOAD_BLOCKS;
@@ -116,7 +135,7 @@ impl Manager {
         if pairs.is_empty() {
             return false;
         }
-        let ticket = self.order(Direction::Offload, pairs, InFlight::Offload { key, first, sealed, tail });
+        let ticket = self.order(Direction::Offload, pairs, InFlight::Offload { key, first, end, sealed, tail });
         self.offloads_under_way += 1;
         let conversation = self.conversations.get_mut(&key).expect("looked up above");
         conversation.copying = Some(ticket);
@@ -138,10 +157,10 @@ impl Manager {
     pub fn transferred(&mut self, now: Tick, done: TransferDone) -> Option<Reloaded> {
         let bytes = done.sums.len() as u64 * self.settings.block_bytes;
         match self.in_flight.remove(&done.ticket).expect("a transfer was ordered once") {
-            InFlight::Offload { key, first, sealed, tail } => {
+            InFlight::Offload { key, first, sealed, tail, .. } => {
                 self.offloads_under_way -= 1;
                 self.counters.offloaded_bytes += bytes;
-                self.offloaded(key, first, sealed, tail, &done.sums);
+                self.offloaded(key, done.ticket, first, (sealed, tail), &done.sums);
                 self.after_offload(now, key);
                 None
             }
@@ -156,12 +175,16 @@ impl Manager {
     fn offloaded(
         &mut self,
         key: KvKey,
+        ticket: Ticket,
         first: usize,
-        sealed: Vec<(Arc<SealedBlock<BlockId>>, Slot<HostBlockId>)>,
-        tail: Option<(Arc<TailBlock<BlockId>>, Slot<HostBlockId>)>,
+        (sealed, tail): (CopyingDown, Option<(Arc<TailBlock<BlockId>>, Slot<HostBlockId>)>),
         sums: &[u32],
     ) {
         let mut conversation = self.conversations.get_mut(&key);
+        if let Some(conversation) = conversation.as_deref_mut() {
+            conversation.in_flight -= 1;
+        }
+        let mut conversation = conversation.filter(|conversation| conversation.copying == Some(ticket));
         let full = first + sealed.len();
         for ((index, (of, slot)), sum) in (first..).zip(sealed).zip(sums) {
             let copy = self.host_index.insert(SealedBlock::copied(&of, slot, Checksum(*sum)));
@@ -181,7 +204,6 @@ impl Manager {
         }
         if let Some(conversation) = conversation {
             conversation.copying = None;
-            conversation.in_flight -= 1;
         }
     }
 

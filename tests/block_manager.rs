@@ -1,0 +1,355 @@
+//! Does the block manager agree with a reference that shares nothing?
+//!
+//! The reference knows only which tokens were written for whom. A pool is a list of places, each with what a step or a
+//! copy last wrote there: per token, whose it is and a hash of the history up to it. What the manager finds must have been
+//! written; what a table names must hold the sequence's own history, position for position; what others hold stays theirs.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
+use rekindle::kv::block::PrefixHash;
+use rekindle::kv::manager::{Admission, Admit, Found};
+use rekindle::kv::transfer::{Direction, TransferDone, TransferOrder};
+use rekindle::kv::{KvSettings, Manager};
+use rekindle::types::{BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId};
+
+const SIZE: BlockSize = BlockSize(4);
+const WINDOW: usize = 23;
+const CONVERSATIONS: usize = 7;
+const TENANTS: u32 = 3;
+
+#[derive(Clone, Debug)]
+enum Op {
+    /// Asks for a turn that keeps part of the history and says something more.
+    Admit {
+        conversation: usize,
+        keep: usize,
+        words: usize,
+        voice: u32,
+    },
+    /// Encodes some of a running sequence's tokens, or generates.
+    Append {
+        conversation: usize,
+        tokens: usize,
+    },
+    Rest(usize),
+    Forget(usize),
+    Leave(usize),
+    End(usize),
+    /// The oldest copy on its way is made, and told.
+    Copy {
+        damage: bool,
+    },
+    WorkAhead,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let conversation = 0..CONVERSATIONS;
+    prop_oneof![
+        4 => (conversation.clone(), 0..=2 * WINDOW, 1..8usize, 0..3u32)
+            .prop_map(|(conversation, keep, words, voice)| Op::Admit { conversation, keep, words, voice }),
+        6 => (conversation.clone(), 1..10usize).prop_map(|(conversation, tokens)| Op::Append { conversation, tokens }),
+        3 => conversation.clone().prop_map(Op::Rest),
+        1 => conversation.clone().prop_map(Op::Forget),
+        1 => conversation.clone().prop_map(Op::Leave),
+        1 => conversation.prop_map(Op::End),
+        4 => proptest::bool::weighted(0.1).prop_map(|damage| Op::Copy { damage }),
+        2 => Just(Op::WorkAhead),
+    ]
+}
+
+/// What one token's place holds: whose, and the hash of all tokens up to this one. `None`: zeros, or damage.
+type Cell = Option<(TenantId, u64)>;
+type Pool = Vec<[Cell; SIZE.0 as usize]>;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    Idle,
+    Reloading,
+    Running,
+}
+
+struct Sequence {
+    tokens: Vec<TokenId>,
+    state: State,
+}
+
+struct World {
+    manager: Manager,
+    now: Tick,
+    device: Pool,
+    host: Pool,
+    sequences: Vec<Sequence>,
+    written: HashSet<(TenantId, u64)>,
+    copies: VecDeque<TransferOrder>,
+    forgetting: HashSet<KvKey>,
+    leaving: HashSet<KvKey>,
+}
+
+fn hash(of: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    of.hash(&mut hasher);
+    hasher.finish()
+}
+
+fn key(conversation: usize) -> KvKey {
+    KvKey(conversation as u128)
+}
+
+fn tenant(conversation: usize) -> TenantId {
+    TenantId(conversation as u32 % TENANTS)
+}
+
+fn tenant_key(tenant: TenantId) -> TenantKey {
+    TenantKey([tenant.0 as u8 + 1; 32])
+}
+
+fn sum(cells: &[Cell]) -> u32 {
+    hash(cells) as u32
+}
+
+impl World {
+    fn new(device: u32, host: u32, background_offload: bool) -> Self {
+        let settings = KvSettings {
+            block_size: SIZE,
+            block_bytes: 64,
+            device_blocks: BlockCount(device),
+            host_blocks: BlockCount(host),
+            window: TokenCount(WINDOW as u32),
+            background_offload,
+            journal_entries: 16,
+            reuse: true,
+        };
+        Self {
+            manager: Manager::new(settings),
+            now: Tick(0),
+            device: vec![[None; SIZE.0 as usize]; device as usize],
+            host: vec![[None; SIZE.0 as usize]; host as usize],
+            sequences: (0..CONVERSATIONS).map(|_| Sequence { tokens: Vec::new(), state: State::Idle }).collect(),
+            written: HashSet::new(),
+            copies: VecDeque::new(),
+            forgetting: HashSet::new(),
+            leaving: HashSet::new(),
+        }
+    }
+
+    fn apply(&mut self, op: &Op) -> Result<(), TestCaseError> {
+        self.now.0 += 1_000;
+        let held = |manager: &Manager| (0..TENANTS).map(|id| manager.held(TenantId(id)).0).collect::<Vec<u32>>();
+        let before = held(&self.manager);
+        match *op {
+            Op::Admit { conversation, keep, words, voice } => self.admit(conversation, keep, words, voice)?,
+            Op::Append { conversation, tokens } => self.append(conversation, tokens)?,
+            Op::Rest(conversation) => self.rest(conversation),
+            Op::Forget(conversation) => {
+                self.rest(conversation);
+                if self.forgetting.insert(key(conversation)) {
+                    self.manager.forget(key(conversation));
+                    self.sequences[conversation].tokens.clear();
+                }
+            }
+            Op::Leave(conversation) => {
+                let idle = self.sequences[conversation].state == State::Idle;
+                if idle && !self.forgetting.contains(&key(conversation)) && self.leaving.insert(key(conversation)) {
+                    self.manager.leave(self.now, key(conversation));
+                }
+            }
+            Op::End(conversation) => self.manager.end(key(conversation)),
+            Op::Copy { damage } => self.copy(damage)?,
+            Op::WorkAhead => self.manager.work_ahead(self.now),
+        }
+        if let Op::Admit { conversation, .. } | Op::Append { conversation, .. } = *op {
+            let floor = self.manager.floor().0;
+            for ((other, was), is) in (0..TENANTS).map(TenantId).zip(before).zip(held(&self.manager)) {
+                let safe = other == tenant(conversation) || is >= was.min(floor);
+                prop_assert!(safe, "tenant {other} fell from {was} to {is}, below its floor of {floor}");
+            }
+        }
+        self.do_chores()?;
+        self.manager.assert_invariants();
+        self.check_tables()
+    }
+
+    fn admit(&mut self, conversation: usize, keep: usize, words: usize, voice: u32) -> Result<(), TestCaseError> {
+        let (others_rest, no_copies) =
+            (self.sequences.iter().all(|sequence| sequence.state == State::Idle), self.copies.is_empty());
+        let sequence = &mut self.sequences[conversation];
+        if sequence.state != State::Idle {
+            return Ok(());
+        }
+        sequence.tokens.truncate(keep.min(WINDOW / 2));
+        // Few words and voices, so that histories meet, within a tenant and across.
+        let said = sequence.tokens.len() as u32;
+        sequence.tokens.extend((0..words as u32).map(|word| TokenId((said + word) % 5 * 3 + voice / 2)));
+        let (key, tenant) = (key(conversation), tenant(conversation));
+        let (tokens, tenant_key) = (&sequence.tokens, tenant_key(tenant));
+        let hashes = PrefixHash::chain(&tenant_key, tokens, SIZE);
+        let admission = self.manager.admit(self.now, Admit { key, tenant, tenant_key, tokens, hashes: &hashes });
+        let found = |Found { resident, shared, reloaded }| (resident.0 + shared.0 + reloaded.0) as usize;
+        let (state, found) = match admission {
+            Admission::Ready(tiers) => (State::Running, found(tiers)),
+            Admission::Reloading(_, tiers) => (State::Reloading, found(tiers)),
+            Admission::Wait => return Ok(()),
+            Admission::NoRoom => {
+                prop_assert!(!others_rest || !no_copies, "nobody runs, and there is no room for one sequence");
+                return Ok(());
+            }
+        };
+        prop_assert!(found < tokens.len(), "a token is left to encode");
+        let known = found == 0 || self.written.contains(&(tenant, hash(&tokens[..found])));
+        prop_assert!(known, "{found} tokens are found that were never written: {tokens:?}");
+        if state == State::Running {
+            let context = self.manager.resident(key).context().get();
+            prop_assert_eq!(context, found);
+        }
+        sequence.state = state;
+        Ok(())
+    }
+
+    /// A step: places, then bytes, then the note that they are there.
+    fn append(&mut self, conversation: usize, count: usize) -> Result<(), TestCaseError> {
+        let (key, tenant) = (key(conversation), tenant(conversation));
+        if self.sequences[conversation].state != State::Running {
+            return Ok(());
+        }
+        let context = self.manager.resident(key).context().get();
+        let end = (context + count).min(WINDOW);
+        let tokens = &mut self.sequences[conversation].tokens;
+        while tokens.len() < end {
+            tokens.push(TokenId(tokens.len() as u32 % 5 * 3));
+        }
+        if end == context || self.manager.grow(self.now, key, TokenCount(end as u32)).is_err() {
+            return Ok(());
+        }
+        // Copies of tails come before a step writes.
+        self.do_chores()?;
+        let tokens = &self.sequences[conversation].tokens;
+        let table = self.manager.resident(key).table().to_vec();
+        for position in context..end {
+            let history = hash(&tokens[..=position]);
+            let size = SIZE.0 as usize;
+            self.device[table[position / size].0 as usize][position % size] = Some((tenant, history));
+            self.written.insert((tenant, history));
+        }
+        self.manager.append(key, &tokens[context..end]);
+        prop_assert_eq!(self.manager.resident(key).context().get(), end);
+        Ok(())
+    }
+
+    fn rest(&mut self, conversation: usize) {
+        let sequence = &mut self.sequences[conversation];
+        if sequence.state != State::Idle {
+            sequence.state = State::Idle;
+            self.manager.rest(self.now, key(conversation));
+        }
+    }
+
+    fn copy(&mut self, damage: bool) -> Result<(), TestCaseError> {
+        let Some(order) = self.copies.pop_front() else { return Ok(()) };
+        let mut sums = Vec::new();
+        for &(from, to) in &order.pairs {
+            let (source, destination) = match order.direction {
+                Direction::Offload => (&mut self.device, &mut self.host),
+                Direction::Reload => (&mut self.host, &mut self.device),
+            };
+            if damage && order.direction == Direction::Reload {
+                source[from as usize][0] = Some((TenantId(99), self.now.0));
+            }
+            destination[to as usize] = source[from as usize];
+            sums.push(sum(&source[from as usize]));
+        }
+        let failures = self.manager.counters().verification_failures;
+        let (direction, ticket) = (order.direction, order.ticket);
+        let reloaded = self.manager.transferred(self.now, TransferDone { ticket, sums, took_us: 1 });
+        if let Some(reloaded) = reloaded {
+            let sequence = &mut self.sequences[reloaded.key.0 as usize];
+            prop_assert_eq!(sequence.state, State::Reloading);
+            sequence.state = State::Running;
+            prop_assert_eq!(self.manager.resident(reloaded.key).context(), reloaded.context);
+            if damage {
+                prop_assert!(self.manager.counters().verification_failures > failures, "the damage was overlooked");
+            }
+        }
+        prop_assert!(reloaded.is_none() || direction == Direction::Reload);
+        Ok(())
+    }
+
+    fn do_chores(&mut self) -> Result<(), TestCaseError> {
+        let chores = self.manager.take_chores();
+        for (from, to) in &chores.copies {
+            self.device[to.0 as usize] = self.device[from.0 as usize];
+        }
+        for slot in &chores.zero_device {
+            self.device[slot.place().0 as usize] = [None; SIZE.0 as usize];
+        }
+        for slot in &chores.zero_host {
+            self.host[slot.place().0 as usize] = [None; SIZE.0 as usize];
+        }
+        drop(chores);
+        self.copies.extend(self.manager.take_orders());
+        for (key, _) in self.manager.take_forgotten() {
+            prop_assert!(self.forgetting.remove(&key), "forgotten without being asked, or twice");
+        }
+        for (key, _) in self.manager.take_left() {
+            prop_assert!(self.leaving.remove(&key), "an offload is answered without being asked, or twice");
+        }
+        Ok(())
+    }
+
+    /// Each running sequence reads its own history at each position, from places that no other tenant's names.
+    fn check_tables(&self) -> Result<(), TestCaseError> {
+        let mut owners = HashMap::new();
+        for (conversation, sequence) in self.sequences.iter().enumerate() {
+            if sequence.state != State::Running {
+                continue;
+            }
+            let (resident, tenant) = (self.manager.resident(key(conversation)), tenant(conversation));
+            for place in resident.table() {
+                let owner = *owners.entry(*place).or_insert(tenant);
+                prop_assert_eq!(owner, tenant, "two tenants share place {}", place);
+            }
+            for position in 0..resident.context().get() {
+                let size = SIZE.0 as usize;
+                let cell = self.device[resident.table()[position / size].0 as usize][position % size];
+                let own = Some((tenant, hash(&sequence.tokens[..=position])));
+                prop_assert_eq!(cell, own, "conversation {} at position {}", conversation, position);
+            }
+        }
+        Ok(())
+    }
+
+    fn forget_all(&mut self) -> Result<(), TestCaseError> {
+        for conversation in 0..CONVERSATIONS {
+            self.apply(&Op::Forget(conversation))?;
+        }
+        while !self.copies.is_empty() {
+            self.apply(&Op::Copy { damage: false })?;
+        }
+        prop_assert!(self.forgetting.is_empty() && self.leaving.is_empty());
+        let settings = *self.manager.settings();
+        prop_assert_eq!(self.manager.free(Tier::Device), settings.device_blocks);
+        prop_assert_eq!(self.manager.free(Tier::Host), settings.host_blocks);
+        Ok(())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_block_manager_agrees_with_a_reference_that_shares_nothing(
+        device in 6..24u32,
+        host in prop_oneof![Just(0u32), 2..60u32],
+        background in any::<bool>(),
+        ops in vec(op(), 1..400),
+    ) {
+        let mut world = World::new(device, host, background);
+        for op in &ops {
+            world.apply(op)?;
+        }
+        world.forget_all()?;
+    }
+}

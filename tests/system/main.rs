@@ -1,0 +1,24 @@
+//! Does the real program, with a real model, keep what it promises to its clients?
+//!
+//! Each test starts `rekindle serve` on a free port and talks HTTP to it. Conversations and answers are short, since the
+//! model runs on whatever CPU is there. `REKINDLE_SOAK=1` makes the conversations many and long, and writes the figures
+//! under `load-tests/results/`.
+
+#[cfg(test)]
+mod answers;
+#[cfg(test)]
+mod client;
+#[cfg(test)]
+mod commands;
+#[cfg(test)]
+mod lifecycle;
+#[cfg(test)]
+mod many;
+#[cfg(test)]
+mod recovery;
+#[cfg(test)]
+mod report;
+#[cfg(test)]
+mod server;
+#[cfg(test)]
+mod workload;
