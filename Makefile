@@ -15,12 +15,20 @@ model := models/SmolLM2-135M-Instruct.Q4_1.gguf
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# What the program is made of: where none of it is newer than the program, not even cargo is asked.
+program := $(target_dir)/release/rekindle
+sources := Cargo.toml Cargo.lock $(shell find src load-tests config -name '*.rs' -o -name '*.toml')
+
+$(program): $(sources)
+	cargo build --release --workspace --locked
+	@touch $(program)
+
 .PHONY: serve
 serve: ## Build, pull the model if there is none, serve on 127.0.0.1:8080; ARGS are those of `rekindle serve`
 	@scripts/setup
-	@cargo build --release --workspace --locked
-	@test -f $(model) || $(target_dir)/release/rekindle pull
-	@exec $(target_dir)/release/rekindle serve $(ARGS)
+	@$(MAKE) --no-print-directory $(program)
+	@test -f $(model) || $(program) pull
+	@exec $(program) serve $(ARGS)
 
 # One profile, `ci`, and always the whole workspace: another choice of packages is another choice of features, and
 # compiles the dependencies again.
@@ -43,8 +51,8 @@ fmt: ## Put all code into its format
 .PHONY: bench
 bench: ## Measure the server on this machine, some minutes; ARGS are those of the load tests' `bench`
 	@scripts/setup
-	cargo build --release --workspace --locked
-	@test -f $(model) || $(target_dir)/release/rekindle pull
+	@$(MAKE) --no-print-directory $(program)
+	@test -f $(model) || $(program) pull
 	$(target_dir)/release/load-tests bench $(ARGS)
 
 .PHONY: soak

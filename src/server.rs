@@ -29,7 +29,7 @@ use crate::model::{Model, ModelSpec};
 use crate::sessions::{SessionSettings, Sessions};
 use crate::store::embedded::Embedded;
 use crate::store::{Store, StoreError};
-use crate::telemetry::metrics::Metrics;
+use crate::telemetry::metrics::{LIVE_SESSIONS, Metrics};
 use crate::tenants::Tenant;
 use crate::types::{BlockSize, TokenCount};
 
@@ -278,6 +278,7 @@ fn api_state(
 ) -> ApiState {
     let (looking, scraped, readiness, metrics) =
         (engine.clone(), engine.clone(), Arc::clone(readiness), metrics.clone());
+    let alive = sessions.clone();
     ApiState {
         sessions: sessions.clone(),
         tenant: Tenant::default_tenant(),
@@ -289,6 +290,7 @@ fn api_state(
         }),
         metrics: Arc::new(move || {
             scraped.status().publish();
+            LIVE_SESSIONS.set(alive.live() as f64, &[]);
             metrics.render()
         }),
     }

@@ -166,14 +166,21 @@ fn likelier(a: &(TokenId, f32), b: &(TokenId, f32)) -> std::cmp::Ordering {
 }
 
 /// The token with the largest logit, the lowest id among equals. NaN never wins.
+///
+/// Greedy sampling's whole cost, once a sequence and step: the largest value first, in lanes that fill a vector register,
+/// then the first place that has it.
 fn likeliest(logits: &[f32]) -> (TokenId, f32) {
-    let mut best = (TokenId(0), f32::NEG_INFINITY);
-    for (id, logit) in (0u32..).zip(logits) {
-        if *logit > best.1 {
-            best = (TokenId(id), *logit);
+    const LANES: usize = 16;
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (lane, logit) in lanes.iter_mut().zip(chunk) {
+            *lane = if *logit > *lane { *logit } else { *lane };
         }
     }
-    best
+    let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, logit| if *logit > max { *logit } else { max });
+    let first = (0u32..).zip(logits).find(|(_, logit)| **logit == max);
+    (TokenId(first.map_or(0, |(id, _)| id)), max)
 }
 
 /// Keeps the fewest likeliest candidates whose weights reach `top_p` of the whole. Sorts only as many as it must.
@@ -313,6 +320,20 @@ mod tests {
         assert_eq!(draws(Sampling { frequency_penalty: 0.8, ..greedy() }, &LOGITS, 4), [1, 1, 2, 1]);
         let mut sampler = Sampler::new(Sampling { repetition_penalty: 2.0, ..greedy() }, &[TokenId(1)]);
         assert_eq!(sampler.sample(&LOGITS, &[]), TokenId(2), "the prompt counts for repetition");
+    }
+
+    #[test]
+    fn the_likeliest_is_the_first_of_the_largest_wherever_it_is() {
+        for width in [1, 5, 16, 17, 100] {
+            for place in 0..width {
+                let mut logits = vec![-1.0; width];
+                logits[place] = 2.0;
+                logits[width - 1] = 2.0;
+                assert_eq!(likeliest(&logits), (TokenId(place as u32), 2.0), "{place} of {width}");
+            }
+        }
+        assert_eq!(likeliest(&[f32::NAN, 1.0, f32::NAN]), (TokenId(1), 1.0));
+        assert_eq!(likeliest(&[f32::NAN; 20]).0, TokenId(0));
     }
 
     #[test]

@@ -19,6 +19,8 @@ const BACKGROUND_OFFLOADS: usize = 2;
 
 /// Full blocks, and the places that they are copied to.
 type CopyingDown = Vec<(Arc<SealedBlock<BlockId>>, Slot<HostBlockId>)>;
+/// A part-full last block, and the place that it is copied to.
+type TailCopyingDown = Option<(Arc<TailBlock<BlockId>>, Slot<HostBlockId>)>;
 
 /// A transfer under way, and all that it reads and writes.
 #[derive(Debug)]
@@ -30,7 +32,7 @@ pub(super) enum InFlight {
         /// Hash of the last full block, copied now or before: by it a sequence knows whether all this is its own.
         end: PrefixHash,
         sealed: CopyingDown,
-        tail: Option<(Arc<TailBlock<BlockId>>, Slot<HostBlockId>)>,
+        tail: TailCopyingDown,
     },
     Reload {
         key: KvKey,
@@ -177,7 +179,7 @@ impl Manager {
         key: KvKey,
         ticket: Ticket,
         first: usize,
-        (sealed, tail): (CopyingDown, Option<(Arc<TailBlock<BlockId>>, Slot<HostBlockId>)>),
+        (sealed, tail): (CopyingDown, TailCopyingDown),
         sums: &[u32],
     ) {
         let mut conversation = self.conversations.get_mut(&key);

@@ -10,7 +10,8 @@ use crate::types::TokenCount;
 pub(super) fn predict(tokens: TokenCount, residency: Option<&Residency>, status: &EngineStatus) -> Option<Predicted> {
     let (device, host) = residency.map(|found| (found.device, found.host)).unwrap_or_default();
     let missing = u64::from(tokens.0.saturating_sub(device.tokens.0));
-    if missing == 0 {
+    // The last token that was said is fed with the next turn's, whatever is where.
+    if missing <= 1 && device.tokens.0 > 0 || missing == 0 {
         return Some(Predicted { reload_ms: None, reencode_ms: 0, choice: ReturnPath::Resident });
     }
     let ms = |amount: u64, per_s: u64| (amount * 1000).checked_div(per_s);

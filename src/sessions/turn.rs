@@ -17,6 +17,7 @@ use super::transcript::{Prompt, Transcript, render};
 use crate::engine::{
     FinishReason, KvHandle, SubmitError, TurnEvent, TurnEvents, TurnFailure, TurnHandle, TurnRequest, TurnUsage,
 };
+use crate::telemetry::metrics;
 use crate::types::TokenCount;
 
 /// Makes the prompt of history and new messages, away from the actors' thread: a long history takes milliseconds.
@@ -160,6 +161,10 @@ impl RunningTurn {
                 None => return Ended::Failed(SubmitError::Gone.into()),
             }
         };
+        if encoded {
+            metrics::QUEUE_SECONDS.record(usage.prompt.queue_ms as f64 / 1e3, &[]);
+            metrics::TTFT_SECONDS.record(usage.ttft_ms as f64 / 1e3, &[]);
+        }
         drop(handle);
         let (said, finish) = match cut {
             Some(Cut::StopString) => (speech.stopped(), FinishReason::Stop),

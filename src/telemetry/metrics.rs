@@ -68,10 +68,8 @@ table! {
         "Moving average of reloads; 0 before the first.";
 
     Histogram TTFT_SECONDS, "rekindle_turn_first_token_seconds", Seconds,
-        "From a turn's arrival to its first token, by how its prompt was met: fresh, resident, reload, reencode.", LATENCY_S;
+        "From a turn's arrival at the engine to its first token.", LATENCY_S;
     Histogram QUEUE_SECONDS, "rekindle_turn_queue_seconds", Seconds, "A turn's wait for its place.", LATENCY_S;
-    Histogram HTTP_SECONDS, "rekindle_http_request_seconds", Seconds,
-        "From a request's first byte to its answer's headers, by route and status.", LATENCY_S;
     Gauge LIVE_SESSIONS, "rekindle_live_sessions", Count, "Conversations that have an actor.";
 
     Histogram STORE_COMMIT_SECONDS, "rekindle_store_commit_seconds", Seconds,

@@ -43,17 +43,7 @@ pub struct Turn {
 
 impl Conversation {
     pub fn new(key: KvKey, tenant: TenantId, log: Vec<TokenId>, alone: Flat) -> Self {
-        Self {
-            key,
-            tenant,
-            log,
-            encoded: 0,
-            turn: None,
-            leaving: false,
-            forgetting: false,
-            alone,
-            heard: Vec::new(),
-        }
+        Self { key, tenant, log, encoded: 0, turn: None, leaving: false, forgetting: false, alone, heard: Vec::new() }
     }
 
     /// Cuts the log, as a client does that edits an earlier message.

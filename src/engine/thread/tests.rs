@@ -217,7 +217,7 @@ async fn forgetting_gives_every_block_back_and_offloading_waits_for_no_running_t
     assert_eq!(kv.offload(OffloadTo::Host).await, Err(SubmitError::Busy));
     assert_eq!(kv.offload(OffloadTo::None).await, Err(SubmitError::Busy));
     drop(running);
-    listen(events).await;
+    assert_eq!(listen(events).await.1.unwrap().0, FinishReason::Cancelled);
     let key = kv.key();
     let forgotten = kv.forget().await.unwrap();
     assert!(forgotten.device_bytes >= 3 * BLOCK, "{forgotten:?}");
