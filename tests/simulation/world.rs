@@ -173,7 +173,8 @@ impl World {
         let model = FakeModel::new(VOCAB, TokenCount(scenario.window)).with_reads(READS);
         let block_size = BlockSize(scenario.block_size);
         let block_bytes = model.spec().kv.block_bytes(block_size);
-        let arena = |blocks: u32| Arc::new(Arena::new(blocks as usize, block_bytes).unwrap());
+        let arena =
+            |blocks: u32| Arc::new(Arena::new(blocks as usize, block_bytes).expect("an arena of the test's size"));
         let kv = KvSettings {
             block_size,
             block_bytes: block_bytes as u64,
