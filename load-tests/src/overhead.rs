@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::Parser;
-use rekindle::engine::core::{Command, Core, CoreSettings, Event, Plan, StartTurn};
+use rekindle::engine::core::{Command, Core, CoreSettings, Event, StartTurn};
 use rekindle::engine::{Sampling, TurnRequest};
 use rekindle::kernels::memory::Arena;
 use rekindle::kv::KvSettings;
@@ -230,7 +230,7 @@ impl Engine {
         let now = self.now()?;
         let began = Instant::now();
         let mut plan = self.core.plan(now, &mut self.commands);
-        self.do_chores(&plan);
+        plan.chores.execute(&self.device, &self.host);
         let rows = self.core.rows(&plan);
         let batch = rows.batch();
         let planned = began.elapsed();
@@ -256,18 +256,6 @@ impl Engine {
             self.commands.push(Command::Transferred(TransferDone { ticket: order.ticket, sums, took_us: 1 }));
         }
         Ok((planned + committed, sampled))
-    }
-
-    fn do_chores(&self, plan: &Plan) {
-        for (from, to) in &plan.chores.copies {
-            self.device.copy_from(to.0, &self.device, from.0);
-        }
-        for slot in &plan.chores.zero_device {
-            self.device.zero(slot.place().0);
-        }
-        for slot in &plan.chores.zero_host {
-            self.host.zero(slot.place().0);
-        }
     }
 }
 

@@ -19,7 +19,6 @@ use super::handle::{EngineHandle, Forgotten, Message, OffloadTo, Offloaded, Shar
 use super::{TurnEvent, TurnFailure};
 use crate::kernels::memory::{Arena, ArenaError};
 use crate::kv::KvSettings;
-use crate::kv::manager::Chores;
 use crate::kv::transfer::{self, TransferDone, TransferOrder};
 use crate::model::{Logits, Model};
 use crate::types::{BlockCount, BlockSize, KvKey, Tick, TokenCount, TurnId};
@@ -283,7 +282,7 @@ impl Driver {
         let mut commands = std::mem::take(&mut self.commands);
         let mut plan = self.core.plan(self.now(), &mut commands);
         self.commands = commands;
-        self.do_chores(std::mem::take(&mut plan.chores));
+        std::mem::take(&mut plan.chores).execute(&self.device, &self.host);
         self.hand_over(std::mem::take(&mut plan.orders));
         let mut events = std::mem::take(&mut plan.events);
         self.ran = !plan.is_empty();
@@ -304,19 +303,6 @@ impl Driver {
         }
         self.publish();
         self.tell(events);
-    }
-
-    /// Copies and zeros what the plan says; the places that it held are free after that.
-    fn do_chores(&self, chores: Chores) {
-        for (from, to) in &chores.copies {
-            self.device.copy_from(to.0, &self.device, from.0);
-        }
-        for slot in &chores.zero_device {
-            self.device.zero(slot.place().0);
-        }
-        for slot in &chores.zero_host {
-            self.host.zero(slot.place().0);
-        }
     }
 
     /// Gives the copier as many orders as it takes without waiting, in order.

@@ -20,6 +20,7 @@ use super::residency::{Activity, Conversation, Running};
 use super::table::{BlockTable, Resident};
 use super::tiers::{Arrival, ArrivingTail, InFlight};
 use super::transfer::{Ticket, TransferOrder};
+use crate::kernels::memory::Arena;
 use crate::types::{
     BlockCount, BlockId, BlockSize, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId,
 };
@@ -141,6 +142,21 @@ pub struct Chores {
     /// Places of forgotten blocks, to overwrite with zeros.
     pub zero_device: Vec<Slot<BlockId>>,
     pub zero_host: Vec<Slot<HostBlockId>>,
+}
+
+impl Chores {
+    /// Does them. The places that they hold are free once the chores are dropped.
+    pub fn execute(&self, device: &Arena, host: &Arena) {
+        for (from, to) in &self.copies {
+            device.copy_from(to.0, device, from.0);
+        }
+        for slot in &self.zero_device {
+            device.zero(slot.place().0);
+        }
+        for slot in &self.zero_host {
+            host.zero(slot.place().0);
+        }
+    }
 }
 
 /// The block manager.

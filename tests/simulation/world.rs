@@ -436,7 +436,7 @@ impl World {
         self.step += 1;
         self.now.0 += self.luck.between(200, 5_000) as u64;
         let mut plan = self.core.plan(self.now, &mut self.commands);
-        self.do_chores(&plan);
+        plan.chores.execute(&self.device, &self.host);
         self.copies.extend(plan.orders.drain(..).map(|order| Copying { order, sums: None }));
         let told = std::mem::take(&mut plan.events);
         self.check_forgotten(&told, &plan);
@@ -466,18 +466,6 @@ impl World {
                 let waited = self.step - turn.since_step;
                 assert!(waited < PATIENCE, "a turn has not ended after {PATIENCE} steps: {turn:?}");
             }
-        }
-    }
-
-    fn do_chores(&mut self, plan: &Plan) {
-        for (from, to) in &plan.chores.copies {
-            self.device.copy_from(to.0, &self.device, from.0);
-        }
-        for slot in &plan.chores.zero_device {
-            self.device.zero(slot.place().0);
-        }
-        for slot in &plan.chores.zero_host {
-            self.host.zero(slot.place().0);
         }
     }
 
