@@ -23,6 +23,10 @@ impl Manager {
             for (above, below) in tables.0.sealed.iter().zip(&tables.1.sealed) {
                 assert_eq!(above.hash(), below.hash(), "a host table copies the device table's prefix");
             }
+            if tables.0.tail.is_some() && conversation.is_idle() {
+                let full = (tables.0.sealed.len(), tables.1.sealed.len());
+                assert!(full.1 <= full.0, "no full block lies below where the device has a tail");
+            }
             let chains = [
                 tables.0.sealed.iter().map(|block| (block.parent(), block.hash())).collect::<Vec<_>>(),
                 tables.1.sealed.iter().map(|block| (block.parent(), block.hash())).collect(),

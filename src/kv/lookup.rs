@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::Manager;
 use super::block::{PrefixHash, SealedBlock, TailBlock};
 use super::manager::Admit;
-use crate::types::{BlockId, HostBlockId, TokenCount, TokenId};
+use crate::types::{BlockId, BlockSize, HostBlockId, TokenCount, TokenId};
 
 pub(super) struct Matched {
     /// Own full blocks on the device.
@@ -36,14 +36,20 @@ pub(super) enum TailMatch {
     },
 }
 
+impl<'a> Admit<'a> {
+    /// The chain as far as it may be found: at least one token is left to encode, since its logits are wanted.
+    pub(super) fn usable_hashes(&self, size: BlockSize) -> &'a [PrefixHash] {
+        let usable = (self.tokens.len() - 1) / size.0 as usize;
+        &self.hashes[..usable.min(self.hashes.len())]
+    }
+}
+
 impl Manager {
     /// What the tiers hold of a sequence. Own claims that the tokens contradict are given up.
     pub(super) fn find(&mut self, admit: &Admit<'_>) -> Matched {
         let size = self.settings.block_size;
         let conversation = self.conversations.get_mut(&admit.key).expect("the caller made it known");
-        // At least one token is left to encode, since its logits are wanted.
-        let usable = (admit.tokens.len() - 1) / size.0 as usize;
-        let hashes = &admit.hashes[..usable.min(admit.hashes.len())];
+        let hashes = admit.usable_hashes(size);
         let same = |table: &mut dyn Iterator<Item = PrefixHash>| table.zip(hashes).take_while(|(a, b)| a == *b).count();
         let own = same(&mut conversation.device.sealed.iter().map(|block| block.hash()));
         let host = same(&mut conversation.host.sealed.iter().map(|block| block.hash()));

@@ -239,7 +239,7 @@ impl Manager {
         // Out of line while it looks for room: it is no victim of its own turn.
         self.device_line.remove(tenant, key);
         self.host_line.remove(tenant, key);
-        self.disown_copy(key, admit.hashes);
+        self.disown_copy(key, admit.usable_hashes(self.settings.block_size));
         let matched = self.find(&admit);
         let size = self.settings.block_size;
         let total = TokenCount::of(tokens).blocks(size);

@@ -17,6 +17,8 @@ pub struct Conversation {
     pub tenant: TenantId,
     /// Prompts and answers so far.
     pub log: Vec<TokenId>,
+    /// Length of the newest prompt.
+    pub asked: usize,
     /// Tokens at the log's front that an earlier turn encoded.
     pub encoded: usize,
     /// The turn whose answer goes into the log.
@@ -43,7 +45,18 @@ pub struct Turn {
 
 impl Conversation {
     pub fn new(key: KvKey, tenant: TenantId, log: Vec<TokenId>, alone: Flat) -> Self {
-        Self { key, tenant, log, encoded: 0, turn: None, leaving: false, forgetting: false, alone, heard: Vec::new() }
+        Self {
+            key,
+            tenant,
+            log,
+            asked: 0,
+            encoded: 0,
+            turn: None,
+            leaving: false,
+            forgetting: false,
+            alone,
+            heard: Vec::new(),
+        }
     }
 
     /// Cuts the log, as a client does that edits an earlier message.

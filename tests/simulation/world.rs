@@ -319,6 +319,12 @@ impl World {
             let tokens = self.luck.below(self.conversations[index].log.len() + 1);
             self.conversations[index].rewind(tokens);
         }
+        let asked = self.conversations[index].asked;
+        if asked > 0 && asked <= self.conversations[index].log.len() && self.luck.once_in(8) {
+            // The same again: another answer to the same prompt.
+            self.conversations[index].rewind(asked);
+            return self.ask(index, &[]);
+        }
         self.start(index);
     }
 
@@ -328,6 +334,11 @@ impl World {
         if self.conversations[index].log.len() + words.len() >= window.get() {
             self.conversations[index].rewind(window.get() / 5);
         }
+        self.ask(index, &words);
+    }
+
+    fn ask(&mut self, index: usize, words: &[TokenId]) {
+        let window = TokenCount(self.scenario.window);
         self.next_id += 1;
         let turn = TurnId(self.next_id);
         let hot = self.luck.once_in(4);
@@ -341,7 +352,7 @@ impl World {
         let deadline_ms = if self.luck.once_in(20) { self.luck.below(200) as u64 } else { 1_000_000_000 };
         let conversation = &mut self.conversations[index];
         let request = TurnRequest {
-            prompt: conversation.prompt(&words),
+            prompt: conversation.prompt(words),
             encoded_before: TokenCount(conversation.encoded as u32),
             sampling,
             max_tokens: TokenCount(self.luck.between(1, 24) as u32),
@@ -351,6 +362,7 @@ impl World {
         };
         let (expected, expected_reason) = conversation.answer(&request, window);
         conversation.turn = Some(turn);
+        conversation.asked = request.prompt.len();
         let tenant_key = tenant_key(conversation.tenant);
         let hashes = PrefixHash::chain(&tenant_key, &request.prompt, BlockSize(self.scenario.block_size));
         let start = StartTurn {
