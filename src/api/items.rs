@@ -16,16 +16,6 @@ pub fn status(status: ItemStatus) -> &'static str {
     }
 }
 
-fn role(role: Role) -> &'static str {
-    match role {
-        Role::System => "system",
-        Role::Developer => "developer",
-        Role::User => "user",
-        Role::Assistant => "assistant",
-        Role::Tool => "tool",
-    }
-}
-
 /// A message as an item. All keys are always there.
 pub fn item(item: &Item) -> Value {
     let is_answer = item.message.role == Role::Assistant;
@@ -35,7 +25,7 @@ pub fn item(item: &Item) -> Value {
         Part::Refusal(text) => json!({"type": "refusal", "refusal": text}),
     };
     let content: Vec<_> = item.message.content.iter().map(part).collect();
-    message(&item.id, role(item.message.role), status(item.status), &content)
+    message(&item.id, item.message.role.name(), status(item.status), &content)
 }
 
 pub fn message(id: &str, role: &str, status: &str, content: &[Value]) -> Value {

@@ -257,9 +257,4 @@ impl TurnEvents {
     pub async fn next(&mut self) -> Option<TurnEvent> {
         self.listener.recv().await
     }
-
-    /// An event that is there already, if any.
-    pub fn try_next(&mut self) -> Option<TurnEvent> {
-        self.listener.try_recv().ok()
-    }
 }

@@ -408,11 +408,6 @@ impl Manager {
         self.drop_if_empty(key);
     }
 
-    /// Starts the copies that nobody waits for. Called once a step, after all that must have room.
-    pub fn work_ahead(&mut self, now: Tick) {
-        self.copy_ahead(now);
-    }
-
     /// Told that a turn waits for this conversation: it goes last in line.
     pub fn expect_soon(&mut self, key: KvKey) {
         self.uses += 1;

@@ -60,8 +60,9 @@ pub(super) struct ArrivingTail {
 }
 
 impl Manager {
-    /// Starts copies of idle conversations that have none yet, as long as few are under way.
-    pub(super) fn copy_ahead(&mut self, now: Tick) {
+    /// Starts the copies that nobody waits for, of idle conversations that have none yet, as long as few are under way.
+    /// Called once a step, after all that must have room.
+    pub fn work_ahead(&mut self, now: Tick) {
         while self.offloads_under_way < BACKGROUND_OFFLOADS {
             let Some(key) = self.uncopied.pop_front() else { return };
             let idle = self.conversations.get_mut(&key).filter(|conversation| conversation.is_idle());

@@ -28,6 +28,19 @@ pub enum Role {
     Tool,
 }
 
+impl Role {
+    /// Its word in the API and in chat templates.
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::System => "system",
+            Role::Developer => "developer",
+            Role::User => "user",
+            Role::Assistant => "assistant",
+            Role::Tool => "tool",
+        }
+    }
+}
+
 /// A part of a message's content. Other kinds are refused at the API.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Part {

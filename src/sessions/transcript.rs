@@ -119,7 +119,7 @@ pub(super) fn render<'a>(
 ) -> Result<Rendered, TemplateError> {
     let texts: Vec<(&Message, Cow<'_, str>)> = messages.map(|message| (message, text_of(message))).collect();
     let said = texts.iter().map(|(message, content)| ChatMessage {
-        role: role_name(message.role),
+        role: message.role.name(),
         name: message.name.as_deref(),
         content,
     });
@@ -137,17 +137,6 @@ fn text_of(message: &Message) -> Cow<'_, str> {
         (None, _) => Cow::Borrowed(""),
         (Some(only), 0) => Cow::Borrowed(only),
         (Some(first), _) => Cow::Owned(texts.fold(first.to_string(), |joined, text| joined + "\n" + text)),
-    }
-}
-
-/// A role as chat templates know it.
-fn role_name(role: Role) -> &'static str {
-    match role {
-        Role::System => "system",
-        Role::Developer => "developer",
-        Role::User => "user",
-        Role::Assistant => "assistant",
-        Role::Tool => "tool",
     }
 }
 
