@@ -6,9 +6,11 @@
 
 pub mod attention;
 pub mod elementwise;
+pub mod isa;
 pub mod linear;
 pub mod mapped;
 pub mod memory;
+pub mod threads;
 
 /// Whether this machine has what the AVX2 kernels need. The standard library remembers the answer.
 #[cfg(target_arch = "x86_64")]
