@@ -21,10 +21,10 @@ pub enum Isa {
 /// Why no set of instructions was chosen.
 #[derive(Debug, thiserror::Error)]
 pub enum IsaError {
-    #[error("`{0}` is no set of instructions; known are {}", names(&Isa::ALL))]
-    Unknown(String),
-    #[error("this machine has no {0}; it has {}", names(&Isa::available()))]
-    NotHere(Isa),
+    #[error("`{name}` is no set of instructions; known are {}", names(&Isa::ALL))]
+    Unknown { name: String },
+    #[error("this machine has no {isa}; it has {}", names(&Isa::available()))]
+    NotHere { isa: Isa },
 }
 
 fn names(sets: &[Isa]) -> String {
@@ -46,7 +46,7 @@ impl Isa {
 
     /// Errors if this machine lacks it.
     pub fn check(self) -> Result<Self, IsaError> {
-        if self.is_here() { Ok(self) } else { Err(IsaError::NotHere(self)) }
+        if self.is_here() { Ok(self) } else { Err(IsaError::NotHere { isa: self }) }
     }
 
     /// Whether kernels of the set `Avx2` may run.
@@ -96,7 +96,10 @@ impl FromStr for Isa {
     type Err = IsaError;
 
     fn from_str(name: &str) -> Result<Self, IsaError> {
-        Self::ALL.into_iter().find(|isa| isa.to_string() == name).ok_or_else(|| IsaError::Unknown(name.to_owned()))
+        Self::ALL
+            .into_iter()
+            .find(|isa| isa.to_string() == name)
+            .ok_or_else(|| IsaError::Unknown { name: name.to_owned() })
     }
 }
 

@@ -275,7 +275,10 @@ mod tests {
             for chunks in (0..40).chain([1000]) {
                 let done: Vec<AtomicU32> = (0..chunks).map(|_| AtomicU32::new(0)).collect();
                 pool.run(chunks, |chunk| drop(done[chunk].fetch_add(1, Ordering::Relaxed)));
-                assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1), "{chunks} chunks, {threads} threads");
+                assert!(
+                    done.iter().all(|done| done.load(Ordering::Relaxed) == 1),
+                    "{chunks} chunks, {threads} threads"
+                );
             }
         }
     }
