@@ -62,15 +62,6 @@ vectorised! {
     }
 }
 
-vectorised! {
-    /// Adds `other` to `x`.
-    pub fn add(x: &mut [f32], other: &[f32]) {
-        for (x, other) in x.iter_mut().zip(other) {
-            *x += other;
-        }
-    }
-}
-
 /// Which elements of a head rotary positions turn together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RopePairs {

@@ -25,11 +25,15 @@ macro_rules! vectorised {
             }
             #[cfg(target_arch = "x86_64")]
             match isa {
-                // SAFETY: whoever chose the instructions checked for them.
-                $crate::kernels::isa::Isa::Avx512 => return unsafe { avx512($($arg),*) },
-                // SAFETY: as above.
+                $crate::kernels::isa::Isa::Avx512 => {
+                    // SAFETY: whoever chose the instructions checked for them.
+                    unsafe { avx512($($arg),*) };
+                    return;
+                }
                 $crate::kernels::isa::Isa::AvxVnni | $crate::kernels::isa::Isa::Avx2 => {
-                    return unsafe { avx2($($arg),*) }
+                    // SAFETY: as above.
+                    unsafe { avx2($($arg),*) };
+                    return;
                 }
                 $crate::kernels::isa::Isa::Neon | $crate::kernels::isa::Isa::Scalar => {}
             }

@@ -10,6 +10,7 @@ pub mod isa;
 pub mod linear;
 pub mod mapped;
 pub mod memory;
+pub mod peak;
 pub mod threads;
 
 /// A slice that several threads write, each its own part.

@@ -168,12 +168,12 @@ impl Plan {
             if let Some(&block) = table.iter().find(|block| block.0 as usize >= arena.blocks()) {
                 return Err(PlanError::OutsideArena { sequence, block, blocks: arena.blocks() });
             }
-            for at in rows.context / BLOCK_TOKENS..table.len() {
+            for (at, block) in table.iter().enumerate().skip(rows.context / BLOCK_TOKENS) {
                 let first = rows.context.max(at * BLOCK_TOKENS);
                 self.fills.push(Fill {
                     sequence,
                     at,
-                    block: table[at].0,
+                    block: block.0,
                     first_row: rows.first_row + first - rows.context,
                     rows: tokens.min((at + 1) * BLOCK_TOKENS) - first,
                     slot: first % BLOCK_TOKENS,

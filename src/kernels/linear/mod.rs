@@ -27,6 +27,9 @@ const PANELS_A_CHUNK: usize = 8;
 /// Chunks that each thread finds, where there are panels enough: more would cost, fewer would leave threads waiting.
 const CHUNKS_A_THREAD: usize = 6;
 
+/// Writes a row of weights, dequantised, on any thread: `(row, values)`.
+pub type FillRow<'a, E> = dyn Fn(usize, &mut [f32]) -> Result<(), E> + Sync + 'a;
+
 /// Rows of weights as a file has them, and the form that they are to have.
 pub enum Source<'a, E> {
     /// Kept as they are.
@@ -34,8 +37,8 @@ pub enum Source<'a, E> {
     F32(&'a [u8]),
     F16(&'a [u8]),
     BF16(&'a [u8]),
-    /// `fill(row, values)` writes a row, dequantised, on any thread; it is quantised to 8 bits.
-    Quantise(&'a (dyn Fn(usize, &mut [f32]) -> Result<(), E> + Sync)),
+    /// Quantised to 8 bits.
+    Quantise(&'a FillRow<'a, E>),
 }
 
 /// A matrix, packed.

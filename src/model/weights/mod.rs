@@ -15,7 +15,7 @@ use candle_core::quantized::{GgmlDType, ggml_file};
 use candle_core::{Device, Tensor};
 
 use crate::kernels::isa::Isa;
-use crate::kernels::linear::{Encoding, Linear, Source};
+use crate::kernels::linear::{Encoding, FillRow, Linear, Source};
 use crate::kernels::mapped::MappedFile;
 use crate::kernels::threads::Threads;
 use gguf::{Header, HeaderError, Metadata, TensorInfo};
@@ -143,11 +143,7 @@ impl WeightFile {
 }
 
 /// The form in which a type's accuracy and bytes are kept best.
-fn source<'a>(
-    dtype: GgmlDType,
-    bytes: &'a [u8],
-    dequantise: &'a (dyn Fn(usize, &mut [f32]) -> Result<(), TensorError> + Sync),
-) -> Source<'a, TensorError> {
+fn source<'a>(dtype: GgmlDType, bytes: &'a [u8], dequantise: &'a FillRow<'a, TensorError>) -> Source<'a, TensorError> {
     match dtype {
         GgmlDType::F32 => Source::F32(bytes),
         GgmlDType::F16 => Source::F16(bytes),

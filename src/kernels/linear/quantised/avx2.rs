@@ -39,9 +39,9 @@ pub unsafe fn multiply(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, ou
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn rows<F: Packing>(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, out: &Out) {
     for panel in range {
-        // SAFETY: the caller's promise, in every arm.
         match tile.rows {
             // Few rows have registers left for the whole panel.
+            // SAFETY: the caller's promise.
             1 => unsafe { multiply_tile::<F, 1, 2>(panels, panel, 0, tile, out) },
             // SAFETY: as above.
             2 => unsafe { multiply_tile::<F, 2, 2>(panels, panel, 0, tile, out) },
@@ -108,11 +108,11 @@ unsafe fn multiply_tile<F: Packing, const T: usize, const H: usize>(
                 unsafe { add_bytes::<T, H>(&weights, quants, line, &mut dots) };
                 continue;
             }
-            let nibbles = |weights| _mm256_and_si256(weights, _mm256_set1_epi8(15));
-            let mut low = weights.map(nibbles);
-            let mut high = weights.map(|weights| nibbles(_mm256_srli_epi16::<4>(weights)));
-            if F::FIFTH_BIT {
-                for h in 0..H {
+            let (mut low, mut high) = (weights, weights);
+            for h in 0..H {
+                low[h] = _mm256_and_si256(weights[h], _mm256_set1_epi8(15));
+                high[h] = _mm256_and_si256(_mm256_srli_epi16::<4>(weights[h]), _mm256_set1_epi8(15));
+                if F::FIFTH_BIT {
                     low[h] = _mm256_or_si256(low[h], bit_four(_mm256_sll_epi16(fifth[h], shift(4 - line))));
                     high[h] = _mm256_or_si256(high[h], bit_four(_mm256_srl_epi16(fifth[h], shift(line))));
                 }
@@ -217,7 +217,10 @@ unsafe fn add_bytes<const T: usize, const H: usize>(
     group: usize,
     dots: &mut [[__m256i; H]; T],
 ) {
-    let sizes = weights.map(|weights| _mm256_abs_epi8(weights));
+    let mut sizes = *weights;
+    for sizes in &mut sizes {
+        *sizes = _mm256_abs_epi8(*sizes);
+    }
     for (t, dots) in dots.iter_mut().enumerate() {
         // SAFETY: inside the block; four bytes that need not be aligned.
         let row = unsafe { quants.add((group * T + t) * GROUP).cast::<i32>().read_unaligned() };

@@ -35,8 +35,8 @@ pub unsafe fn multiply(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, ou
 /// As `Kernel`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn rows<F: Packing>(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, out: &Out) {
-    // SAFETY: the caller's promise, in every arm.
     match tile.rows {
+        // SAFETY: the caller's promise.
         1 => unsafe { walk::<F, 1>(panels, range, tile, out) },
         // SAFETY: as above.
         2 => unsafe { walk::<F, 2>(panels, range, tile, out) },
@@ -117,15 +117,17 @@ unsafe fn multiply_tile<F: Packing, const T: usize, const P: usize>(
                 *weights = unsafe { _mm512_load_si512(at.cast::<__m512i>()) };
             }
             if F::BYTES {
-                let flipped = weights.map(|weights| _mm512_xor_si512(weights, _mm512_set1_epi8(-128)));
+                for weights in &mut weights {
+                    *weights = _mm512_xor_si512(*weights, _mm512_set1_epi8(-128));
+                }
                 // SAFETY: as above.
-                unsafe { add_group::<T, P>(&flipped, quants, line, &mut dots) };
+                unsafe { add_group::<T, P>(&weights, quants, line, &mut dots) };
             } else {
-                let nibbles = |weights| _mm512_and_si512(weights, _mm512_set1_epi8(15));
-                let mut low = weights.map(nibbles);
-                let mut high = weights.map(|weights| nibbles(_mm512_srli_epi16::<4>(weights)));
-                if F::FIFTH_BIT {
-                    for p in 0..P {
+                let (mut low, mut high) = (weights, weights);
+                for p in 0..P {
+                    low[p] = _mm512_and_si512(weights[p], _mm512_set1_epi8(15));
+                    high[p] = _mm512_and_si512(_mm512_srli_epi16::<4>(weights[p]), _mm512_set1_epi8(15));
+                    if F::FIFTH_BIT {
                         low[p] = _mm512_or_si512(low[p], bit_four(_mm512_sll_epi16(fifth[p], shift(4 - line))));
                         high[p] = _mm512_or_si512(high[p], bit_four(_mm512_srl_epi16(fifth[p], shift(line))));
                     }

@@ -5,8 +5,8 @@
 //! written as assembly of one instruction each.
 
 use std::arch::aarch64::{
-    float32x4_t, int8x16_t, int32x4_t, vaddq_f32, vandq_u8, vcvtq_f32_s32, vdupq_n_f32, vdupq_n_s8, vdupq_n_s32,
-    vdupq_n_u8, vfmaq_f32, vld1_u16, vld1q_f32, vld1q_u8, vmulq_f32, vorrq_u8, vreinterpretq_s8_s32,
+    float32x4_t, int8x16_t, int32x4_t, uint8x16_t, vaddq_f32, vandq_u8, vcvtq_f32_s32, vdupq_n_f32, vdupq_n_s8,
+    vdupq_n_s32, vdupq_n_u8, vfmaq_f32, vld1_u16, vld1q_f32, vld1q_u8, vmulq_f32, vorrq_u8, vreinterpretq_s8_s32,
     vreinterpretq_s8_u8, vshlq_u8, vshrq_n_u8, vst1q_f32,
 };
 use std::ops::Range;
@@ -37,8 +37,8 @@ pub unsafe fn multiply(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, ou
 unsafe fn rows<F: Packing>(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, out: &Out) {
     for panel in range {
         for half in 0..2 {
-            // SAFETY: the caller's promise, in every arm.
             match tile.rows {
+                // SAFETY: the caller's promise.
                 1 => unsafe { multiply_tile::<F, 1>(panels, panel, half, tile, out) },
                 // SAFETY: as above.
                 2 => unsafe { multiply_tile::<F, 2>(panels, panel, half, tile, out) },
@@ -91,15 +91,15 @@ unsafe fn multiply_tile<F: Packing, const T: usize>(
                 *weights = unsafe { vld1q_u8(at) };
             }
             if F::BYTES {
-                let weights = weights.map(|weights| vreinterpretq_s8_u8(weights));
                 // SAFETY: as above.
                 unsafe { add_group::<T>(&weights, quants, line, &mut dots) };
                 continue;
             }
-            let mut low = weights.map(|weights| vandq_u8(weights, vdupq_n_u8(15)));
-            let mut high = weights.map(|weights| vshrq_n_u8::<4>(weights));
-            if F::FIFTH_BIT {
-                for vector in 0..HALF {
+            let (mut low, mut high) = (weights, weights);
+            for vector in 0..HALF {
+                low[vector] = vandq_u8(weights[vector], vdupq_n_u8(15));
+                high[vector] = vshrq_n_u8::<4>(weights[vector]);
+                if F::FIFTH_BIT {
                     // Bit 4 of each byte; a shift to the right is one to the left by less than nothing.
                     let bit = |by: usize| vandq_u8(vshlq_u8(fifth[vector], vdupq_n_s8(4 - by as i8)), vdupq_n_u8(16));
                     low[vector] = vorrq_u8(low[vector], bit(line));
@@ -107,8 +107,7 @@ unsafe fn multiply_tile<F: Packing, const T: usize>(
                 }
             }
             // SAFETY: as above.
-            unsafe { add_group::<T>(&low.map(|low| vreinterpretq_s8_u8(low)), quants, line, &mut dots) };
-            let high = high.map(|high| vreinterpretq_s8_u8(high));
+            unsafe { add_group::<T>(&low, quants, line, &mut dots) };
             // SAFETY: as above.
             unsafe { add_group::<T>(&high, quants, line + GROUPS / 2, &mut dots) };
         }
@@ -151,7 +150,7 @@ unsafe fn multiply_tile<F: Packing, const T: usize>(
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 unsafe fn add_group<const T: usize>(
-    weights: &[int8x16_t; HALF],
+    weights: &[uint8x16_t; HALF],
     quants: *const i8,
     group: usize,
     dots: &mut [[int32x4_t; HALF]; T],
@@ -161,7 +160,7 @@ unsafe fn add_group<const T: usize>(
         let row = unsafe { quants.add((group * T + t) * GROUP).cast::<i32>().read_unaligned() };
         let row = vreinterpretq_s8_s32(vdupq_n_s32(row));
         for (dot, &weights) in dots.iter_mut().zip(weights) {
-            *dot = sdot(*dot, weights, row);
+            *dot = sdot(*dot, vreinterpretq_s8_u8(weights), row);
         }
     }
 }

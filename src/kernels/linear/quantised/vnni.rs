@@ -44,8 +44,8 @@ macro_rules! kernel {
             unsafe fn rows<F: Packing>(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, out: &Out) {
                 for panel in range {
                     for half in 0..2 {
-                        // SAFETY: the caller's promise, in every arm.
                         match tile.rows {
+                            // SAFETY: the caller's promise.
                             1 => unsafe { multiply_tile::<F, 1>(panels, panel, half, tile, out) },
                             // SAFETY: as above.
                             2 => unsafe { multiply_tile::<F, 2>(panels, panel, half, tile, out) },
