@@ -1,21 +1,23 @@
 //! How does a decoder-only transformer run one step?
 //!
-//! Tensors flow through candle; attention over block tables, linear layers and what is between them are our custom ops.
+//! Tensors flow through candle; linear layers and what is between them are our custom ops, attention is our own call.
 //! Every op works row by row or in an order that the row's own sequence fixes, which is what makes logits batch-invariant.
 //! The caller chooses the threads: `forward` and `load` run on the rayon pool that they are called in.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 
 use super::families::{self, Family, FamilyError, Sizes};
 use super::weights::{OpenError, TensorError, WeightFile};
 use super::{Batch, ForwardError, KvShape, Logits, Model, ModelSpec};
-use crate::kernels::attention::{BLOCK_TOKENS, KV_LAYOUT_VERSION, KvLayout, PagedAttention, Plan, Rows};
+use crate::kernels::attention::{Attention, BLOCK_TOKENS, KV_LAYOUT_VERSION, KvLayout, Plan, Rows};
 use crate::kernels::elementwise::{HeadNorms, PrepareHeads, Rotation, SwiGlu};
+use crate::kernels::isa::Isa;
 use crate::kernels::linear::{Linear, PackedMatrix};
 use crate::kernels::memory::Arena;
+use crate::kernels::threads::Threads;
 use crate::types::{BlockSize, TokenCount, TokenId};
 
 /// Tokens of a block that the decoder's kernels work on.
@@ -32,6 +34,8 @@ pub enum LoadError {
     Tensor(#[from] TensorError),
     #[error("preparing the weights failed: {0}")]
     Compute(#[from] candle_core::Error),
+    #[error("the model's threads could not be started: {0}")]
+    Threads(#[from] std::io::Error),
 }
 
 /// A loaded model of one of the families.
@@ -44,6 +48,15 @@ pub struct Decoder {
     /// `[hidden]`.
     final_norm: Tensor,
     head: Arc<PackedMatrix>,
+    /// For one step at a time.
+    attending: Mutex<Attending>,
+}
+
+/// What attends, for all layers.
+struct Attending {
+    threads: Threads,
+    plan: Plan,
+    attention: Attention,
 }
 
 struct Layer {
@@ -85,7 +98,12 @@ impl Decoder {
             kv: KvShape { layers: sizes.layers, kv_heads: sizes.kv_heads, head_dim: sizes.head_dim },
             fingerprint: hash,
         };
-        Ok(Self { spec, family, sizes, embedding, layers, final_norm, head })
+        let KvShape { layers: kv_layers, kv_heads, head_dim } = spec.kv;
+        let layout = KvLayout { layers: kv_layers, kv_heads, head_dim };
+        let threads = Threads::new(rayon::current_num_threads())?;
+        let attention = Attention::new(layout, sizes.heads, Isa::best(), threads.count());
+        let attending = Mutex::new(Attending { threads, plan: Plan::new(layout), attention });
+        Ok(Self { spec, family, sizes, embedding, layers, final_norm, head, attending })
     }
 
     /// Rows of the embedding: `[tokens, hidden]`.
@@ -102,15 +120,19 @@ impl Decoder {
     }
 
     /// All layers. Comes back with the rows in `sampled` alone: the last layer needs the others' keys and values only.
-    fn run_layers(&self, mut x: Tensor, plan: &Arc<Plan>, sampled: &[usize]) -> candle_core::Result<Tensor> {
+    fn run_layers(&self, mut x: Tensor, attending: &mut Attending, sampled: &[usize]) -> candle_core::Result<Tensor> {
         let Sizes { heads, kv_heads, head_dim, rope_base, rms_epsilon, .. } = self.sizes;
+        let Attending { threads, plan, attention } = attending;
+        let rows = plan.rows();
         let rotation = Arc::new(Rotation::new(plan.positions(), head_dim, rope_base, self.family.rope));
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = candle_nn::ops::rms_norm(&x, &layer.attention_norm, rms_epsilon)?;
             let qkv = normed.apply_op1_no_bwd(&layer.qkv)?;
             let norms = layer.head_norms.clone();
             qkv.inplace_op1(&PrepareHeads { rotation: Arc::clone(&rotation), heads, kv_heads, norms })?;
-            let mut attended = qkv.apply_op1_no_bwd(&PagedAttention { plan: Arc::clone(plan), layer: index, heads })?;
+            let mut out = vec![0.0; rows * heads * head_dim];
+            attention.run(threads, plan, index, &qkv.flatten_all()?.to_vec1::<f32>()?, &mut out);
+            let mut attended = Tensor::from_vec(out, (rows, heads * head_dim), &Device::Cpu)?;
             if index + 1 == self.layers.len() {
                 let rows = sampled.iter().map(|&row| row as u32).collect::<Vec<_>>();
                 let rows = Tensor::from_vec(rows, sampled.len(), &Device::Cpu)?;
@@ -128,11 +150,20 @@ impl Decoder {
         Ok(x)
     }
 
-    fn step(&self, batch: &Batch<'_>, plan: Plan, logits: &mut Logits) -> candle_core::Result<()> {
-        if batch.tokens.len() != plan.rows() || batch.sampled.iter().any(|&row| row >= plan.rows()) {
-            candle_core::bail!("a batch of {} tokens for {} rows", batch.tokens.len(), plan.rows());
+    fn step(&self, batch: &Batch<'_>, kv: &Arc<Arena>, logits: &mut Logits) -> candle_core::Result<()> {
+        let mut attending = self.attending.lock().unwrap_or_else(PoisonError::into_inner);
+        let rows = batch.sequences.iter().map(|sequence| Rows {
+            first_row: sequence.first_row,
+            rows: sequence.rows,
+            context: sequence.context,
+            table: sequence.table,
+        });
+        attending.plan.set(kv, rows).map_err(candle_core::Error::wrap)?;
+        let rows = attending.plan.rows();
+        if batch.tokens.len() != rows || batch.sampled.iter().any(|&row| row >= rows) {
+            candle_core::bail!("a batch of {} tokens for {rows} rows", batch.tokens.len());
         }
-        let x = self.run_layers(self.embed(batch.tokens)?, &Arc::new(plan), batch.sampled)?;
+        let x = self.run_layers(self.embed(batch.tokens)?, &mut attending, batch.sampled)?;
         let out = logits.reset(batch.sampled.len(), self.spec.vocab);
         if batch.sampled.is_empty() {
             return Ok(());
@@ -149,15 +180,7 @@ impl Model for Decoder {
     }
 
     fn forward(&mut self, batch: &Batch<'_>, kv: &Arc<Arena>, logits: &mut Logits) -> Result<(), ForwardError> {
-        let KvShape { layers, kv_heads, head_dim } = self.spec.kv;
-        let rows = batch.sequences.iter().map(|sequence| Rows {
-            first_row: sequence.first_row,
-            rows: sequence.rows,
-            context: sequence.context,
-            table: sequence.table,
-        });
-        let plan = Plan::new(kv, KvLayout { layers, kv_heads, head_dim }, rows).map_err(candle_core::Error::wrap)?;
-        Ok(self.step(batch, plan, logits)?)
+        Ok(self.step(batch, kv, logits)?)
     }
 }
 

@@ -79,11 +79,7 @@ impl<'a> Bench<'a> {
         let sampled: Vec<usize> = (0..tokens.len()).collect();
         let batch = Batch { tokens: &tokens, sequences: &sequences, sampled: &sampled };
         let mut logits = Logits::default();
-        let KvShape { layers, kv_heads, head_dim } = self.model.spec.kv;
-        let rows =
-            sequences.iter().map(|s| Rows { first_row: s.first_row, rows: s.rows, context: s.context, table: s.table });
-        let plan = Plan::new(&self.arena, KvLayout { layers, kv_heads, head_dim }, rows).unwrap();
-        self.model.step(&batch, plan, &mut logits).unwrap();
+        self.model.step(&batch, &self.arena, &mut logits).unwrap();
         (0..sampled.len()).map(|row| logits.row(row).to_vec()).collect()
     }
 
