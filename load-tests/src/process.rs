@@ -1,4 +1,4 @@
-//! How much of the processors does a program take, and how long does it run?
+//! How much of the processors does a program take, for how long, and what else did the machine do meanwhile?
 
 use std::process::Command;
 use std::time::Instant;
@@ -8,35 +8,89 @@ use anyhow::{Context, bail};
 /// The kernel's unit in `/proc/*/stat`: the same on all of Linux that programs see.
 const TICKS_PER_S: f64 = 100.0;
 
-/// A program that has ended well.
-pub struct Finished {
-    pub output: String,
+/// What a program took.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Usage {
     pub wall_s: f64,
-    /// Of all its threads, in user and kernel mode.
+    /// CPU time of all its threads, in user and kernel mode.
     pub cpu_s: f64,
+    /// CPU time that others had meanwhile, other machines on the same processors among them.
+    pub others_s: f64,
 }
 
-/// Runs a program to its end. No other child may be waited for meanwhile: its time would be counted too.
-pub fn run(command: &mut Command) -> anyhow::Result<Finished> {
-    let (started, before_s) = (Instant::now(), children_cpu_s()?);
+impl std::ops::AddAssign for Usage {
+    fn add_assign(&mut self, other: Self) {
+        self.wall_s += other.wall_s;
+        self.cpu_s += other.cpu_s;
+        self.others_s += other.others_s;
+    }
+}
+
+/// Runs a program to its end. Returns what it printed. No other child may be waited for meanwhile: its time would be
+/// counted too.
+pub fn run(command: &mut Command) -> anyhow::Result<(String, Usage)> {
+    let watch = Watch::start(None)?;
     let output = command.output().with_context(|| format!("{command:?} can't be started"))?;
-    let (wall_s, cpu_s) = (started.elapsed().as_secs_f64(), children_cpu_s()? - before_s);
+    let usage = watch.usage()?;
     if !output.status.success() {
         bail!("{command:?} failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
-    Ok(Finished { output: String::from_utf8_lossy(&output.stdout).into_owned(), wall_s, cpu_s })
+    Ok((String::from_utf8_lossy(&output.stdout).into_owned(), usage))
 }
 
-/// What a running program has taken so far.
-pub fn cpu_s(pid: u32) -> anyhow::Result<f64> {
-    let path = format!("/proc/{pid}/stat");
-    let stat = std::fs::read_to_string(&path).with_context(|| format!("{path}: the program has ended"))?;
-    times(&stat).map(|times| times.own_s).with_context(|| format!("{path} has no times"))
+/// Watches a running program, or this one's children until they have been waited for.
+pub struct Watch {
+    program: Option<u32>,
+    started: Instant,
+    before: Clocks,
 }
 
-fn children_cpu_s() -> anyhow::Result<f64> {
-    let stat = std::fs::read_to_string("/proc/self/stat").context("no /proc/self/stat")?;
-    times(&stat).map(|times| times.children_s).context("/proc/self/stat has no times")
+/// CPU time since the start of each.
+struct Clocks {
+    program_s: f64,
+    own_s: f64,
+    machine_s: f64,
+}
+
+impl Watch {
+    pub fn start(program: Option<u32>) -> anyhow::Result<Self> {
+        Ok(Self { program, started: Instant::now(), before: Clocks::read(program)? })
+    }
+
+    /// What was taken since the start.
+    pub fn usage(&self) -> anyhow::Result<Usage> {
+        let (before, now) = (&self.before, Clocks::read(self.program)?);
+        let cpu_s = now.program_s - before.program_s;
+        let own_s = now.own_s - before.own_s;
+        // The clocks are not read at the same moment.
+        let others_s = (now.machine_s - before.machine_s - own_s - cpu_s).max(0.0);
+        Ok(Usage { wall_s: self.started.elapsed().as_secs_f64(), cpu_s, others_s })
+    }
+}
+
+impl Clocks {
+    fn read(program: Option<u32>) -> anyhow::Result<Self> {
+        let read = |path: &str| std::fs::read_to_string(path).with_context(|| format!("{path} can't be read"));
+        let own = times(&read("/proc/self/stat")?).context("/proc/self/stat has no times")?;
+        let machine_s = busy(&read("/proc/stat")?).context("/proc/stat has no times")?;
+        let program_s = match program {
+            Some(pid) => times(&read(&format!("/proc/{pid}/stat"))?).context("the program has no times")?.own_s,
+            None => own.children_s,
+        };
+        Ok(Self { program_s, own_s: own.own_s, machine_s })
+    }
+}
+
+/// The first line of `/proc/stat`: user, nice, system, idle, waiting for disks, interrupts of two kinds, other machines.
+fn busy(stat: &str) -> Option<f64> {
+    let ticks: Vec<f64> =
+        stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace().filter_map(|tick| tick.parse().ok()).collect();
+    match ticks[..] {
+        [user, nice, system, _, _, hard, soft, others, ..] => {
+            Some((user + nice + system + hard + soft + others) / TICKS_PER_S)
+        }
+        _ => None,
+    }
 }
 
 #[derive(Debug, PartialEq)]
@@ -71,9 +125,15 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_is_busy_with_all_but_idling_and_waiting() {
+        assert_eq!(busy("cpu  100 20 30 9000 800 4 5 6 0 0\ncpu0 1 2 3 4 5 6 7 8 0 0\n"), Some(1.65));
+        assert_eq!(busy("intr 1\n"), None);
+    }
+
+    #[test]
     fn a_program_that_fails_is_an_error_with_its_own_words() {
         let error = run(Command::new("sh").args(["-c", "echo broken >&2; exit 3"])).err().unwrap().to_string();
         assert!(error.contains("broken"), "{error}");
-        assert_eq!(run(Command::new("echo").arg("said")).unwrap().output, "said\n");
+        assert_eq!(run(Command::new("echo").arg("said")).unwrap().0, "said\n");
     }
 }

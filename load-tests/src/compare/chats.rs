@@ -59,7 +59,7 @@ pub struct Played {
 
 /// Plays all conversations.
 pub async fn play(url: &str, workload: Workload) -> anyhow::Result<Played> {
-    let client = Client::new(url)?;
+    let client = Client::new(url).await?;
     // Not timed: the first turn of a server touches weights and pools for the first time.
     client.answer(&[said("Hello")]).await?;
     let mut conversations: Vec<Vec<Value>> = vec![Vec::new(); workload.conversations as usize];
@@ -88,17 +88,23 @@ fn said(text: &str) -> Value {
 struct Client {
     http: reqwest::Client,
     url: String,
+    /// The name that the server has for its only model.
+    model: String,
 }
 
 impl Client {
-    fn new(url: &str) -> anyhow::Result<Self> {
+    async fn new(url: &str) -> anyhow::Result<Self> {
         // A connection for each request: llama-server closes those that it kept alive.
         let http = reqwest::Client::builder().no_proxy().timeout(PATIENCE).pool_max_idle_per_host(0).build()?;
-        Ok(Self { http, url: format!("{url}/v1/chat/completions") })
+        let models = http.get(format!("{url}/v1/models")).send().await?.bytes().await?;
+        let models: Value = serde_json::from_slice(&models)?;
+        let model = models["data"][0]["id"].as_str().context("the server names no model")?.to_owned();
+        Ok(Self { http, url: format!("{url}/v1/chat/completions"), model })
     }
 
     async fn answer(&self, messages: &[Value]) -> anyhow::Result<Answer> {
         let body = json!({
+            "model": self.model,
             "messages": messages,
             "temperature": 0,
             "max_tokens": ANSWER_TOKENS,

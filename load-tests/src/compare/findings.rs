@@ -12,10 +12,13 @@ use super::servers::{Arm, Pair, Room};
 use super::shapes::{Shape, Work};
 use super::speed::{self, Cell, Row};
 use crate::numbers::{figure, median, p95};
+use crate::process::Usage;
 use crate::report::{Bound, Limit, Report, Table};
 
 /// Of the bandwidth of memory, while one conversation answers: each token reads all weights once.
 const DECODE_SHARE: f64 = 0.8;
+/// llama.cpp's threads wait for one another by spinning: beside other work it is many times slower.
+const OTHERS_CORES: f64 = 0.05;
 /// Ours to llama.cpp's.
 const LATER_TTFT: f64 = 0.7;
 const GENERATED: f64 = 1.3;
@@ -44,6 +47,8 @@ pub struct Findings {
     bounds: Vec<Bound>,
     notes: Vec<String>,
     raw: Map<String, Value>,
+    /// Of everything that was timed.
+    usage: Usage,
     read_bytes_per_s: Vec<(usize, f64)>,
     chats: Vec<Vec<String>>,
 }
@@ -74,9 +79,10 @@ impl Findings {
         let (mut rows, mut raw) = (Vec::new(), Vec::new());
         for (index, cell) in cells.iter().enumerate() {
             eprintln!("[compare] {}/{}: {}", index + 1, cells.len(), cell.name());
-            let (measured, all) = speed::measure(peer, cell, rounds)?;
-            rows.extend(measured);
-            raw.push(all);
+            let measured = speed::measure(peer, cell, rounds)?;
+            rows.extend(measured.rows);
+            raw.push(measured.raw);
+            self.usage += measured.usage;
         }
         let has_avx512 = Isa::best() == Isa::Avx512;
         for row in &rows {
@@ -165,6 +171,7 @@ impl Findings {
     fn chat(&mut self, name: String, pair: &Pair) {
         for (server, arm) in [("rekindle", &pair.ours), ("llama.cpp", &pair.peer)] {
             self.chats.push(chat_row(&name, server, arm));
+            self.usage += arm.usage;
             self.notes.push(format!("{name}: `{}`.", arm.command));
         }
         self.raw.insert(name, json!({"rekindle": pair.ours.json(), "llama.cpp": pair.peer.json()}));
@@ -187,7 +194,7 @@ impl Findings {
                     "prompt tokens",
                     "of them cached",
                 ],
-                rows: self.chats,
+                rows: std::mem::take(&mut self.chats),
             });
             self.notes.push(
                 "Chats: through `/v1/chat/completions`, streamed, 4 at once; all have their first turn, then all their second; \
@@ -195,6 +202,10 @@ impl Findings {
                  Answers are each server's own. The servers run in turn, their rounds are put together."
                     .into(),
             );
+        }
+        if self.usage.wall_s > 0.0 {
+            let others = self.usage.others_s / self.usage.wall_s;
+            self.at_most("cores that other programs took meanwhile".into(), others, OTHERS_CORES);
         }
         let (ours, peer, best) = (env!("CARGO_PKG_VERSION"), Peer::version(), Isa::best());
         self.notes.push(format!(
@@ -233,7 +244,7 @@ fn chat_row(name: &str, server: &str, arm: &Arm) -> Vec<String> {
         figure(p95(&later)),
         figure(arm.generated_per_s()),
         figure(arm.wall_s()),
-        figure(arm.cpu_s),
+        figure(arm.usage.cpu_s),
         figure(arm.peak_bytes / f64::from(1 << 20)),
         arm.prompt_tokens().to_string(),
         arm.cached_tokens().to_string(),

@@ -62,6 +62,10 @@ pub struct Args {
     /// Work that the model does
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Group::ALL)]
     groups: Vec<Group>,
+    /// Every combination of these. Without it one thread does less than all cores do, and other formats less than the
+    /// first
+    #[arg(long)]
+    all: bool,
     /// Threads of the model; one and all cores if left out. The servers take the most of them
     #[arg(long, value_delimiter = ',')]
     threads: Vec<usize>,
@@ -126,13 +130,22 @@ pub fn measure(common: &Common, args: &Args, runtime: &Runtime) -> anyhow::Resul
     Ok(findings.report(started.elapsed()))
 }
 
-/// Everything that the model alone is measured on.
+/// Everything that the model alone is measured on. The first format is the model's own.
 fn cells(args: &Args, formats: &[(&str, PathBuf)], threads: &[usize]) -> Vec<Cell> {
+    let most = threads.last();
     let mut cells = Vec::new();
-    for (format, file) in formats {
+    for (index, (format, file)) in formats.iter().enumerate() {
         for level in &args.levels {
             for threads in threads {
-                cells.extend(args.groups.iter().map(|group| Cell {
+                let all_cores = Some(threads) == most;
+                let is_main = |group: &Group| match group {
+                    Group::Short => true,
+                    Group::Deep => all_cores || index == 0,
+                    Group::Batch => all_cores,
+                    Group::Crowd => all_cores && index == 0 && *level == Level::Native,
+                };
+                let groups = args.groups.iter().filter(|group| args.all || is_main(group));
+                cells.extend(groups.map(|group| Cell {
                     format: (*format).to_owned(),
                     file: file.clone(),
                     level: *level,

@@ -14,7 +14,7 @@ use super::chats::{Answer, Played, Workload, play};
 use super::peer::{Level, Peer};
 use crate::Common;
 use crate::numbers::{figure, median, p95};
-use crate::process;
+use crate::process::{Usage, Watch};
 use crate::server::{Memory, Server};
 
 /// A model may be on a slow disk.
@@ -36,7 +36,8 @@ pub enum Room {
 #[derive(Default)]
 pub struct Arm {
     pub runs: Vec<Played>,
-    pub cpu_s: f64,
+    /// While chats ran.
+    pub usage: Usage,
     pub peak_bytes: f64,
     pub command: String,
 }
@@ -76,7 +77,7 @@ impl Arm {
             run.turns.iter().map(|turn| turn.iter().map(rounded).collect()).collect()
         };
         json!({
-            "command": self.command, "wall_s": self.wall_s(), "cpu_s": self.cpu_s, "peak_bytes": self.peak_bytes,
+            "command": self.command, "wall_s": self.wall_s(), "cpu_s": self.usage.cpu_s, "others_cpu_s": self.usage.others_s, "peak_bytes": self.peak_bytes,
             "generated_tokens_per_s": self.generated_per_s(),
             "prompt_tokens": self.prompt_tokens(), "cached_tokens": self.cached_tokens(),
             "ttft_ms_by_run_and_turn": self.runs.iter().map(ttfts).collect::<Vec<_>>(),
@@ -84,9 +85,9 @@ impl Arm {
     }
 
     async fn run(&mut self, url: &str, pid: u32, workload: Workload) -> anyhow::Result<()> {
-        let before_s = process::cpu_s(pid)?;
+        let watch = Watch::start(Some(pid))?;
         let played = play(url, workload).await?;
-        self.cpu_s += process::cpu_s(pid)? - before_s;
+        self.usage += watch.usage()?;
         self.peak_bytes = self.peak_bytes.max(Memory::of(pid)?.peak_bytes);
         self.runs.push(played);
         let later = self.later_ttfts_ms();

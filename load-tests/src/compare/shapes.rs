@@ -53,6 +53,14 @@ impl Shape {
         }
     }
 
+    /// Tokens that each sequence decodes, if it does.
+    pub fn generated(self) -> Option<usize> {
+        match self.work {
+            Work::Prefill => None,
+            Work::Decode { .. } => Some(self.steps()),
+        }
+    }
+
     /// Of each sequence in each step.
     pub fn rows(self) -> usize {
         match self.work {
@@ -97,20 +105,21 @@ pub enum Group {
     Short,
     /// One conversation, 2,048 tokens in
     Deep,
-    /// Many conversations that answer at once
+    /// 4 and 16 conversations that answer at once, at their start
     Batch,
+    /// The same, 512 tokens in; for information
+    Crowd,
 }
 
 impl Group {
-    pub const ALL: [Self; 3] = [Self::Short, Self::Deep, Self::Batch];
+    pub const ALL: [Self; 4] = [Self::Short, Self::Deep, Self::Batch, Self::Crowd];
 
     pub fn shapes(self) -> &'static [Shape] {
         match self {
             Self::Short => const { &[Shape::prefill(0), Shape::DECODE_ALONE] },
             Self::Deep => const { &[Shape::prefill(2048), Shape::decode(1, 2048)] },
-            Self::Batch => {
-                const { &[Shape::decode(4, 0), Shape::decode(16, 0), Shape::decode(4, 512), Shape::decode(16, 512)] }
-            }
+            Self::Batch => const { &[Shape::decode(4, 0), Shape::decode(16, 0)] },
+            Self::Crowd => const { &[Shape::decode(4, 512), Shape::decode(16, 512)] },
         }
     }
 }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::peer::{Level, Peer};
 use super::shapes::{Group, PREFILL_TOKENS, Shape};
 use crate::numbers::figure;
-use crate::process::{self, Finished};
+use crate::process::{self, Usage};
 
 /// Measurements of each shape in one process, where llama.cpp's program can do more than one.
 const REPEAT: usize = 2;
@@ -59,8 +59,7 @@ struct Runs {
     side: Side,
     /// In the order of the group's shapes; tokens/s of each measurement.
     rates: Vec<Vec<f64>>,
-    wall_s: f64,
-    cpu_s: f64,
+    usage: Usage,
     command: String,
 }
 
@@ -84,15 +83,24 @@ impl Row {
     }
 }
 
-/// Measures a cell. Returns its rows and everything that was measured.
-pub fn measure(peer: &Peer, cell: &Cell, rounds: usize) -> anyhow::Result<(Vec<Row>, Value)> {
+/// A cell, measured.
+pub struct Measured {
+    pub rows: Vec<Row>,
+    /// Of all processes.
+    pub usage: Usage,
+    /// All of it, for programs.
+    pub raw: Value,
+}
+
+pub fn measure(peer: &Peer, cell: &Cell, rounds: usize) -> anyhow::Result<Measured> {
     let shapes = cell.group.shapes();
+    let mut usage = Usage::default();
     let mut all: Vec<Runs> = Side::ALL.map(|side| Runs::new(side, shapes.len())).into();
     for round in 0..rounds {
         // Neither side always comes first.
         all.rotate_left(usize::from(round > 0));
         for runs in &mut all {
-            runs.run(peer, cell)?;
+            usage += runs.run(peer, cell)?;
         }
         drop_the_slower(&mut all);
     }
@@ -101,7 +109,7 @@ pub fn measure(peer: &Peer, cell: &Cell, rounds: usize) -> anyhow::Result<(Vec<R
         "sides": all.iter().map(|runs| runs.json(shapes)).collect::<Vec<_>>(),
     });
     let rows = shapes.iter().enumerate().map(|(index, shape)| row(cell, *shape, index, &all));
-    Ok((rows.collect::<anyhow::Result<_>>()?, raw))
+    Ok(Measured { rows: rows.collect::<anyhow::Result<_>>()?, usage, raw })
 }
 
 /// A way to run llama.cpp that was the faster one for no shape need not be run again.
@@ -132,28 +140,29 @@ fn row(cell: &Cell, shape: Shape, index: usize, all: &[Runs]) -> anyhow::Result<
         ours: fastest(ours),
         peer: fastest(peer),
         flash: peer.side == Side::Peer { flash: true },
-        ours_busy: ours.cpu_s / ours.wall_s,
-        peer_busy: peer.cpu_s / peer.wall_s,
+        ours_busy: ours.usage.cpu_s / ours.usage.wall_s,
+        peer_busy: peer.usage.cpu_s / peer.usage.wall_s,
     })
 }
 
 impl Runs {
     fn new(side: Side, shapes: usize) -> Self {
-        Self { side, rates: vec![Vec::new(); shapes], wall_s: 0.0, cpu_s: 0.0, command: String::new() }
+        Self { side, rates: vec![Vec::new(); shapes], usage: Usage::default(), command: String::new() }
     }
 
     fn fastest(&self) -> Vec<f64> {
         self.rates.iter().map(|rates| rates.iter().copied().fold(0.0, f64::max)).collect()
     }
 
-    fn run(&mut self, peer: &Peer, cell: &Cell) -> anyhow::Result<()> {
+    /// Runs once more.
+    fn run(&mut self, peer: &Peer, cell: &Cell) -> anyhow::Result<Usage> {
         let (mut command, rates): (Command, fn(&str, Shape) -> anyhow::Result<Vec<f64>>) = match (self.side, cell.group)
         {
             (Side::Ours, _) => (ours(cell)?, our_rates),
             (Side::Peer { flash }, Group::Short | Group::Deep) => (bench(peer, cell, flash), bench_rates),
-            (Side::Peer { flash }, Group::Batch) => (batched_bench(peer, cell, flash), batched_rates),
+            (Side::Peer { flash }, Group::Batch | Group::Crowd) => (batched_bench(peer, cell, flash), batched_rates),
         };
-        let Finished { output, wall_s, cpu_s } = process::run(&mut command)?;
+        let (output, usage) = process::run(&mut command)?;
         let mut said = Vec::new();
         for (shape, all) in cell.group.shapes().iter().zip(&mut self.rates) {
             let new = rates(&output, *shape).with_context(|| format!("{command:?}"))?;
@@ -164,10 +173,9 @@ impl Runs {
             all.extend(new);
         }
         eprintln!("[compare]   {}: {} tokens/s", self.side.name(), said.join(", "));
-        self.wall_s += wall_s;
-        self.cpu_s += cpu_s;
+        self.usage += usage;
         self.command = format!("{command:?}").replace('"', "");
-        Ok(())
+        Ok(usage)
     }
 
     fn json(&self, shapes: &[Shape]) -> Value {
@@ -177,8 +185,8 @@ impl Runs {
             .map(|(shape, rates)| json!({"shape": shape.to_string(), "tokens_per_s": rates}))
             .collect();
         json!({
-            "side": self.side.name(), "measured": rates, "wall_s": self.wall_s, "cpu_s": self.cpu_s,
-            "command": self.command,
+            "side": self.side.name(), "measured": rates, "wall_s": self.usage.wall_s, "cpu_s": self.usage.cpu_s,
+            "others_cpu_s": self.usage.others_s, "command": self.command,
         })
     }
 }
@@ -190,7 +198,10 @@ fn ours(cell: &Cell) -> anyhow::Result<Command> {
     if cell.level == Level::Avx2 {
         command.args(["--isa", "avx2"]);
     }
-    let repeat = if cell.group == Group::Batch { 1 } else { REPEAT };
+    let repeat = match cell.group {
+        Group::Short | Group::Deep => REPEAT,
+        Group::Batch | Group::Crowd => 1,
+    };
     command.args(["--repeat", &repeat.to_string()]);
     command.args(cell.group.shapes().iter().map(Shape::to_string));
     Ok(command)
@@ -206,9 +217,8 @@ fn our_rates(output: &str, shape: Shape) -> anyhow::Result<Vec<f64>> {
 fn bench(peer: &Peer, cell: &Cell, flash: bool) -> Command {
     let mut command = Command::new(peer.program(cell.level, "llama-bench"));
     command.arg("-m").arg(&cell.file).args(["-t", &cell.threads.to_string(), "-fa", if flash { "1" } else { "0" }]);
-    let depth = cell.group.shapes().iter().map(|shape| shape.depth).max().unwrap_or(0);
-    let steps = cell.group.shapes().iter().map(|shape| shape.steps()).max().unwrap_or(0);
-    command.args(["-p", &PREFILL_TOKENS.to_string(), "-n", &steps.to_string(), "-d", &depth.to_string()]);
+    command.args(["-p", &PREFILL_TOKENS.to_string()]);
+    command.args(["-n", &list(cell, Shape::generated), "-d", &list(cell, |shape| Some(shape.depth))]);
     command.args(["-r", &REPEAT.to_string(), "-o", "json"]);
     command
 }
@@ -223,27 +233,35 @@ fn bench_rates(output: &str, shape: Shape) -> anyhow::Result<Vec<f64>> {
 }
 
 fn batched_bench(peer: &Peer, cell: &Cell, flash: bool) -> Command {
-    let shapes = cell.group.shapes();
     let mut command = Command::new(peer.program(cell.level, "llama-batched-bench"));
     command.arg("-m").arg(&cell.file).args(["-t", &cell.threads.to_string(), "-fa", if flash { "on" } else { "off" }]);
-    let list = |part: fn(&Shape) -> usize| {
-        let mut values: Vec<usize> = shapes.iter().map(part).collect();
-        values.sort_unstable();
-        values.dedup();
-        values.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
-    };
-    command.args(["-npp", &list(|shape| shape.depth), "-npl", &list(|shape| shape.sequences())]);
-    command.args(["-ntg", &list(|shape| shape.steps())]);
+    command.args([
+        "-npp",
+        &list(cell, |shape| Some(shape.depth)),
+        "-npl",
+        &list(cell, |shape| Some(shape.sequences())),
+    ]);
+    command.args(["-ntg", &list(cell, Shape::generated)]);
     // The prompt is encoded once and copied, so that each sequence has KV of its own, as on our side.
-    let longest = shapes.iter().map(|shape| shape.sequences() * (shape.depth + shape.steps())).max().unwrap_or(0);
-    command.args(["-pps", "--no-kv-unified", "-c", &longest.to_string(), "--output-format", "jsonl"]);
+    let longest = cell.group.shapes().iter().map(|shape| shape.sequences() * (shape.depth + shape.steps())).max();
+    let longest = longest.unwrap_or(0).to_string();
+    command.args(["-pps", "--no-kv-unified", "-c", &longest, "--output-format", "jsonl"]);
     command
+}
+
+/// The different values that a group's shapes have, as llama.cpp's programs take them.
+fn list(cell: &Cell, part: fn(Shape) -> Option<usize>) -> String {
+    let mut values: Vec<usize> = cell.group.shapes().iter().copied().filter_map(part).collect();
+    values.sort_unstable();
+    values.dedup();
+    values.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
 }
 
 fn batched_rates(output: &str, shape: Shape) -> anyhow::Result<Vec<f64>> {
     let mut rates = Vec::new();
     for line in output.lines().filter(|line| line.starts_with('{')) {
-        let one: Value = serde_json::from_str(line)?;
+        // The rate of a prompt of no tokens, which JSON has no word for.
+        let one: Value = serde_json::from_str(&line.replace("-nan", "null"))?;
         if one["pp"] == shape.depth && one["pl"] == shape.sequences() {
             rates.push(shape.tokens() as f64 / one["t_tg"].as_f64().context("no `t_tg`")?);
         }
@@ -256,7 +274,8 @@ mod tests {
     use super::*;
 
     fn runs(side: Side, rates: [f64; 2]) -> Runs {
-        Runs { rates: rates.map(|rate| vec![rate / 2.0, rate]).into(), wall_s: 2.0, cpu_s: 3.0, ..Runs::new(side, 2) }
+        let usage = Usage { wall_s: 2.0, cpu_s: 3.0, others_s: 0.0 };
+        Runs { rates: rates.map(|rate| vec![rate / 2.0, rate]).into(), usage, ..Runs::new(side, 2) }
     }
 
     fn cell() -> Cell {
@@ -301,7 +320,7 @@ mod tests {
             {"n_prompt":0,"n_gen":64,"n_depth":2048,"samples_ns":[1000000000,500000000]}]"#;
         assert_eq!(bench_rates(bench, prefill).unwrap(), [256.0]);
         assert_eq!(bench_rates(bench, decode).unwrap(), [64.0, 128.0]);
-        let batched = "main: n_kv_max = 1\n{\"pp\": 0, \"tg\": 32, \"pl\": 16, \"t_tg\": 2.0}\n";
+        let batched = "main: n_kv_max = 1\n{\"pp\": 0, \"tg\": 32, \"pl\": 16, \"speed_pp\": -nan, \"t_tg\": 2.0}\n";
         assert_eq!(batched_rates(batched, Group::Batch.shapes()[1]).unwrap(), [256.0]);
         assert_eq!(batched_rates(batched, Group::Batch.shapes()[0]).unwrap(), [0.0; 0]);
     }
