@@ -1,5 +1,6 @@
 //! What was found, what was wanted, and does it hold?
 
+use std::process::Command;
 use std::time::Duration;
 
 use rekindle::kernels::isa::Isa;
@@ -115,8 +116,8 @@ impl Findings {
         });
         self.notes.push(format!(
             "`prefill@D`: 512 tokens in one step after D others. `decodeB@D`: B conversations, D tokens in, one token each a \
-             step; 64 steps, 32 with several. Logits of a prefill's last token, of each decoded one; no choice of a token. \
-             Both sides in turn, {rounds} rounds of short processes; the fastest measurement counts. llama.cpp with flash \
+             step; 64 steps, 32 with several. Logits of a prefill's last token, of each decoded one; no token is chosen. \
+             Both sides in turn, in {rounds} round(s) of short processes; the fastest measurement counts. llama.cpp with flash \
              attention and without; the better one counts. Cores busy: CPU time of the whole processes by their time, \
              loading included."
         ));
@@ -209,14 +210,22 @@ impl Findings {
         }
         let (ours, peer, best) = (env!("CARGO_PKG_VERSION"), Peer::version(), Isa::best());
         self.notes.push(format!(
-            "rekindle {ours}, its kernels for {best} at the level `native`. llama.cpp: built here from {peer}, as a release. \
+            "rekindle {ours}{}, its kernels for {best} at the level `native`. llama.cpp: built here from {peer}, as a release. \
              Measured in {} minutes.",
+            commit().map(|commit| format!(" at {commit}")).unwrap_or_default(),
             figure(took.as_secs_f64() / 60.0)
         ));
         let (name, title) = ("compare", "rekindle beside llama.cpp");
         let raw = Some(Value::Object(self.raw));
         Report { name, title, tables: self.tables, bounds: self.bounds, notes: self.notes, raw }
     }
+}
+
+/// The commit of the folder that this runs in, marked if something was changed since.
+fn commit() -> Option<String> {
+    let output = Command::new("git").args(["describe", "--always", "--dirty", "--exclude=*"]).output().ok()?;
+    let said = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| said.trim().to_owned())
 }
 
 fn speed_row(row: &Row) -> Vec<String> {

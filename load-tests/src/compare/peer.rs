@@ -149,7 +149,9 @@ impl Peer {
         }
         let configure = CONFIGURE.iter().chain(level.options());
         run(Command::new("cmake").arg("-S").arg(source.join("llama.cpp")).arg("-B").arg(&build).args(configure))?;
-        run(Command::new("cmake").arg("--build").arg(&build).arg("--target").args(level.programs()))?;
+        let cores = std::thread::available_parallelism().context("the number of cores is unknown")?.to_string();
+        let mut make = Command::new("cmake");
+        run(make.arg("--build").arg(&build).args(["--parallel", &cores, "--target"]).args(level.programs()))?;
         std::fs::write(&stamp, built).with_context(|| stamp.display().to_string())
     }
 

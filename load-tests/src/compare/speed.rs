@@ -54,6 +54,9 @@ impl Side {
     }
 }
 
+/// How a program says what it measured of a shape: tokens/s of each measurement.
+type ReadRates = fn(&str, Shape) -> anyhow::Result<Vec<f64>>;
+
 /// All rounds of a side on one cell.
 struct Runs {
     side: Side,
@@ -156,8 +159,7 @@ impl Runs {
 
     /// Runs once more.
     fn run(&mut self, peer: &Peer, cell: &Cell) -> anyhow::Result<Usage> {
-        let (mut command, rates): (Command, fn(&str, Shape) -> anyhow::Result<Vec<f64>>) = match (self.side, cell.group)
-        {
+        let (mut command, read): (Command, ReadRates) = match (self.side, cell.group) {
             (Side::Ours, _) => (ours(cell)?, our_rates),
             (Side::Peer { flash }, Group::Short | Group::Deep) => (bench(peer, cell, flash), bench_rates),
             (Side::Peer { flash }, Group::Batch | Group::Crowd) => (batched_bench(peer, cell, flash), batched_rates),
@@ -165,7 +167,7 @@ impl Runs {
         let (output, usage) = process::run(&mut command)?;
         let mut said = Vec::new();
         for (shape, all) in cell.group.shapes().iter().zip(&mut self.rates) {
-            let new = rates(&output, *shape).with_context(|| format!("{command:?}"))?;
+            let new = read(&output, *shape).with_context(|| format!("{command:?}"))?;
             if new.is_empty() {
                 bail!("{command:?} did not measure {shape}");
             }
