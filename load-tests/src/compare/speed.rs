@@ -196,7 +196,6 @@ impl Runs {
 fn ours(cell: &Cell) -> anyhow::Result<Command> {
     let mut command = Command::new(std::env::current_exe().context("this program's own path is unknown")?);
     command.arg("step").arg("--model").arg(&cell.file).args(["--threads", &cell.threads.to_string()]);
-    command.env("RAYON_NUM_THREADS", cell.threads.to_string());
     if cell.level == Level::Avx2 {
         command.args(["--isa", "avx2"]);
     }

@@ -8,9 +8,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use rekindle::kernels::isa::Isa;
 use rekindle::kernels::memory::Arena;
-use rekindle::model::decoder::{BLOCK_SIZE, Decoder};
+use rekindle::model::decoder::{BLOCK_SIZE, Compute, Decoder};
 use rekindle::model::{Batch, Logits, Model, SequenceRows};
 use rekindle::types::{BlockId, TokenCount, TokenId};
 use serde_json::{Value, json};
@@ -27,9 +26,9 @@ pub struct Args {
     shapes: Vec<Shape>,
     #[arg(long)]
     threads: usize,
-    /// The instructions to use; the fastest that there are if left out
-    #[arg(long)]
-    isa: Option<Isa>,
+    /// The instructions to use
+    #[arg(long, default_value = "auto")]
+    isa: String,
     /// Measurements of each shape
     #[arg(long, default_value_t = 1)]
     repeat: usize,
@@ -37,19 +36,15 @@ pub struct Args {
 
 /// Prints an array of `{"shape", "seconds": [..]}`.
 pub fn measure(model: &Path, args: &Args) -> anyhow::Result<()> {
-    let isa = args.isa.unwrap_or_else(Isa::best).check()?;
-    let mut decoder = load(model, args.threads, isa)?;
+    let compute = Compute::choose(args.threads, &args.isa)?;
+    let mut decoder = Decoder::load(model, compute, &mut |_, _| {})
+        .with_context(|| format!("{} can't be loaded", model.display()))?;
     let results = args.shapes.iter().map(|shape| {
         let seconds = Sequences::new(&mut decoder, *shape)?.measure(args.repeat)?;
         Ok(json!({"shape": shape.to_string(), "seconds": seconds}))
     });
     println!("{}", Value::Array(results.collect::<anyhow::Result<_>>()?));
     Ok(())
-}
-
-/// The decoder takes the fastest instructions that there are, and rayon its threads from the environment.
-fn load(model: &Path, _threads: usize, _isa: Isa) -> anyhow::Result<Decoder> {
-    Decoder::load(model, &mut |_, _| {}).with_context(|| format!("{} can't be loaded", model.display()))
 }
 
 /// The sequences of a shape, and where their KV lies.
