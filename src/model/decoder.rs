@@ -168,19 +168,6 @@ impl Decoder {
         let threads = Threads::new(self.run.threads.count()).expect("threads");
         Self { weights: Arc::clone(&self.weights), run: Run::new(&self.weights, threads) }
     }
-
-    /// Bytes of weights that a decoded token reads.
-    pub fn bytes_a_token(&self) -> usize {
-        let layer = |layer: &Layer| [&layer.qkv, &layer.attention_out, &layer.gate_up, &layer.down].map(Linear::bytes);
-        self.weights.layers.iter().flat_map(layer).sum::<usize>() + self.weights.head().bytes()
-    }
-
-    /// Multiply-adds of all linear layers for one row, the head's included.
-    pub fn multiply_adds_a_token(&self) -> usize {
-        let of = |linear: &Linear| linear.inputs() * linear.outputs();
-        let layer = |layer: &Layer| [&layer.qkv, &layer.attention_out, &layer.gate_up, &layer.down].map(of);
-        self.weights.layers.iter().flat_map(layer).sum::<usize>() + of(self.weights.head())
-    }
 }
 
 impl Weights {

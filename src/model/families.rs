@@ -43,6 +43,14 @@ pub struct Sizes {
     pub rope_base: f32,
 }
 
+impl Sizes {
+    /// Multiply-adds of all layers' weights with one row; the embedding and the head are not among them.
+    pub fn multiply_adds_a_row(&self) -> usize {
+        let attention = self.hidden * (2 * self.heads + 2 * self.kv_heads) * self.head_dim;
+        self.layers * (attention + 3 * self.hidden * self.feed_forward)
+    }
+}
+
 /// Why a model can't be run.
 #[derive(Debug, thiserror::Error)]
 pub enum FamilyError {

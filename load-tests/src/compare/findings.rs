@@ -4,6 +4,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use rekindle::kernels::isa::Isa;
+use rekindle::model::families;
+use rekindle::model::weights::WeightFile;
 use serde_json::{Map, Value, json};
 
 use super::chats::Workload;
@@ -18,6 +20,8 @@ use crate::report::{Bound, Limit, Report, Table};
 
 /// Of the bandwidth of memory, while one conversation answers: each token reads all weights once.
 const DECODE_SHARE: f64 = 0.8;
+/// Of the rate at which bytes can be multiplied at all, while a prompt is read.
+const PREFILL_SHARE: f64 = 0.6;
 /// llama.cpp's threads wait for one another by spinning: beside other work it is many times slower.
 const OTHERS_CORES: f64 = 0.05;
 /// Ours to llama.cpp's.
@@ -51,6 +55,8 @@ pub struct Findings {
     /// Of everything that was timed.
     usage: Usage,
     read_bytes_per_s: Vec<(usize, f64)>,
+    /// Of one core, with the instructions of each level.
+    multiply_adds_per_s: Vec<(Level, f64)>,
     chats: Vec<Vec<String>>,
 }
 
@@ -72,6 +78,14 @@ impl Findings {
         let row = |(threads, rate): &(usize, f64)| vec![threads.to_string(), figure(rate / 1e9)];
         let rows = self.read_bytes_per_s.iter().map(row).collect();
         self.tables.push(Table { heading: "This machine", columns: vec!["threads", "reads memory, GB/s"], rows });
+        for level in Level::ALL {
+            if let Some(rate) = limits::multiply_adds_per_s(level.isa()) {
+                let (name, isa, giga) = (level.name(), level.isa(), figure(rate / 1e9));
+                eprintln!("[compare] multiplying bytes, {name}: {giga} G/s");
+                self.notes.push(format!("`{name}` is {isa}: one core does {giga} G multiply-adds of bytes a second."));
+                self.multiply_adds_per_s.push((level, rate));
+            }
+        }
         let raw = |(threads, rate): &(usize, f64)| json!({"threads": threads, "read_bytes_per_s": rate});
         self.raw.insert("limits".into(), self.read_bytes_per_s.iter().map(raw).collect());
     }
@@ -97,6 +111,7 @@ impl Findings {
         }
         for row in &rows {
             self.share_of_memory(row)?;
+            self.share_of_multiplying(row)?;
         }
         self.tables.push(Table {
             heading: "The model alone, tokens/s",
@@ -138,6 +153,24 @@ impl Findings {
                 format!("share of memory's bandwidth: {}, {}", row.shape, row.cell.name()),
                 share,
                 DECODE_SHARE,
+            );
+        }
+        Ok(())
+    }
+
+    /// What multiplying the layers' weights alone allows a prefill, where that limit was measured too.
+    fn share_of_multiplying(&mut self, row: &Row) -> anyhow::Result<()> {
+        let limit = self.multiply_adds_per_s.iter().find(|(level, _)| *level == row.cell.level);
+        if let Some((_, limit)) = limit
+            && row.shape == Shape::PREFILL
+        {
+            let file = WeightFile::open(&row.cell.file)?;
+            let (_, sizes) = families::read(file.metadata())?;
+            let share = row.ours * sizes.multiply_adds_a_row() as f64 / (limit * row.cell.threads as f64);
+            self.at_least(
+                format!("share of multiplying bytes: {}, {}", row.shape, row.cell.name()),
+                share,
+                PREFILL_SHARE,
             );
         }
         Ok(())

@@ -1,9 +1,12 @@
-//! How fast does this machine read memory?
+//! How fast does this machine read memory, and multiply bytes?
 //!
-//! The bound of a decode step: each reads all weights once.
+//! The bounds of a decode step, which reads all weights once, and of a prefill, which multiplies them with all rows.
 
 use std::hint::black_box;
 use std::time::Instant;
+
+use rekindle::kernels::isa::Isa;
+use rekindle::kernels::peak;
 
 /// Far more than any cache holds.
 const BYTES: usize = 256 << 20;
@@ -24,6 +27,19 @@ pub fn read_bytes_per_s(threads: usize) -> f64 {
         BYTES as f64 / started.elapsed().as_secs_f64()
     };
     (0..PASSES).map(pass).fold(0.0, f64::max)
+}
+
+/// Rounds of multiplying: some tens of milliseconds.
+const ROUNDS: usize = 4_000_000;
+
+/// The most multiply-adds of bytes that one core does a second with these instructions; `None` if it is not known how.
+pub fn multiply_adds_per_s(isa: Isa) -> Option<f64> {
+    let pass = |_| {
+        let started = Instant::now();
+        let done = peak::multiply_bytes(isa, ROUNDS)?;
+        Some(done as f64 / started.elapsed().as_secs_f64())
+    };
+    (0..PASSES).filter_map(pass).reduce(f64::max)
 }
 
 fn sum(words: &[u64]) -> u64 {

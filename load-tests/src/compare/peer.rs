@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
+use rekindle::kernels::isa::Isa;
 
 /// The package with the whole source, its version and the archive's SHA-256.
 const PACKAGE: [&str; 3] =
@@ -38,6 +39,14 @@ impl Level {
         match self {
             Self::Native => "native",
             Self::Avx2 => "avx2",
+        }
+    }
+
+    /// What our kernels use at this level.
+    pub fn isa(self) -> Isa {
+        match self {
+            Self::Native => Isa::best(),
+            Self::Avx2 => Isa::Avx2,
         }
     }
 

@@ -28,6 +28,7 @@ pub enum Work {
 }
 
 impl Shape {
+    pub const PREFILL: Self = Self::prefill(0);
     pub const DECODE_ALONE: Self = Self::decode(1, 0);
 
     const fn prefill(depth: usize) -> Self {
@@ -116,7 +117,7 @@ impl Group {
 
     pub fn shapes(self) -> &'static [Shape] {
         match self {
-            Self::Short => const { &[Shape::prefill(0), Shape::DECODE_ALONE] },
+            Self::Short => const { &[Shape::PREFILL, Shape::DECODE_ALONE] },
             Self::Deep => const { &[Shape::prefill(2048), Shape::decode(1, 2048)] },
             Self::Batch => const { &[Shape::decode(4, 0), Shape::decode(16, 0)] },
             Self::Crowd => const { &[Shape::decode(4, 512), Shape::decode(16, 512)] },
