@@ -55,6 +55,13 @@ bench: ## Measure the server on this machine, some minutes; ARGS are those of th
 	@test -f $(model) || $(program) pull
 	$(target_dir)/release/load-tests bench $(ARGS)
 
+.PHONY: compare
+compare: ## Measure the model and the server beside llama.cpp, built here; ARGS are those of the load tests' `compare`
+	@scripts/setup compare
+	@$(MAKE) --no-print-directory $(program)
+	@test -f $(model) || $(program) pull
+	$(target_dir)/release/load-tests compare $(ARGS)
+
 .PHONY: soak
 soak: ## The system and simulation tests, for much longer
 	@scripts/setup test

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use rekindle::kernels::isa::Isa;
 use rekindle::kernels::memory::Arena;
-use rekindle::model::decoder::{BLOCK_SIZE, Decoder};
+use rekindle::model::decoder::{BLOCK_SIZE, Compute, Decoder};
 use rekindle::model::{Batch, Logits, Model, SequenceRows};
 use rekindle::types::{BlockId, TokenCount, TokenId};
 
@@ -65,25 +66,24 @@ impl Step {
 }
 
 fn decoder(c: &mut Criterion) {
-    let mut model = Decoder::load(&path(), &mut |_, _| {}).expect("the test model; `make test` fetches it");
     for threads in [1, 2] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        let compute = Compute { threads, isa: Isa::best() };
+        let load = || Decoder::load(&path(), compute, &mut |_, _| {});
+        let mut model = load().expect("the test model; `make test` fetches it");
         let mut group = c.benchmark_group(format!("{threads} threads"));
         group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(4));
-        group.bench_function("load", |b| b.iter(|| pool.install(|| Decoder::load(&path(), &mut |_, _| {}).is_ok())));
+        group.bench_function("load", |b| b.iter(|| load().is_ok()));
         for context in [0, 2048] {
             let mut step = Step::new(&model, 1, 512, context);
             group.throughput(Throughput::Elements(512));
-            group.bench_function(BenchmarkId::new("prefill 512 at depth", context), |b| {
-                b.iter(|| pool.install(|| step.run(&mut model)));
-            });
+            group
+                .bench_function(BenchmarkId::new("prefill 512 at depth", context), |b| b.iter(|| step.run(&mut model)));
         }
         for (sequences, context) in [(1, 0), (4, 0), (16, 0), (1, 2048), (16, 512)] {
             let mut step = Step::new(&model, sequences, 1, context);
             group.throughput(Throughput::Elements(sequences as u64));
-            group.bench_function(BenchmarkId::new(format!("decode {sequences} at depth"), context), |b| {
-                b.iter(|| pool.install(|| step.run(&mut model)));
-            });
+            let name = BenchmarkId::new(format!("decode {sequences} at depth"), context);
+            group.bench_function(name, |b| b.iter(|| step.run(&mut model)));
         }
         group.finish();
     }

@@ -98,6 +98,8 @@ pub enum EvictionPolicy {
 pub struct Engine {
     /// As set; `thread_count` says what 0 comes to.
     pub threads: usize,
+    /// `auto`, or the name of a set of instructions.
+    pub instructions: String,
     pub max_running: usize,
     pub step_tokens: u32,
     pub queue_depth: usize,

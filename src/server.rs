@@ -22,7 +22,7 @@ use crate::config::{self, Config};
 use crate::engine::status::EngineStatus;
 use crate::engine::thread::{Engine, EngineSettings, StartError};
 use crate::engine::{EngineHandle, Language};
-use crate::model::decoder::{Decoder, LoadError};
+use crate::model::decoder::{Compute, Decoder, IsaError, LoadError};
 use crate::model::language::LanguageError;
 use crate::model::weights::{OpenError, WeightFile};
 use crate::model::{Model, ModelSpec};
@@ -68,8 +68,8 @@ pub enum ServeError {
     Store(#[from] StoreError),
     #[error("the engine did not start")]
     Engine(#[from] StartError),
-    #[error("the threads of the model could not be started")]
-    Threads(#[from] rayon::ThreadPoolBuildError),
+    #[error("`engine.instructions`: {0}")]
+    Instructions(#[from] IsaError),
     #[error("the metrics could not be set up: {0}")]
     Metrics(String),
     #[error("signals can't be listened for")]
@@ -160,23 +160,23 @@ fn listen(address: SocketAddr) -> Result<TcpListener, ServeError> {
     })
 }
 
-/// Loads model and language on as many threads as the engine will have, with a line of progress.
+/// Loads model and language on the threads that will run the model, with a line of progress.
 fn load(config: &Config) -> Result<(Decoder, Language), ServeError> {
     let path = &config.model.path;
     if !path.exists() {
         return Err(ServeError::NoModel { path: path.clone() });
     }
     let started = Instant::now();
-    let threads = rayon::ThreadPoolBuilder::new().num_threads(config.engine.thread_count()).build()?;
+    let compute = Compute::choose(config.engine.thread_count(), &config.engine.instructions)?;
     let file = WeightFile::open(path).map_err(|source| ServeError::Open { path: path.clone(), source })?;
     let language = Language::from_metadata(file.metadata())
         .map_err(|source| ServeError::Language { path: path.clone(), source })?;
     let mut progress = Progress::new(path);
-    let decoder = threads
-        .install(|| Decoder::load(path, &mut |done, total| progress.tell(done, total)))
+    let decoder = Decoder::load(path, compute, &mut |done, total| progress.tell(done, total))
         .map_err(|source| ServeError::Load { path: path.clone(), source: Box::new(source) })?;
     progress.clear();
-    tracing::info!(path = %path.display(), ms = started.elapsed().as_millis(), "model loaded");
+    let ms = started.elapsed().as_millis();
+    tracing::info!(path = %path.display(), threads = compute.threads, instructions = %compute.isa, ms, "model loaded");
     Ok((decoder, language))
 }
 
@@ -214,7 +214,6 @@ fn engine_settings(config: &Config) -> EngineSettings {
         host_bytes: config.kv.host_bytes.0,
         background_offload: config.kv.background_offload,
         journal_entries: config.kv.journal_entries,
-        threads: config.engine.thread_count(),
         max_running: config.engine.max_running,
         step_tokens: TokenCount(config.engine.step_tokens),
         queue_depth: config.engine.queue_depth,

@@ -167,20 +167,22 @@ async fn answer(response: reqwest::Response) -> anyhow::Result<Value> {
 
 /// Cuts a byte stream into server-sent events.
 #[derive(Default)]
-struct Events {
+pub struct Events {
     buffer: Vec<u8>,
 }
 
 impl Events {
-    fn push(&mut self, bytes: &[u8]) {
+    pub fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next whole event's data, if it is there already.
-    fn next(&mut self) -> anyhow::Result<Option<Value>> {
+    /// The next whole event's data, if it is there already; the mark at a stream's end is none.
+    pub fn next(&mut self) -> anyhow::Result<Option<Value>> {
         while let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = self.buffer.drain(..=end).collect();
-            if let Some(data) = line.strip_prefix(b"data: ") {
+            if let Some(data) = line.strip_prefix(b"data: ")
+                && data.trim_ascii() != b"[DONE]"
+            {
                 return Ok(Some(serde_json::from_slice(data)?));
             }
         }
@@ -194,7 +196,8 @@ mod tests {
 
     #[test]
     fn events_come_whole_however_the_bytes_were_cut() {
-        let stream = b"event: a\ndata: {\"type\":\"a\"}\n\n: keep-alive\n\nevent: b\ndata: {\"type\":\"b\"}\n\n";
+        let stream =
+            b"event: a\ndata: {\"type\":\"a\"}\n\n: keep-alive\n\nevent: b\ndata: {\"type\":\"b\"}\n\ndata: [DONE]\n\n";
         for cut in 0..stream.len() {
             let mut events = Events::default();
             let mut seen = Vec::new();

@@ -12,7 +12,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use crate::Common;
 use crate::client::Client;
 use crate::numbers::figure;
-use crate::report::{Bound, Report};
+use crate::report::{Bound, Limit, Report, Table};
 use crate::server::{Memory, Server};
 
 /// Requests at a time while conversations are made and woken.
@@ -141,23 +141,26 @@ pub async fn measure(common: &Common, args: &Args) -> anyhow::Result<Report> {
     Ok(Report {
         name: "idle",
         title: "Memory of idle conversations",
-        columns: vec!["conversations", "RSS MiB", "own memory MiB", "RSS bytes for each", "own bytes for each"],
-        rows,
+        tables: Table::only(
+            vec!["conversations", "RSS MiB", "own memory MiB", "RSS bytes for each", "own bytes for each"],
+            rows,
+        ),
         bounds: vec![
             Bound {
-                what: "own memory of a live session",
+                what: "own memory of a live session".into(),
                 measured: (live.own_bytes - half_live.own_bytes) / rest,
-                limit: LIVE_LIMIT_BYTES,
+                limit: Limit::AtMost(LIVE_LIMIT_BYTES),
                 unit: "bytes",
             },
             Bound {
-                what: "own memory that a session's second life adds",
+                what: "own memory that a session's second life adds".into(),
                 measured: (live_again.own_bytes - live.own_bytes) / all,
-                limit: AGAIN_LIMIT_BYTES,
+                limit: Limit::AtMost(AGAIN_LIMIT_BYTES),
                 unit: "bytes",
             },
         ],
         notes,
+        raw: None,
     })
 }
 

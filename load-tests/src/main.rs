@@ -4,9 +4,11 @@
 //! that does not hold, or an answer that is not what the measurement is about, ends it with a status other than 0.
 
 mod client;
+mod compare;
 mod idle;
 mod numbers;
 mod overhead;
+mod process;
 mod report;
 mod server;
 mod text;
@@ -32,7 +34,7 @@ struct Cli {
 }
 
 /// What every measurement needs.
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 struct Common {
     /// The server's program; the `rekindle` beside this one if left out
     #[arg(long, global = true, env = "REKINDLE_SERVER")]
@@ -47,7 +49,7 @@ struct Common {
 
 #[derive(Subcommand)]
 enum Command {
-    /// All of the others, one after another, as they come
+    /// All measurements of the server, one after another, as they come
     Bench,
     /// Time to first token of a turn whose KV is resident, reloaded from the host, or re-encoded
     Ttft(ttft::Args),
@@ -57,6 +59,13 @@ enum Command {
     Overhead(overhead::Args),
     /// Memory that idle conversations take
     Idle(idle::Args),
+    /// The model and the server beside llama.cpp, which is fetched and built for it
+    Compare(compare::Args),
+    /// Fetch and build llama.cpp, as `compare` does by itself, and make files of other formats with it
+    Peer(compare::peer::Args),
+    /// Our side of `compare`: the model alone, in a process of its own
+    #[command(hide = true)]
+    Step(compare::step::Args),
 }
 
 /// The arguments of a command when none are given.
@@ -86,6 +95,9 @@ fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Throughput(args) => keep(runtime.block_on(throughput::measure(common, &args))),
         Command::Overhead(args) => keep(overhead::measure(&args)),
         Command::Idle(args) => keep(runtime.block_on(idle::measure(common, &args))),
+        Command::Compare(args) => keep(compare::measure(common, &args, &runtime)),
+        Command::Peer(args) => compare::peer::set_up(&common.model, &args).map(|()| true),
+        Command::Step(args) => compare::step::measure(&common.model, &args).map(|()| true),
         Command::Bench => {
             // One that fails does not hide the others.
             let outcomes = [

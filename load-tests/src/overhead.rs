@@ -21,7 +21,7 @@ use rekindle::model::{Logits, Model};
 use rekindle::types::{BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, TokenCount, TokenId, TurnId};
 
 use crate::numbers::{figure, median, quantile};
-use crate::report::{Bound, Report};
+use crate::report::{Bound, Limit, Report, Table};
 
 /// A step of 64 sequences may take this much beside the model.
 const LIMIT_US: f64 = 100.0;
@@ -85,19 +85,18 @@ pub fn measure(args: &Args) -> anyhow::Result<Report> {
     Ok(Report {
         name: "overhead",
         title: "The engine's own time in a step, without the model",
-        columns: vec![
+        tables: Table::only(vec![
             "sequences",
             "conversations at rest",
             "logits a row",
             "median µs",
             "p99 µs",
             "median µs a sequence",
-        ],
-        rows,
+        ], rows),
         bounds: vec![Bound {
-            what: "median step with 64 sequences, fake model",
+            what: "median step with 64 sequences, fake model".into(),
             measured: at_64,
-            limit: LIMIT_US,
+            limit: Limit::AtMost(LIMIT_US),
             unit: "µs",
         }],
         notes: vec![
@@ -111,6 +110,7 @@ pub fn measure(args: &Args) -> anyhow::Result<Report> {
              searching them for the largest logit is most of its time; with a real model expect that row."
                 .to_owned(),
         ],
+        raw: None,
     })
 }
 

@@ -5,22 +5,79 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
+use serde_json::{Value, json};
 
 use crate::numbers::figure;
 
-/// A figure that must not be above its limit.
+/// A figure, and what it must be.
 pub struct Bound {
-    pub what: &'static str,
+    pub what: String,
     pub measured: f64,
-    pub limit: f64,
+    pub limit: Limit,
     /// `""` for a ratio or a count.
     pub unit: &'static str,
 }
 
+#[derive(Clone, Copy)]
+pub enum Limit {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
 impl Bound {
-    fn holds(&self) -> bool {
-        // Written so that a figure that is no number does not pass.
-        self.measured <= self.limit
+    /// Not for a figure that is no number.
+    pub fn holds(&self) -> bool {
+        match self.limit {
+            Limit::AtMost(limit) => self.measured <= limit,
+            Limit::AtLeast(limit) => self.measured >= limit,
+        }
+    }
+
+    fn row(&self) -> Vec<String> {
+        let with_unit = |value| format!("{} {}", figure(value), self.unit).trim_end().to_owned();
+        let limit = match self.limit {
+            Limit::AtMost(limit) => format!("at most {}", with_unit(limit)),
+            Limit::AtLeast(limit) => format!("at least {}", with_unit(limit)),
+        };
+        let verdict = if self.holds() { "yes" } else { "**NO**" };
+        vec![self.what.clone(), with_unit(self.measured), limit, verdict.to_owned()]
+    }
+
+    fn json(&self) -> Value {
+        let (kind, limit) = match self.limit {
+            Limit::AtMost(limit) => ("at_most", limit),
+            Limit::AtLeast(limit) => ("at_least", limit),
+        };
+        json!({"what": self.what, "measured": self.measured, kind: limit, "holds": self.holds()})
+    }
+}
+
+/// Figures of one kind. Everything but the first column is a number, or as short.
+pub struct Table {
+    /// `""` where the report's title says it.
+    pub heading: &'static str,
+    pub columns: Vec<&'static str>,
+    pub rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// The only one of its report.
+    pub fn only(columns: Vec<&'static str>, rows: Vec<Vec<String>>) -> Vec<Self> {
+        vec![Self { heading: "", columns, rows }]
+    }
+
+    fn write(&self, text: &mut String) {
+        // Writing to a string can't fail.
+        if !self.heading.is_empty() {
+            let _ = writeln!(text, "## {}\n", self.heading);
+        }
+        let _ = writeln!(text, "| {} |", self.columns.join(" | "));
+        let rules = (0..self.columns.len()).map(|column| if column == 0 { "---" } else { "---:" });
+        let _ = writeln!(text, "|{}|", rules.collect::<Vec<_>>().join("|"));
+        for row in &self.rows {
+            let _ = writeln!(text, "| {} |", row.join(" | "));
+        }
+        text.push('\n');
     }
 }
 
@@ -29,39 +86,45 @@ pub struct Report {
     /// The command, and the file's name.
     pub name: &'static str,
     pub title: &'static str,
-    pub columns: Vec<&'static str>,
-    pub rows: Vec<Vec<String>>,
+    pub tables: Vec<Table>,
     pub bounds: Vec<Bound>,
-    /// Sentences that a reader needs beside the table.
+    /// Sentences that a reader needs beside the tables.
     pub notes: Vec<String>,
+    /// Everything that was measured, for programs, if the tables don't have it all.
+    pub raw: Option<Value>,
 }
 
 impl Report {
-    /// Prints the report and writes it to `<folder>/<name>.md`. Whether every bound held.
+    /// Prints the report and writes it to `<folder>/<name>.md`, and what is for programs to `.json`. Whether every bound
+    /// held.
     pub fn keep(&self, folder: &Path) -> anyhow::Result<bool> {
-        let text = self.markdown(&Machine::this()?);
+        let machine = Machine::this()?;
+        let text = self.markdown(&machine);
         println!("\n{text}");
-        let path = folder.join(self.name).with_extension("md");
-        std::fs::create_dir_all(folder)
-            .and_then(|()| std::fs::write(&path, &text))
-            .with_context(|| format!("the table can't be kept in {}", path.display()))?;
-        eprintln!("[{}] kept in {}", self.name, path.display());
+        std::fs::create_dir_all(folder).with_context(|| format!("{} can't be made", folder.display()))?;
+        let keep = |extension, text: &str| {
+            let path = folder.join(self.name).with_extension(extension);
+            std::fs::write(&path, text).with_context(|| format!("the table can't be kept in {}", path.display()))?;
+            eprintln!("[{}] kept in {}", self.name, path.display());
+            anyhow::Ok(())
+        };
+        keep("md", &text)?;
+        if let Some(raw) = &self.raw {
+            keep("json", &format!("{:#}\n", self.json(&machine, raw)))?;
+        }
         Ok(self.bounds.iter().all(Bound::holds))
     }
 
     fn markdown(&self, machine: &Machine) -> String {
         let mut text = format!("# {}\n\n", self.title);
-        table(&mut text, &self.columns, &self.rows);
-        if !self.bounds.is_empty() {
-            let rows = self.bounds.iter().map(|bound| {
-                let with_unit = |value| format!("{} {}", figure(value), bound.unit).trim_end().to_owned();
-                let verdict = if bound.holds() { "yes" } else { "**NO**" };
-                vec![bound.what.to_owned(), with_unit(bound.measured), with_unit(bound.limit), verdict.to_owned()]
-            });
-            text.push('\n');
-            table(&mut text, &["bound", "measured", "at most", "holds"], &rows.collect::<Vec<_>>());
+        for table in &self.tables {
+            table.write(&mut text);
         }
-        text.push('\n');
+        if !self.bounds.is_empty() {
+            let heading = if self.tables.len() > 1 { "Bounds" } else { "" };
+            let rows = self.bounds.iter().map(Bound::row).collect();
+            Table { heading, columns: vec!["bound", "measured", "wanted", "holds"], rows }.write(&mut text);
+        }
         for note in &self.notes {
             // Writing to a string can't fail.
             let _ = writeln!(text, "- {note}");
@@ -70,15 +133,16 @@ impl Report {
         let _ = writeln!(text, "- Machine: {cpu}, {cores} cores. Date: {date} (UTC). Command: `{command}`.");
         text
     }
-}
 
-fn table(text: &mut String, columns: &[&str], rows: &[Vec<String>]) {
-    let _ = writeln!(text, "| {} |", columns.join(" | "));
-    // Everything but the first column is a figure.
-    let rules: Vec<&str> = (0..columns.len()).map(|column| if column == 0 { "---" } else { "---:" }).collect();
-    let _ = writeln!(text, "|{}|", rules.join("|"));
-    for row in rows {
-        let _ = writeln!(text, "| {} |", row.join(" | "));
+    fn json(&self, machine: &Machine, raw: &Value) -> Value {
+        json!({
+            "machine": {"cpu": machine.cpu, "cores": machine.cores},
+            "date": machine.date,
+            "command": machine.command,
+            "notes": self.notes,
+            "bounds": self.bounds.iter().map(Bound::json).collect::<Vec<_>>(),
+            "measured": raw,
+        })
     }
 }
 
@@ -139,10 +203,10 @@ mod tests {
         Report {
             name: "ttft",
             title: "Time",
-            columns: vec!["path", "ms"],
-            rows: vec![vec!["resident".into(), "31".into()]],
-            bounds: vec![Bound { what: "reloaded / resident", measured, limit: 1.25, unit: "" }],
+            tables: Table::only(vec!["path", "ms"], vec![vec!["resident".into(), "31".into()]]),
+            bounds: vec![Bound { what: "reloaded / resident".into(), measured, limit: Limit::AtMost(1.25), unit: "" }],
             notes: vec!["A note.".into()],
+            raw: None,
         }
     }
 
@@ -150,15 +214,20 @@ mod tests {
     fn a_report_is_a_table_its_bounds_its_notes_and_its_machine() {
         let machine = Machine { cpu: "CPU".into(), cores: 2, date: "2026-11-25".into(), command: "run".into() };
         let expected = "# Time\n\n| path | ms |\n|---|---:|\n| resident | 31 |\n\n\
-            | bound | measured | at most | holds |\n|---|---:|---:|---:|\n| reloaded / resident | 1.20 | 1.25 | yes |\n\n\
+            | bound | measured | wanted | holds |\n|---|---:|---:|---:|\n\
+            | reloaded / resident | 1.20 | at most 1.25 | yes |\n\n\
             - A note.\n- Machine: CPU, 2 cores. Date: 2026-11-25 (UTC). Command: `run`.\n";
         assert_eq!(report(1.2).markdown(&machine), expected);
-        assert!(report(1.3).markdown(&machine).contains("| 1.30 | 1.25 | **NO** |"));
+        assert!(report(1.3).markdown(&machine).contains("| 1.30 | at most 1.25 | **NO** |"));
     }
 
     #[test]
     fn a_figure_that_is_no_number_holds_no_bound() {
-        assert!(!report(f64::NAN).bounds.iter().all(Bound::holds));
+        let at_least = Limit::AtLeast(2.0);
+        let holds = |measured, limit| Bound { what: String::new(), measured, limit, unit: "" }.holds();
+        assert_eq!([1.9, 2.0, f64::NAN].map(|measured| holds(measured, at_least)), [false, true, false]);
+        let at_most = Limit::AtMost(2.0);
+        assert_eq!([2.0, 2.1, f64::NAN].map(|measured| holds(measured, at_most)), [true, false, false]);
     }
 
     #[test]

@@ -69,11 +69,13 @@ impl Server {
         &self.url
     }
 
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Memory that the server has now.
     pub fn memory(&self) -> anyhow::Result<Memory> {
-        let path = format!("/proc/{}/status", self.process.id());
-        let status = std::fs::read_to_string(&path).with_context(|| format!("{path}: the server has ended"))?;
-        Memory::parse(&status).with_context(|| format!("{path} does not say how much memory is used"))
+        Memory::of(self.pid())
     }
 }
 
@@ -116,16 +118,24 @@ pub struct Memory {
     pub resident_bytes: f64,
     /// The process's own: heap, stacks, pools.
     pub own_bytes: f64,
+    /// The most that ever was in RAM.
+    pub peak_bytes: f64,
 }
 
 impl Memory {
+    pub fn of(pid: u32) -> anyhow::Result<Self> {
+        let path = format!("/proc/{pid}/status");
+        let status = std::fs::read_to_string(&path).with_context(|| format!("{path}: the server has ended"))?;
+        Self::parse(&status).with_context(|| format!("{path} does not say how much memory is used"))
+    }
+
     fn parse(status: &str) -> Option<Self> {
         let bytes = |field: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
             let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
             Some(kib * 1024.0)
         };
-        Some(Self { resident_bytes: bytes("VmRSS")?, own_bytes: bytes("RssAnon")? })
+        Some(Self { resident_bytes: bytes("VmRSS")?, own_bytes: bytes("RssAnon")?, peak_bytes: bytes("VmHWM")? })
     }
 }
 
@@ -160,9 +170,10 @@ mod tests {
 
     #[test]
     fn memory_is_read_from_what_the_kernel_says() {
-        let status = "Name:\trekindle\nVmRSS:\t  2048 kB\nRssAnon:\t    1024 kB\nRssFile:\t 1024 kB\n";
-        let (resident_bytes, own_bytes) = (2_097_152.0, 1_048_576.0);
-        assert_eq!(Memory::parse(status), Some(Memory { resident_bytes, own_bytes }));
+        let status =
+            "Name:\trekindle\nVmHWM:\t    4096 kB\nVmRSS:\t  2048 kB\nRssAnon:\t    1024 kB\nRssFile:\t 1024 kB\n";
+        let (resident_bytes, own_bytes, peak_bytes) = (2_097_152.0, 1_048_576.0, 4_194_304.0);
+        assert_eq!(Memory::parse(status), Some(Memory { resident_bytes, own_bytes, peak_bytes }));
         assert_eq!(Memory::parse("VmRSS: 1 kB"), None);
     }
 

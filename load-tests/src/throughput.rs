@@ -11,7 +11,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use crate::Common;
 use crate::client::{Client, Turn};
 use crate::numbers::{figure, median, p95};
-use crate::report::{Bound, Report};
+use crate::report::{Bound, Limit, Report, Table};
 use crate::server::Server;
 use crate::text::words;
 
@@ -136,18 +136,25 @@ fn report(args: &Args, [with, without]: &[Arm; 2]) -> Report {
     Report {
         name: "throughput",
         title: "Conversations of several turns, with KV kept between turns and without",
-        columns: vec![
-            "server",
-            "wall s",
-            "generated tokens/s",
-            "prompt tokens",
-            "of them encoded",
-            "TTFT median ms",
-            "later turns' TTFT median ms",
-            "later turns' TTFT p95 ms",
-        ],
-        rows: vec![with.row("`engine.reuse=true`"), without.row("`engine.reuse=false`")],
-        bounds: vec![Bound { what: "answers that differ", measured: differ as f64, limit: 0.0, unit: "" }],
+        tables: Table::only(
+            vec![
+                "server",
+                "wall s",
+                "generated tokens/s",
+                "prompt tokens",
+                "of them encoded",
+                "TTFT median ms",
+                "later turns' TTFT median ms",
+                "later turns' TTFT p95 ms",
+            ],
+            vec![with.row("`engine.reuse=true`"), without.row("`engine.reuse=false`")],
+        ),
+        bounds: vec![Bound {
+            what: "answers that differ".into(),
+            measured: differ as f64,
+            limit: Limit::AtMost(0.0),
+            unit: "",
+        }],
         notes: vec![
             format!(
                 "With reuse: {} times the generated tokens/s, and {} times as fast to a later turn's first token.",
@@ -160,6 +167,7 @@ fn report(args: &Args, [with, without]: &[Arm; 2]) -> Report {
                 args.rounds, args.conversations, args.turns, args.concurrent, args.first_words, args.output_tokens
             ),
         ],
+        raw: None,
     }
 }
 

@@ -9,7 +9,7 @@ use clap::Parser;
 use crate::Common;
 use crate::client::{Client, Turn};
 use crate::numbers::{figure, median, p95};
-use crate::report::{Bound, Report};
+use crate::report::{Bound, Limit, Report, Table};
 use crate::server::Server;
 use crate::text::words;
 
@@ -156,25 +156,28 @@ fn report(args: &Args, tokens: u64, measured: &[Vec<Turn>; 3]) -> anyhow::Result
     Ok(Report {
         name: "ttft",
         title: "Time to first token in a long conversation, by where its KV was",
-        columns: vec![
-            "KV was",
-            "TTFT median ms",
-            "TTFT p95 ms",
-            "server's TTFT ms",
-            "reload ms",
-            "prefill ms",
-            "tokens on the device",
-            "reloaded",
-            "encoded",
-        ],
-        rows,
+        tables: Table::only(
+            vec![
+                "KV was",
+                "TTFT median ms",
+                "TTFT p95 ms",
+                "server's TTFT ms",
+                "reload ms",
+                "prefill ms",
+                "tokens on the device",
+                "reloaded",
+                "encoded",
+            ],
+            rows,
+        ),
         bounds: vec![Bound {
-            what: "median TTFT, reloaded / resident",
+            what: "median TTFT, reloaded / resident".into(),
             measured: reloaded / resident,
-            limit: RELOADED_LIMIT,
+            limit: Limit::AtMost(RELOADED_LIMIT),
             unit: "",
         }],
         notes,
+        raw: None,
     })
 }
 

@@ -30,3 +30,16 @@ fn a_missing_server_is_one_clear_sentence_and_a_failure() {
         assert!(said.contains("there is no server at /no/such/rekindle; build it"), "{said}");
     }
 }
+
+#[test]
+fn work_that_is_none_and_a_model_that_is_missing_are_one_clear_sentence_each() {
+    let step = |model: &str, shape: &str| {
+        let output = load_tests(&["step", "--model", model, "--threads", "1", shape]);
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let said = step("/no/such.gguf", "prefill@0");
+    assert!(said.contains("/no/such.gguf can't be loaded"), "{said}");
+    let said = step("/no/such.gguf", "idle@0");
+    assert!(said.contains("`idle` is neither `prefill` nor `decode`"), "{said}");
+}

@@ -31,8 +31,6 @@ pub struct EngineSettings {
     pub host_bytes: u64,
     pub background_offload: bool,
     pub journal_entries: usize,
-    /// Threads that run the model, this one among them.
-    pub threads: usize,
     pub max_running: usize,
     pub step_tokens: TokenCount,
     pub queue_depth: usize,
@@ -51,8 +49,6 @@ pub enum StartError {
     PoolTooLarge { key: &'static str, bytes: u64, block_bytes: u64 },
     #[error("`{key}` is too much for this machine")]
     Memory { key: &'static str, source: ArenaError },
-    #[error("the threads of the model could not be started")]
-    Threads(#[from] rayon::ThreadPoolBuildError),
     #[error("a thread could not be started")]
     Thread(#[from] std::io::Error),
 }
@@ -101,10 +97,6 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
     let shared = Arc::new(Shared::new(spec, settings.block_size, window, settings.queue_depth));
     let handle = EngineHandle { mailbox: mailbox.clone(), shared: Arc::clone(&shared) };
     let (orders, copier) = start_copier(mailbox, Arc::clone(&device), Arc::clone(&host))?;
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(settings.threads.max(1))
-        .thread_name(|index| format!("model-{index}"))
-        .build()?;
     let kv = KvSettings {
         block_size: settings.block_size,
         block_bytes: block_bytes as u64,
@@ -135,7 +127,7 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
             ran: false,
             logits: Logits::default(),
         };
-        pool.install(move || driver.run());
+        driver.run();
         // The inbox is gone by now, so that a copier that waits to report gives up.
         if copier.join().is_err() {
             std::panic::resume_unwind(Box::new("the copier panicked"));

@@ -1,11 +1,8 @@
-//! What happens to each row between the matrix products: rotary positions, SwiGLU, and the exponential they share.
+//! What happens to each row between the matrix products: norms, rotary positions, SwiGLU, and the exponential they share.
 //!
 //! Every function works row by row, so a row's result doesn't depend on what else is in the batch.
 
-use std::sync::Arc;
-
-use candle_core::{CpuStorage, CustomOp1, InplaceOp1, Layout, Result, Shape};
-use rayon::prelude::*;
+use super::isa::{Isa, vectorised};
 
 /// Below this, `exp` is as good as zero, and its result would leave the range of normal floats.
 pub(super) const EXP_LOWEST: f32 = -87.0;
@@ -26,43 +23,42 @@ pub(super) fn exp(x: f32) -> f32 {
     f32::from_bits(power.to_bits().wrapping_add_signed((whole as i32) << 23))
 }
 
-#[inline(always)]
-fn swiglu_row(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    for ((&gate, &up), out) in gate.iter().zip(up).zip(out) {
-        *out = gate / (1.0 + exp(-gate)) * up;
-    }
-}
+/// Sums kept side by side, so that a vector's lanes can hold them.
+const LANES: usize = 16;
 
-/// The same code as `swiglu_row`; the compiler vectorises it for the features named here.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn swiglu_row_avx2(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    swiglu_row(gate, up, out);
-}
-
-/// SwiGLU: `[rows, 2 * width]`, gates then ups, to `[rows, width]`: `silu(gate) * up`.
-pub struct SwiGlu;
-
-impl CustomOp1 for SwiGlu {
-    fn name(&self) -> &'static str {
-        "swiglu"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, both) = layout.shape().dims2()?;
-        let width = both / 2;
-        let gated = contiguous(storage, layout)?;
-        let mut out = vec![0.0; rows * width];
-        out.par_chunks_mut(width).zip(gated.par_chunks(both)).for_each(|(out, gated)| {
-            let (gate, up) = gated.split_at(width);
-            #[cfg(target_arch = "x86_64")]
-            if super::has_avx2() {
-                // SAFETY: the features were detected above.
-                return unsafe { swiglu_row_avx2(gate, up, out) };
+vectorised! {
+    /// `x / sqrt(mean(x^2) + epsilon) * weight`, all `[width]`.
+    pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+        let (chunks, rest) = x.as_chunks::<LANES>();
+        let mut lanes = [0.0; LANES];
+        for chunk in chunks {
+            for (lane, x) in lanes.iter_mut().zip(chunk) {
+                *lane += x * x;
             }
-            swiglu_row(gate, up, out);
-        });
-        Ok((CpuStorage::F32(out), Shape::from((rows, width))))
+        }
+        let mut sum = rest.iter().map(|x| x * x).sum::<f32>();
+        let mut width = LANES;
+        while width > 1 {
+            width /= 2;
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+        }
+        sum += lanes[0];
+        let scale = 1.0 / (sum / x.len() as f32 + epsilon).sqrt();
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * weight;
+        }
+    }
+}
+
+vectorised! {
+    /// `silu(gate) * up`. `gate_up`: `[2 * width]`, gates then ups; `out`: `[width]`.
+    pub fn swiglu(gate_up: &[f32], out: &mut [f32]) {
+        let (gate, up) = gate_up.split_at(gate_up.len() / 2);
+        for ((&gate, &up), out) in gate.iter().zip(up).zip(out) {
+            *out = gate / (1.0 + exp(-gate)) * up;
+        }
     }
 }
 
@@ -77,104 +73,71 @@ pub enum RopePairs {
 
 /// Cosines and sines of a step's rows: made once a step, used by every layer and head.
 pub struct Rotation {
-    head_dim: usize,
     pairs: RopePairs,
-    /// `[rows, head_dim / 2]`, (cosine, sine).
-    turns: Vec<(f32, f32)>,
+    /// `[head_dim / 2]`, in radians a position.
+    frequencies: Vec<f64>,
+    /// `[rows, head_dim / 2]`.
+    cos: Vec<f32>,
+    /// As `cos`.
+    sin: Vec<f32>,
 }
 
 impl Rotation {
-    /// `base`: the wavelength's base. Angles are taken in f64, so that far positions lose nothing.
-    pub fn new(positions: impl Iterator<Item = usize>, head_dim: usize, base: f32, pairs: RopePairs) -> Self {
-        let frequencies: Vec<f64> =
-            (0..head_dim / 2).map(|i| f64::from(base).powf(-2.0 * i as f64 / head_dim as f64)).collect();
-        let turns = positions
-            .flat_map(|position| frequencies.iter().map(move |frequency| (position as f64 * frequency).sin_cos()))
-            .map(|(sin, cos)| (cos as f32, sin as f32))
-            .collect();
-        Self { head_dim, pairs, turns }
+    /// Of no rows. `base`: the wavelength's base.
+    pub fn new(head_dim: usize, base: f32, pairs: RopePairs) -> Self {
+        let frequency = |i| f64::from(base).powf(-2.0 * i as f64 / head_dim as f64);
+        Self { pairs, frequencies: (0..head_dim / 2).map(frequency).collect(), cos: Vec::new(), sin: Vec::new() }
     }
 
-    fn turn(&self, row: usize, head: &mut [f32]) {
-        let half = self.head_dim / 2;
-        let turns = &self.turns[row * half..][..half];
+    /// Takes the positions of a step's rows. Angles are taken in f64, so that far positions lose nothing.
+    pub fn set(&mut self, positions: impl Iterator<Item = usize>) {
+        self.cos.clear();
+        self.sin.clear();
+        for position in positions {
+            for frequency in &self.frequencies {
+                let (sin, cos) = (position as f64 * frequency).sin_cos();
+                self.cos.push(cos as f32);
+                self.sin.push(sin as f32);
+            }
+        }
+    }
+
+    /// Turns a head, `[head_dim]`, to the position of row `row`.
+    pub fn turn(&self, isa: Isa, row: usize, head: &mut [f32]) {
+        let half = self.frequencies.len();
+        let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
         match self.pairs {
-            RopePairs::Interleaved => {
-                for (pair, &(cos, sin)) in head.chunks_exact_mut(2).zip(turns) {
-                    (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[0] * sin + pair[1] * cos);
-                }
-            }
-            RopePairs::Halves => {
-                let (first, second) = head.split_at_mut(half);
-                for ((a, b), &(cos, sin)) in first.iter_mut().zip(second).zip(turns) {
-                    (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
-                }
-            }
+            RopePairs::Interleaved => turn_interleaved(isa, head, cos, sin),
+            RopePairs::Halves => turn_halves(isa, head, cos, sin),
         }
     }
 }
 
-/// Norms (where the family does) and turns the queries and keys of `[rows, (heads + 2 * kv_heads) * head_dim]` in place.
-pub struct PrepareHeads {
-    pub rotation: Arc<Rotation>,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub norms: Option<HeadNorms>,
-}
-
-/// RMS norms of single heads, as Qwen 3 has them.
-#[derive(Clone)]
-pub struct HeadNorms {
-    /// `[head_dim]` each.
-    pub query: Arc<[f32]>,
-    pub key: Arc<[f32]>,
-    pub epsilon: f32,
-}
-
-fn rms_norm(head: &mut [f32], weight: &[f32], epsilon: f32) {
-    let mean = head.iter().map(|x| x * x).sum::<f32>() / head.len() as f32;
-    let scale = 1.0 / (mean + epsilon).sqrt();
-    for (x, weight) in head.iter_mut().zip(weight) {
-        *x = *x * scale * weight;
+vectorised! {
+    fn turn_interleaved(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+        let (pairs, _) = head.as_chunks_mut::<2>();
+        for (([a, b], cos), sin) in pairs.iter_mut().zip(cos).zip(sin) {
+            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+        }
     }
 }
 
-impl InplaceOp1 for PrepareHeads {
-    fn name(&self) -> &'static str {
-        "prepare-heads"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let head_dim = self.rotation.head_dim;
-        let width = (self.heads + 2 * self.kv_heads) * head_dim;
-        let Some((start, end)) = layout.contiguous_offsets() else { candle_core::bail!("q, k, v must be contiguous") };
-        let CpuStorage::F32(values) = storage else { candle_core::bail!("q, k, v must be f32") };
-        values[start..end].par_chunks_mut(width).enumerate().for_each(|(row, values)| {
-            for (index, head) in values.chunks_exact_mut(head_dim).take(self.heads + self.kv_heads).enumerate() {
-                if let Some(norms) = &self.norms {
-                    let weight = if index < self.heads { &norms.query } else { &norms.key };
-                    rms_norm(head, weight, norms.epsilon);
-                }
-                self.rotation.turn(row, head);
-            }
-        });
-        Ok(())
-    }
-}
-
-/// The values of a contiguous f32 tensor.
-pub(super) fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        None => candle_core::bail!("a kernel was given a tensor that is not contiguous"),
+vectorised! {
+    fn turn_halves(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+        let (first, second) = head.split_at_mut(cos.len());
+        for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
-
     use super::*;
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
 
     #[test]
     fn exp_is_within_3e_7_of_f64_and_exact_at_zero() {
@@ -191,35 +154,56 @@ mod tests {
     }
 
     #[test]
-    fn swiglu_is_silu_of_the_gate_times_up_and_the_same_bits_in_both_forms() {
+    fn swiglu_is_silu_of_the_gate_times_up_and_the_same_bits_with_all_instructions() {
         let width = 37;
-        let values: Vec<f32> = (0..3 * 2 * width).map(|i| ((i * 37) % 101) as f32 / 5.0 - 10.0).collect();
-        let tensor = Tensor::from_slice(&values, (3, 2 * width), &Device::Cpu).unwrap();
-        let out = tensor.apply_op1_no_bwd(&SwiGlu).unwrap().to_vec2::<f32>().unwrap();
-        for (gated, out) in values.chunks_exact(2 * width).zip(&out) {
-            let (gate, up) = gated.split_at(width);
-            let mut plain = vec![0.0; width];
-            swiglu_row(gate, up, &mut plain);
-            assert_eq!(&plain, out);
-            for ((&gate, &up), &out) in gate.iter().zip(up).zip(out) {
-                let wanted = gate / (1.0 + (-gate).exp()) * up;
-                assert!((out - wanted).abs() <= 2e-6 * wanted.abs(), "{out} for {wanted}");
-            }
+        let gate_up: Vec<f32> = (0..2 * width).map(|i| ((i * 37) % 101) as f32 / 5.0 - 10.0).collect();
+        let mut plain = vec![0.0; width];
+        swiglu(Isa::Scalar, &gate_up, &mut plain);
+        for (index, out) in plain.iter().enumerate() {
+            let (gate, up) = (gate_up[index], gate_up[width + index]);
+            let wanted = gate / (1.0 + (-gate).exp()) * up;
+            assert!((out - wanted).abs() <= 2e-6 * wanted.abs(), "{out} for {wanted}");
+        }
+        for isa in Isa::available() {
+            let mut out = vec![0.0; width];
+            swiglu(isa, &gate_up, &mut out);
+            assert_eq!(bits(&out), bits(&plain), "{isa}");
+        }
+    }
+
+    #[test]
+    fn a_normed_row_has_the_mean_square_of_its_weights_and_the_same_bits_with_all_instructions() {
+        let x: Vec<f32> = (0..83).map(|i| ((i * 29) % 53) as f32 - 20.0).collect();
+        let weight: Vec<f32> = (0..83).map(|i| 1.0 + i as f32 / 100.0).collect();
+        let mut plain = vec![0.0; 83];
+        rms_norm(Isa::Scalar, &x, &weight, 1e-5, &mut plain);
+        let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / 83.0;
+        for ((x, weight), out) in x.iter().zip(&weight).zip(&plain) {
+            let wanted = f64::from(*x) / (mean + 1e-5).sqrt() * f64::from(*weight);
+            assert!((f64::from(*out) - wanted).abs() <= 1e-6 * wanted.abs(), "{out} for {wanted}");
+        }
+        for isa in Isa::available() {
+            let mut out = vec![0.0; 83];
+            rms_norm(isa, &x, &weight, 1e-5, &mut out);
+            assert_eq!(bits(&out), bits(&plain), "{isa}");
         }
     }
 
     #[test]
     fn position_zero_turns_nothing_and_a_turn_keeps_every_pairs_length() {
         for (pairs, other) in [(RopePairs::Interleaved, 1), (RopePairs::Halves, 4)] {
-            let rotation = Rotation::new([0, 5000].into_iter(), 8, 10_000.0, pairs);
+            let mut rotation = Rotation::new(8, 10_000.0, pairs);
+            rotation.set([0, 5000].into_iter());
             let head: [f32; 8] = std::array::from_fn(|i| i as f32 + 1.0);
-            let mut turned = head;
-            rotation.turn(0, &mut turned);
-            assert_eq!(turned, head);
-            rotation.turn(1, &mut turned);
-            assert!((turned[0].hypot(turned[other]) - head[0].hypot(head[other])).abs() < 1e-5);
-            let angle = 5000.0_f64 as f32;
-            assert!((turned[0] - (head[0] * angle.cos() - head[other] * angle.sin())).abs() < 1e-3, "{pairs:?}");
+            for isa in Isa::available() {
+                let mut turned = head;
+                rotation.turn(isa, 0, &mut turned);
+                assert_eq!(turned, head);
+                rotation.turn(isa, 1, &mut turned);
+                assert!((turned[0].hypot(turned[other]) - head[0].hypot(head[other])).abs() < 1e-5);
+                let angle = 5000.0_f64 as f32;
+                assert!((turned[0] - (head[0] * angle.cos() - head[other] * angle.sin())).abs() < 1e-3, "{pairs:?}");
+            }
         }
     }
 }

@@ -5,6 +5,46 @@
 use std::fmt;
 use std::str::FromStr;
 
+/// Defines a function that is compiled for each set of instructions, and takes the set as its first argument. The compiler
+/// vectorises each; the operations and their order are the same in all, and so are the bits of the result.
+macro_rules! vectorised {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $body:block) => {
+        $(#[$meta])*
+        $vis fn $name(isa: $crate::kernels::isa::Isa, $($arg: $type),*) {
+            #[inline(always)]
+            fn plain($($arg: $type),*) $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+            fn avx512($($arg: $type),*) {
+                plain($($arg),*);
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2($($arg: $type),*) {
+                plain($($arg),*);
+            }
+            #[cfg(target_arch = "x86_64")]
+            match isa {
+                $crate::kernels::isa::Isa::Avx512 => {
+                    // SAFETY: whoever chose the instructions checked for them.
+                    unsafe { avx512($($arg),*) };
+                    return;
+                }
+                $crate::kernels::isa::Isa::AvxVnni | $crate::kernels::isa::Isa::Avx2 => {
+                    // SAFETY: as above.
+                    unsafe { avx2($($arg),*) };
+                    return;
+                }
+                $crate::kernels::isa::Isa::Neon | $crate::kernels::isa::Isa::Scalar => {}
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = isa;
+            plain($($arg),*);
+        }
+    };
+}
+pub(super) use vectorised;
+
 /// A set of instructions that kernels are written for. What a machine has is the first of `Isa::available`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Isa {
@@ -14,6 +54,8 @@ pub enum Isa {
     AvxVnni,
     /// AVX2, FMA and F16C.
     Avx2,
+    /// NEON with the dot product of bytes.
+    Neon,
     /// Plain Rust: the reference of all others.
     Scalar,
 }
@@ -32,7 +74,7 @@ fn names(sets: &[Isa]) -> String {
 }
 
 impl Isa {
-    pub const ALL: [Self; 4] = [Self::Avx512, Self::AvxVnni, Self::Avx2, Self::Scalar];
+    pub const ALL: [Self; 5] = [Self::Avx512, Self::AvxVnni, Self::Avx2, Self::Neon, Self::Scalar];
 
     /// What this machine has, the fastest first. Never empty.
     pub fn available() -> Vec<Self> {
@@ -68,14 +110,24 @@ impl Isa {
             }
             Self::AvxVnni => avx2() && is_x86_feature_detected!("avxvnni"),
             Self::Avx2 => avx2(),
+            Self::Neon => false,
             Self::Scalar => true,
         }
     }
 
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
     fn is_here(self) -> bool {
         match self {
             Self::Avx512 | Self::AvxVnni | Self::Avx2 => false,
+            Self::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
+            Self::Scalar => true,
+        }
+    }
+
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    fn is_here(self) -> bool {
+        match self {
+            Self::Avx512 | Self::AvxVnni | Self::Avx2 | Self::Neon => false,
             Self::Scalar => true,
         }
     }
@@ -87,6 +139,7 @@ impl fmt::Display for Isa {
             Self::Avx512 => "avx512",
             Self::AvxVnni => "avxvnni",
             Self::Avx2 => "avx2",
+            Self::Neon => "neon",
             Self::Scalar => "scalar",
         })
     }

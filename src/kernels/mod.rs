@@ -10,38 +10,61 @@ pub mod isa;
 pub mod linear;
 pub mod mapped;
 pub mod memory;
+pub mod peak;
 pub mod threads;
 
-/// Whether this machine has what the AVX2 kernels need. The standard library remembers the answer.
-#[cfg(target_arch = "x86_64")]
-fn has_avx2() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-}
-
-/// A buffer that several threads write, each its own part.
-#[derive(Clone, Copy)]
-struct SharedOut {
-    start: *mut f32,
+/// A slice that several threads write, each its own part.
+struct SharedOut<T> {
+    start: *mut T,
     len: usize,
 }
 
-// SAFETY: it is a pointer to plain floats; `write` asks its callers to keep their parts apart.
-unsafe impl Send for SharedOut {}
-// SAFETY: as above.
-unsafe impl Sync for SharedOut {}
+impl<T> Clone for SharedOut<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
 
-impl SharedOut {
-    fn new(out: &mut [f32]) -> Self {
+impl<T> Copy for SharedOut<T> {}
+
+// SAFETY: it is a pointer to values that may be sent; whoever reaches them promises to keep the parts apart.
+unsafe impl<T: Send> Send for SharedOut<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedOut<T> {}
+
+impl<T> SharedOut<T> {
+    fn new(out: &mut [T]) -> Self {
         Self { start: out.as_mut_ptr(), len: out.len() }
+    }
+
+    /// Where `len` values from `at` lie. Panics if they are not inside.
+    #[inline(always)]
+    fn at(&self, at: usize, len: usize) -> *mut T {
+        assert!(at <= self.len && len <= self.len - at, "a kernel wrote past its output");
+        self.start.wrapping_add(at)
+    }
+
+    /// `len` values from `at`. Panics if they are not inside.
+    ///
+    /// # Safety
+    /// The slice that `new` borrowed is still borrowed, and no other thread touches the same part of it.
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "the parts are apart, which is what the caller promises")]
+    unsafe fn part(&self, at: usize, len: usize) -> &mut [T] {
+        // SAFETY: in bounds (`at` looks), and the caller promises that the part is this thread's alone.
+        unsafe { std::slice::from_raw_parts_mut(self.at(at, len), len) }
     }
 
     /// Copies `values` to `at`. Panics if they don't fit.
     ///
     /// # Safety
-    /// The buffer that `new` borrowed is still borrowed, and no other thread touches the same part of it.
-    unsafe fn write(&self, at: usize, values: &[f32]) {
-        assert!(at <= self.len && values.len() <= self.len - at, "a kernel wrote past its output");
-        // SAFETY: in bounds (above), and the caller promises that the part is this thread's alone.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.start.add(at), values.len()) }
+    /// As `part`.
+    #[inline(always)]
+    unsafe fn write(&self, at: usize, values: &[T])
+    where
+        T: Copy,
+    {
+        // SAFETY: the caller's promise.
+        unsafe { self.part(at, values.len()) }.copy_from_slice(values);
     }
 }

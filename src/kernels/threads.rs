@@ -13,10 +13,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
+use super::SharedOut;
+
 /// How often a worker looks for the next job before it parks, a pause between: some 30 microseconds.
 const WORKER_SPINS: usize = 1500;
 /// How often the caller looks whether the last chunks are done before it parks.
 const CALLER_SPINS: usize = 4000;
+
+/// Rows that a thread takes at a time: one sequence's decode is not worth waking anybody.
+const ROWS_A_CHUNK: usize = 8;
 
 /// A fixed set of threads, the caller's own among them.
 pub struct Threads {
@@ -119,6 +124,19 @@ impl Threads {
             // on one chunk at a time.
             let scratch = unsafe { &mut *first.at(thread) };
             task(scratch, chunk);
+        });
+    }
+
+    /// Calls `task(row, values)` once for each row of `rows`, `[rows, width]`, from all threads.
+    pub fn for_rows<T: Send>(&mut self, rows: &mut [T], width: usize, task: impl Fn(usize, &mut [T]) + Sync) {
+        let count = rows.len() / width;
+        assert_eq!(rows.len(), count * width, "a part of a row");
+        let shared = SharedOut::new(rows);
+        self.run(count.div_ceil(ROWS_A_CHUNK), |chunk| {
+            for row in chunk * ROWS_A_CHUNK..count.min((chunk + 1) * ROWS_A_CHUNK) {
+                // SAFETY: borrowed for the whole run, and each row is one chunk's.
+                task(row, unsafe { shared.part(row * width, width) });
+            }
         });
     }
 
@@ -274,7 +292,7 @@ mod tests {
             let mut pool = Threads::new(threads).unwrap();
             for chunks in (0..40).chain([1000]) {
                 let done: Vec<AtomicU32> = (0..chunks).map(|_| AtomicU32::new(0)).collect();
-                pool.run(chunks, |chunk| drop(done[chunk].fetch_add(1, Ordering::Relaxed)));
+                pool.run(chunks, |chunk| _ = done[chunk].fetch_add(1, Ordering::Relaxed));
                 assert!(
                     done.iter().all(|done| done.load(Ordering::Relaxed) == 1),
                     "{chunks} chunks, {threads} threads"
@@ -288,7 +306,7 @@ mod tests {
         let mut pool = Threads::new(4).unwrap();
         let sum = AtomicUsize::new(0);
         for job in 0..30_000 {
-            pool.run(3, |chunk| drop(sum.fetch_add(chunk + job % 2, Ordering::Relaxed)));
+            pool.run(3, |chunk| _ = sum.fetch_add(chunk + job % 2, Ordering::Relaxed));
             // Now and then long enough for the workers to park.
             if job % 5000 == 0 {
                 std::thread::yield_now();
@@ -307,6 +325,16 @@ mod tests {
     }
 
     #[test]
+    fn every_row_is_visited_once_and_by_its_number() {
+        let mut pool = Threads::new(3).unwrap();
+        for rows in [0, 1, 8, 9, 100] {
+            let mut values = vec![0; rows * 3];
+            pool.for_rows(&mut values, 3, |row, values| values.iter_mut().for_each(|value| *value += row + 1));
+            assert!(values.iter().enumerate().all(|(index, value)| *value == index / 3 + 1), "{rows} rows");
+        }
+    }
+
+    #[test]
     fn a_panic_in_any_thread_reaches_the_caller_and_the_next_job_runs() {
         let mut pool = Threads::new(3).unwrap();
         for culprit in [0, 7, 99] {
@@ -317,7 +345,7 @@ mod tests {
             assert!(panic.contains("the culprit"), "{panic}");
         }
         let done = AtomicUsize::new(0);
-        pool.run(100, |_| drop(done.fetch_add(1, Ordering::Relaxed)));
+        pool.run(100, |_| _ = done.fetch_add(1, Ordering::Relaxed));
         assert_eq!(done.into_inner(), 100);
     }
 }

@@ -61,8 +61,7 @@ impl Model for FakeModel {
                 let position = sequence.context + row;
                 let token = batch.tokens[sequence.first_row + row];
                 if token.0 as usize >= vocab {
-                    let message = format!("token {token} is outside a vocabulary of {vocab}");
-                    return Err(candle_core::Error::Msg(message).into());
+                    return Err(ForwardError::UnknownToken { token, vocab });
                 }
                 let made = digest(token, position, self.reads, |earlier| read(kv, sequence.table, earlier));
                 write(kv, sequence.table, position, &made);

@@ -7,6 +7,9 @@
 use super::weights::gguf::{Metadata, MetadataError};
 use crate::kernels::elementwise::RopePairs;
 
+/// The widest head that can be run.
+pub const MAX_HEAD_DIM: usize = 512;
+
 /// What sets a family apart.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Family {
@@ -74,7 +77,7 @@ pub fn read(metadata: &Metadata) -> Result<(&'static Family, Sizes), FamilyError
         None if hidden.is_multiple_of(heads) => hidden / heads,
         None => return Err(keys.refuse("attention.head_count", heads, "it doesn't divide the embedding's length")),
     };
-    if !head_dim.is_multiple_of(8) || head_dim > 512 {
+    if !head_dim.is_multiple_of(8) || head_dim > MAX_HEAD_DIM {
         return Err(keys.refuse("attention.key_length", head_dim, "heads must be a multiple of 8 wide, 512 at most"));
     }
     for key in ["attention.value_length", "rope.dimension_count"] {

@@ -13,6 +13,7 @@ pub mod markup;
 pub mod tokenizer;
 pub mod weights;
 
+use crate::kernels::attention::PlanError;
 use crate::kernels::memory::Arena;
 use crate::types::{BlockId, BlockSize, TokenCount, TokenId};
 
@@ -106,8 +107,12 @@ impl Logits {
 /// Why a forward pass failed. The step's turns fail; the server goes on.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
-    #[error("the model's forward pass failed: {0}")]
-    Compute(#[from] candle_core::Error),
+    #[error("the step's block tables can't be served: {0}")]
+    Tables(#[from] PlanError),
+    #[error("token {token} is outside a vocabulary of {vocab}")]
+    UnknownToken { token: TokenId, vocab: usize },
+    #[error("a batch of {tokens} tokens for {rows} rows, of which {sampled:?} are sampled")]
+    Shape { tokens: usize, rows: usize, sampled: Vec<usize> },
 }
 
 /// A model that the engine can run.

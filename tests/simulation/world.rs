@@ -457,7 +457,7 @@ impl World {
         if !plan.is_empty() {
             let mut events = Vec::new();
             let outcome = if self.luck.once_in(400) {
-                Err(ForwardError::Compute(candle_core::Error::Msg("drawn".to_owned())))
+                Err(ForwardError::Shape { tokens: 0, rows: 0, sampled: Vec::new() })
             } else {
                 let rows = self.core.rows(&plan);
                 self.model.forward(&rows.batch(), &self.device, &mut self.logits)

@@ -20,7 +20,6 @@ fn settings(device_blocks: u64, host_blocks: u64) -> EngineSettings {
         host_bytes: host_blocks * BLOCK,
         background_offload: true,
         journal_entries: 100,
-        threads: 1,
         max_running: 8,
         step_tokens: TokenCount(64),
         queue_depth: 16,

@@ -4,180 +4,247 @@
 //! scores, the dimensions of a head are the lanes for the values, so that neither needs sums across lanes.
 
 use std::arch::x86_64::{
-    __m128i, __m256, _mm_loadu_si128, _mm256_add_epi32, _mm256_add_ps, _mm256_castps_si256, _mm256_castsi256_ps,
-    _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
+    __m128i, __m256, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T1, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
+    _mm_movehdup_ps, _mm_movehl_ps, _mm_prefetch, _mm_storeu_si128, _mm256_add_epi32, _mm256_add_ps,
+    _mm256_castps_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtph_ps, _mm256_cvtps_epi32,
+    _mm256_cvtps_ph, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps,
     _mm256_round_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps,
 };
 
 use half::f16;
 
-use super::{BLOCK_TOKENS, CHUNK_BLOCKS, CHUNK_TOKENS, Cache, Softmax, TILE, Tile};
-use crate::kernels::elementwise::{EXP_HIGHEST, EXP_LOWEST, EXP2, exp};
+use super::kernel::{Chunk, Scores, Softmax, Tile};
+use super::scalar::{self, EXP2, EXP2_LOWEST};
+use super::{BLOCK_TOKENS, CHUNK_BLOCKS, CHUNK_TOKENS};
+
+/// Most queries of a tile: with two vectors of sums each, they fill the 16 registers.
+pub(super) const TILE: usize = 6;
+/// Rounds to the nearest, ties to even, without exceptions.
+const NEAREST_EVEN: i32 = 0x08;
+
+/// Places for a number of each query, in whole vectors.
+pub(super) const ROOM: usize = 32;
 
 /// As `scalar::attend`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn attend(tile: &mut Tile, cache: &Cache<'_>) {
-    match tile.queries.len() / tile.head_dim {
-        1 => attend_tile::<1>(tile, cache),
-        2 => attend_tile::<2>(tile, cache),
-        3 => attend_tile::<3>(tile, cache),
-        4 => attend_tile::<4>(tile, cache),
-        5 => attend_tile::<5>(tile, cache),
-        TILE => attend_tile::<TILE>(tile, cache),
+pub(super) fn attend(tile: &mut Tile<'_>, chunk: &Chunk<'_>, ahead: &Chunk<'_>) {
+    match tile.seen.len() {
+        1 => attend_tile::<1>(tile, chunk, ahead),
+        2 => attend_tile::<2>(tile, chunk, ahead),
+        3 => attend_tile::<3>(tile, chunk, ahead),
+        4 => attend_tile::<4>(tile, chunk, ahead),
+        5 => attend_tile::<5>(tile, chunk, ahead),
+        TILE => attend_tile::<TILE>(tile, chunk, ahead),
         queries => unreachable!("a tile of {queries} queries"),
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn attend_tile<const Q: usize>(tile: &mut Tile, cache: &Cache<'_>) {
-    let dim = tile.head_dim;
-    let mut softmax = [Softmax::START; Q];
-    let longest = tile.lengths[Q - 1];
-    let mut scores = [[0.0_f32; CHUNK_TOKENS]; Q];
-    for chunk in 0..longest.div_ceil(CHUNK_TOKENS) {
-        let first = chunk * CHUNK_TOKENS;
-        let tokens = CHUNK_TOKENS.min(longest - first);
-        let blocks = tokens.div_ceil(BLOCK_TOKENS);
+fn attend_tile<const Q: usize>(tile: &mut Tile<'_>, chunk: &Chunk<'_>, ahead: &Chunk<'_>) {
+    let dim = chunk.head_dim;
+    let tokens = CHUNK_TOKENS.min(tile.seen[Q - 1] - chunk.first);
+    let blocks = tokens.div_ceil(BLOCK_TOKENS);
+    let (queries, _) = tile.queries.as_chunks();
+    let scores: &mut [Scores; Q] = tile.scores.try_into().expect("room for each query's scores");
+    if Q == 1 && blocks == CHUNK_BLOCKS {
+        // One query alone would wait for each of its sums.
+        chunk_scores::<Q, CHUNK_BLOCKS>(queries, chunk.keys, ahead.keys, 0, scores);
+    } else {
         for block in 0..blocks {
-            block_scores(&tile.queries, dim, cache.keys(chunk * CHUNK_BLOCKS + block), block, &mut scores);
+            chunk_scores::<Q, 1>(queries, [chunk.keys[block]], [ahead.keys[block]], block, scores);
         }
-        for (query, scores) in scores.iter_mut().enumerate() {
-            let seen = tile.lengths[query].saturating_sub(first).min(CHUNK_TOKENS);
-            let rescale = probabilities(&mut softmax[query], scores, seen, blocks * BLOCK_TOKENS);
-            if rescale != 1.0 {
-                for sum in &mut tile.sums[query * dim..][..dim] {
-                    *sum *= rescale;
-                }
+    }
+    let seen: [usize; Q] = std::array::from_fn(|query| tile.seen[query].saturating_sub(chunk.first).min(CHUNK_TOKENS));
+    let width = blocks * BLOCK_TOKENS;
+    let mut maxima = [f32::NEG_INFINITY; ROOM];
+    let mut rescales = [f32::NEG_INFINITY; ROOM];
+    maxima[..Q].copy_from_slice(tile.maxima);
+    rescales[..Q].copy_from_slice(tile.maxima);
+    for ((max, Scores(scores)), seen) in maxima.iter_mut().zip(scores.iter_mut()).zip(seen) {
+        // What a query doesn't see must not count.
+        if seen < width {
+            scores[seen..width].fill(f32::NEG_INFINITY);
+        }
+        *max = highest(*max, &scores[..width]);
+    }
+    for (rescales, maxima) in rescales.chunks_exact_mut(8).zip(maxima.chunks_exact(8)).take(Q.div_ceil(8)) {
+        store(exp2_lanes(_mm256_sub_ps(load(rescales), load(maxima))), rescales);
+    }
+    tile.maxima.copy_from_slice(&maxima[..Q]);
+    let of_query = scores.iter_mut().zip(&mut *tile.sums).zip(maxima.iter().zip(&rescales));
+    for (((Scores(scores), sums), (&max, &rescale)), seen) in of_query.zip(seen) {
+        weights(&mut scores[..width], seen, max, rescale, sums);
+    }
+    let mut d = 0;
+    if Q <= 3 {
+        while d + 32 <= dim {
+            add_values::<Q, 4>(scores, &rescales, chunk, ahead, tokens, d, tile.values);
+            d += 32;
+        }
+    }
+    while d + 16 <= dim {
+        add_values::<Q, 2>(scores, &rescales, chunk, ahead, tokens, d, tile.values);
+        d += 16;
+    }
+    if d < dim {
+        add_values::<Q, 1>(scores, &rescales, chunk, ahead, tokens, d, tile.values);
+    }
+}
+
+/// Scores of all queries for the tokens of `B` blocks, of which `first` is the first.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn chunk_scores<const Q: usize, const B: usize>(
+    queries: &[[f32; Q]],
+    keys: [&[[f16; BLOCK_TOKENS]]; B],
+    ahead: [&[[f16; BLOCK_TOKENS]]; B],
+    first: usize,
+    scores: &mut [Scores; Q],
+) {
+    assert!(keys.iter().all(|keys| keys.len() == queries.len()), "keys of another width");
+    let mut sums = [[[_mm256_setzero_ps(); 2]; B]; Q];
+    for (d, query) in queries.iter().enumerate() {
+        for block in 0..B {
+            prefetch(ahead[block], d);
+            let (low, high) = keys[block][d].split_at(8);
+            let keys = [widen(low), widen(high)];
+            for (sums, &q) in sums.iter_mut().zip(query) {
+                let q = _mm256_set1_ps(q);
+                sums[block][0] = _mm256_fmadd_ps(keys[0], q, sums[block][0]);
+                sums[block][1] = _mm256_fmadd_ps(keys[1], q, sums[block][1]);
             }
         }
-        let values: [&[f16]; CHUNK_BLOCKS] =
-            std::array::from_fn(|block| if block < blocks { cache.values(chunk * CHUNK_BLOCKS + block) } else { &[] });
-        let mut d = 0;
-        while d + 16 <= dim {
-            add_values::<Q, 2>(&scores, &values, tokens, dim, d, &mut tile.sums);
-            d += 16;
-        }
-        if d < dim {
-            add_values::<Q, 1>(&scores, &values, tokens, dim, d, &mut tile.sums);
-        }
     }
-    for (softmax, sums) in softmax.iter().zip(tile.sums.chunks_exact_mut(dim)) {
-        let scale = 1.0 / softmax.sum;
-        for sum in sums {
-            *sum *= scale;
+    for (sums, Scores(scores)) in sums.iter().zip(scores) {
+        for (block, sums) in sums.iter().enumerate() {
+            let scores = &mut scores[(first + block) * BLOCK_TOKENS..][..BLOCK_TOKENS];
+            store(sums[0], &mut scores[..8]);
+            store(sums[1], &mut scores[8..]);
         }
     }
 }
 
-/// Scores of all queries for the 16 tokens of a block.
+/// The highest of some scores, whole vectors of them, and of one more.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn block_scores<const Q: usize>(
-    queries: &[f32],
-    dim: usize,
-    keys: &[[f16; BLOCK_TOKENS]],
-    block: usize,
-    scores: &mut [[f32; CHUNK_TOKENS]; Q],
-) {
-    assert!(queries.len() == Q * dim && keys.len() == dim, "a tile of another shape");
-    let mut sums = [[_mm256_setzero_ps(); 2]; Q];
-    for (d, keys) in keys.iter().enumerate() {
-        let (low, high) = keys.split_at(8);
-        let keys = [widen(low), widen(high)];
-        for (query, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: `query < Q` and `d < dim`, and the slice is `Q * dim` long.
-            let q = _mm256_set1_ps(*unsafe { queries.get_unchecked(query * dim + d) });
-            sums[0] = _mm256_fmadd_ps(keys[0], q, sums[0]);
-            sums[1] = _mm256_fmadd_ps(keys[1], q, sums[1]);
-        }
-    }
-    for (sums, scores) in sums.iter().zip(scores) {
-        let scores = &mut scores[block * BLOCK_TOKENS..][..BLOCK_TOKENS];
-        store(sums[0], &mut scores[..8]);
-        store(sums[1], &mut scores[8..]);
-    }
-}
-
-/// As `scalar::probabilities`, for the first `width` scores, a multiple of 8; those behind are not looked at.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn probabilities(softmax: &mut Softmax, scores: &mut [f32; CHUNK_TOKENS], seen: usize, width: usize) -> f32 {
-    if seen == 0 {
-        // A later row of the tile has opened this chunk; for this one it holds nothing.
-        scores[..width].fill(0.0);
-        return 1.0;
-    }
-    scores[seen..width].fill(f32::NEG_INFINITY);
-    let mut maxima = _mm256_set1_ps(softmax.max);
-    for scores in scores[..width].chunks_exact(8) {
+#[target_feature(enable = "avx2")]
+fn highest(max: f32, scores: &[f32]) -> f32 {
+    let mut maxima = _mm256_set1_ps(max);
+    for scores in scores.chunks_exact(8) {
         maxima = _mm256_max_ps(maxima, load(scores));
     }
-    let max = lanes(maxima).into_iter().fold(f32::NEG_INFINITY, f32::max);
-    let rescale = exp(softmax.max - max);
-    for scores in scores[..width].chunks_exact_mut(8) {
-        store(exp_lanes(_mm256_sub_ps(load(scores), _mm256_set1_ps(max))), scores);
-    }
-    scores[seen..width].fill(0.0);
-    let mut sums = _mm256_setzero_ps();
-    for scores in scores[..width].chunks_exact(8) {
-        sums = _mm256_add_ps(sums, load(scores));
-    }
-    let lanes = lanes(sums);
-    let halves = [lanes[0] + lanes[4], lanes[1] + lanes[5], lanes[2] + lanes[6], lanes[3] + lanes[7]];
-    let sum = (halves[0] + halves[2]) + (halves[1] + halves[3]);
-    *softmax = Softmax { max, sum: softmax.sum * rescale + sum };
-    rescale
+    let halves = _mm_max_ps(_mm256_castps256_ps128(maxima), _mm256_extractf128_ps::<1>(maxima));
+    let pairs = _mm_max_ps(halves, _mm_movehl_ps(halves, halves));
+    _mm_cvtss_f32(_mm_max_ss(pairs, _mm_movehdup_ps(pairs)))
 }
 
-/// Adds the tokens' values, weighted, to dimensions `d..d + 8 * V` of all queries' sums.
+/// Turns the first `seen` of some whole blocks' scores into weights, the rest into zeros, and takes them into the sums.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn weights(scores: &mut [f32], seen: usize, max: f32, rescale: f32, sums: &mut [f32; BLOCK_TOKENS]) {
+    for scores in scores.chunks_exact_mut(8) {
+        store(exp2_lanes(_mm256_sub_ps(load(scores), _mm256_set1_ps(max))), scores);
+    }
+    if seen < scores.len() {
+        scores[seen..].fill(0.0);
+    }
+    let mut of_chunk = [_mm256_setzero_ps(); 2];
+    for scores in scores.chunks_exact(BLOCK_TOKENS) {
+        let (low, high) = scores.split_at(8);
+        of_chunk = [_mm256_add_ps(of_chunk[0], load(low)), _mm256_add_ps(of_chunk[1], load(high))];
+    }
+    for (sums, of_chunk) in sums.chunks_exact_mut(8).zip(of_chunk) {
+        store(_mm256_fmadd_ps(load(sums), _mm256_set1_ps(rescale), of_chunk), sums);
+    }
+}
+
+/// Rescales dimensions `d..d + 8 * V` of all queries' sums and adds the tokens' values, weighted.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_values<const Q: usize, const V: usize>(
-    probabilities: &[[f32; CHUNK_TOKENS]; Q],
-    values: &[&[f16]; CHUNK_BLOCKS],
+pub(super) fn add_values<const Q: usize, const V: usize>(
+    weights: &[Scores; Q],
+    rescales: &[f32; ROOM],
+    chunk: &Chunk<'_>,
+    ahead: &Chunk<'_>,
     tokens: usize,
-    dim: usize,
     d: usize,
     sums: &mut [f32],
 ) {
+    let dim = chunk.head_dim;
+    let mut places = sums.chunks_exact_mut(dim).map(|sums| parts_mut::<V, 8>(&mut sums[d..]));
+    let places: [_; Q] = std::array::from_fn(|_| places.next().expect("sums of each query"));
     let mut lanes = [[_mm256_setzero_ps(); V]; Q];
-    for (query, lanes) in lanes.iter_mut().enumerate() {
-        for (v, lane) in lanes.iter_mut().enumerate() {
-            *lane = load(&sums[query * dim + d + v * 8..][..8]);
-        }
-    }
-    for (block, values) in values.iter().enumerate().take(tokens.div_ceil(BLOCK_TOKENS)) {
+    for (block, values) in chunk.values.iter().enumerate().take(tokens.div_ceil(BLOCK_TOKENS)) {
         for token in 0..BLOCK_TOKENS.min(tokens - block * BLOCK_TOKENS) {
-            let values = &values[token * dim + d..][..8 * V];
-            let mut wide = [_mm256_setzero_ps(); V];
-            for (wide, values) in wide.iter_mut().zip(values.chunks_exact(8)) {
-                *wide = widen(values);
-            }
-            for (lanes, probabilities) in lanes.iter_mut().zip(probabilities) {
-                let probability = _mm256_set1_ps(probabilities[block * BLOCK_TOKENS + token]);
+            let at = token * dim + d;
+            prefetch(ahead.values[block], at);
+            let values: &[[f16; 8]; V] = parts(&values[at..]);
+            let wide = values.map(|values| widen(&values));
+            for (lanes, Scores(weights)) in lanes.iter_mut().zip(weights) {
+                let weight = _mm256_set1_ps(weights[block * BLOCK_TOKENS + token]);
                 for (lane, &wide) in lanes.iter_mut().zip(&wide) {
-                    *lane = _mm256_fmadd_ps(wide, probability, *lane);
+                    *lane = _mm256_fmadd_ps(wide, weight, *lane);
                 }
             }
         }
     }
-    for (query, lanes) in lanes.iter().enumerate() {
-        for (v, &lane) in lanes.iter().enumerate() {
-            store(lane, &mut sums[query * dim + d + v * 8..][..8]);
+    for ((lanes, &rescale), places) in lanes.iter().zip(rescales).zip(places) {
+        for (&lane, place) in lanes.iter().zip(places) {
+            store(_mm256_fmadd_ps(load(place), _mm256_set1_ps(rescale), lane), place);
         }
     }
 }
 
-/// `elementwise::exp`, eight at a time, operation by operation.
+/// The first `V` times `N` of some values.
+#[inline(always)]
+pub(super) fn parts<T, const V: usize, const N: usize>(values: &[T]) -> &[[T; N]; V] {
+    values.as_chunks().0.first_chunk().expect("the dimensions of a whole step")
+}
+
+#[inline(always)]
+pub(super) fn parts_mut<const V: usize, const N: usize>(values: &mut [f32]) -> &mut [[f32; N]; V] {
+    values.as_chunks_mut().0.first_chunk_mut().expect("the dimensions of a whole step")
+}
+
+/// The same code as `scalar::fold`; the compiler vectorises it for the features named here.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn fold(total: &mut Softmax, total_values: &mut [f32], part: Softmax, part_values: &[f32]) {
+    scalar::fold(total, total_values, part, part_values);
+}
+
+/// As `scalar::write`.
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn write(
+    key: &[f32],
+    value: &[f32],
+    slot: usize,
+    keys: &mut [[f16; BLOCK_TOKENS]],
+    value_place: &mut [f16],
+) {
+    for (key, keys) in key.chunks_exact(8).zip(keys.chunks_exact_mut(8)) {
+        let mut narrowed = [f16::ZERO; 8];
+        narrow(key, &mut narrowed);
+        keys.iter_mut().zip(narrowed).for_each(|(keys, key)| keys[slot] = key);
+    }
+    for (value, place) in value.chunks_exact(8).zip(value_place.chunks_exact_mut(8)) {
+        narrow(value, place);
+    }
+}
+
+/// Has the cache line of `values[at]` brought into the second cache, while another chunk is worked on.
+#[inline]
+pub(super) fn prefetch<T>(values: &[T], at: usize) {
+    // SAFETY: a prefetch does nothing that the program can see, whatever the address.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().wrapping_add(at).cast()) };
+}
+
+/// `scalar::exp2`, eight at a time, operation by operation.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn exp_lanes(x: __m256) -> __m256 {
-    const NEAREST_EVEN: i32 = 0x08;
-    let x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(EXP_LOWEST)), _mm256_set1_ps(EXP_HIGHEST));
-    let scaled = _mm256_mul_ps(x, _mm256_set1_ps(std::f32::consts::LOG2_E));
-    let whole = _mm256_round_ps::<NEAREST_EVEN>(scaled);
-    let fraction = _mm256_sub_ps(scaled, whole);
+fn exp2_lanes(x: __m256) -> __m256 {
+    let x = _mm256_max_ps(x, _mm256_set1_ps(EXP2_LOWEST));
+    let whole = _mm256_round_ps::<NEAREST_EVEN>(x);
+    let fraction = _mm256_sub_ps(x, whole);
     let mut power = _mm256_set1_ps(EXP2[0]);
     for &coefficient in &EXP2[1..] {
         power = _mm256_fmadd_ps(power, fraction, _mm256_set1_ps(coefficient));
@@ -203,18 +270,23 @@ fn store(lanes: __m256, values: &mut [f32]) {
 }
 
 #[inline]
-#[target_feature(enable = "avx2")]
-fn lanes(vector: __m256) -> [f32; 8] {
-    let mut lanes = [0.0; 8];
-    store(vector, &mut lanes);
-    lanes
-}
-
-#[inline]
 #[target_feature(enable = "avx2,f16c")]
 fn widen(values: &[f16]) -> __m256 {
     assert!(values.len() == 8);
     // SAFETY: eight halves (above), of 16 bytes.
     let halves: __m128i = unsafe { _mm_loadu_si128(values.as_ptr().cast()) };
     _mm256_cvtph_ps(halves)
+}
+
+/// Eight floats as halves, clamped to what these can hold.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn narrow(values: &[f32], halves: &mut [f16]) {
+    assert!(halves.len() == 8);
+    let (lowest, highest) = (_mm256_set1_ps(f16::MIN.to_f32()), _mm256_set1_ps(f16::MAX.to_f32()));
+    // In this order of operands, what is no number stays so.
+    let clamped = _mm256_min_ps(highest, _mm256_max_ps(lowest, load(values)));
+    let narrowed = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(clamped);
+    // SAFETY: eight halves (above), of 16 bytes.
+    unsafe { _mm_storeu_si128(halves.as_mut_ptr().cast(), narrowed) }
 }

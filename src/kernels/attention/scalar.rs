@@ -1,59 +1,108 @@
-//! What does a tile of attention compute? The plain form, which the SIMD form must equal bit for bit.
+//! What does attention compute? The plain form, which the SIMD forms must equal bit for bit.
 
-use super::{BLOCK_TOKENS, CHUNK_BLOCKS, CHUNK_TOKENS, Cache, Softmax, Tile};
-use crate::kernels::elementwise::exp;
+use half::f16;
 
-pub(super) fn attend(tile: &mut Tile, cache: &Cache<'_>) {
-    let dim = tile.head_dim;
-    let queries = tile.queries.chunks_exact(dim).zip(tile.sums.chunks_exact_mut(dim));
-    for ((query, sums), &length) in queries.zip(&tile.lengths) {
-        attend_one(query, length, cache, sums);
-    }
+use super::kernel::{Chunk, Softmax, Tile};
+use super::{BLOCK_TOKENS, CHUNK_TOKENS};
+
+/// Below this, `2^x` is as good as zero, and its result would leave the range of normal floats.
+pub(super) const EXP2_LOWEST: f32 = -125.0;
+/// Coefficients of `2^f` for f in -0.5..=0.5, highest power first; the last is exact, so that `2^0` is 1. Found by least
+/// squares of the relative error, weighted until it was even: below 1.6e-7 when computed in f32.
+#[expect(clippy::approx_constant, reason = "near ln(2), but fitted with the others")]
+pub(super) const EXP2: [f32; 6] = [1.326_472_8e-3, 9.671_513e-3, 5.550_733_7e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
+
+/// `2^x` for x up to 0.
+#[inline(always)]
+pub(super) fn exp2(x: f32) -> f32 {
+    let x = x.max(EXP2_LOWEST);
+    let whole = x.round_ties_even();
+    let fraction = x - whole;
+    let power = EXP2[1..].iter().fold(EXP2[0], |power, &coefficient| power.mul_add(fraction, coefficient));
+    // Adds `whole` to the exponent; the clamp keeps it in range.
+    f32::from_bits(power.to_bits().wrapping_add_signed((whole as i32) << 23))
 }
 
-fn attend_one(query: &[f32], length: usize, cache: &Cache<'_>, sums: &mut [f32]) {
-    let mut softmax = Softmax::START;
-    for chunk in 0..length.div_ceil(CHUNK_TOKENS) {
-        let first = chunk * CHUNK_TOKENS;
-        let seen = CHUNK_TOKENS.min(length - first);
-        let mut scores = [0.0_f32; CHUNK_TOKENS];
-        for (block, scores) in scores.chunks_exact_mut(BLOCK_TOKENS).enumerate().take(seen.div_ceil(BLOCK_TOKENS)) {
-            for (keys, &q) in cache.keys(chunk * CHUNK_BLOCKS + block).iter().zip(query) {
+pub(super) fn attend(tile: &mut Tile<'_>, chunk: &Chunk<'_>) {
+    let queries = tile.seen.len();
+    for query in 0..queries {
+        let seen = tile.seen[query].saturating_sub(chunk.first).min(CHUNK_TOKENS);
+        if seen == 0 {
+            continue;
+        }
+        let scores = &mut tile.scores[query].0;
+        scores.fill(0.0);
+        for (scores, keys) in scores.chunks_exact_mut(BLOCK_TOKENS).zip(chunk.keys).take(seen.div_ceil(BLOCK_TOKENS)) {
+            for (keys, &q) in keys.iter().zip(tile.queries[query..].iter().step_by(queries)) {
                 for (score, key) in scores.iter_mut().zip(keys) {
                     *score = key.to_f32().mul_add(q, *score);
                 }
             }
         }
-        let rescale = probabilities(&mut softmax, &mut scores, seen);
-        for sum in sums.iter_mut() {
-            *sum *= rescale;
-        }
-        for (token, &probability) in scores[..seen].iter().enumerate() {
-            let values = cache.values(chunk * CHUNK_BLOCKS + token / BLOCK_TOKENS);
-            for (sum, value) in sums.iter_mut().zip(&values[token % BLOCK_TOKENS * query.len()..]) {
-                *sum = value.to_f32().mul_add(probability, *sum);
+        let rescale = weights(&mut tile.maxima[query], &mut tile.sums[query], scores, seen);
+        let values = &mut tile.values[query * chunk.head_dim..][..chunk.head_dim];
+        for (d, sum) in values.iter_mut().enumerate() {
+            let mut of_chunk = 0.0_f32;
+            for (token, &weight) in scores[..seen].iter().enumerate() {
+                let value = chunk.values[token / BLOCK_TOKENS][token % BLOCK_TOKENS * chunk.head_dim + d];
+                of_chunk = value.to_f32().mul_add(weight, of_chunk);
             }
+            *sum = sum.mul_add(rescale, of_chunk);
         }
-    }
-    let scale = 1.0 / softmax.sum;
-    for sum in sums {
-        *sum *= scale;
     }
 }
 
-/// Turns the first `seen` scores into unnormalised probabilities, the rest into zeros, and takes them into the running
-/// softmax. Returns by what all sums so far must be multiplied.
-fn probabilities(softmax: &mut Softmax, scores: &mut [f32; CHUNK_TOKENS], seen: usize) -> f32 {
-    let max = scores[..seen].iter().fold(softmax.max, |max, &score| max.max(score));
-    let rescale = exp(softmax.max - max);
-    // Eight running sums, as the lanes of a vector.
-    let mut lanes = [0.0_f32; 8];
+/// Turns the first `seen` scores into weights, the rest into zeros, and takes them into the highest score and the sums.
+/// Returns by what all weights before must be multiplied.
+fn weights(max: &mut f32, sums: &mut [f32; BLOCK_TOKENS], scores: &mut [f32; CHUNK_TOKENS], seen: usize) -> f32 {
+    let before = *max;
+    *max = scores[..seen].iter().fold(before, |max, &score| max.max(score));
+    let rescale = exp2(before - *max);
+    let mut of_chunk = [0.0_f32; BLOCK_TOKENS];
     for (index, score) in scores.iter_mut().enumerate() {
-        *score = if index < seen { exp(*score - max) } else { 0.0 };
-        lanes[index % 8] += *score;
+        *score = if index < seen { exp2(*score - *max) } else { 0.0 };
+        of_chunk[index % BLOCK_TOKENS] += *score;
     }
-    let halves: [f32; 4] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + 4]);
-    let sum = (halves[0] + halves[2]) + (halves[1] + halves[3]);
-    *softmax = Softmax { max, sum: softmax.sum * rescale + sum };
+    for (sum, of_chunk) in sums.iter_mut().zip(of_chunk) {
+        *sum = sum.mul_add(rescale, of_chunk);
+    }
     rescale
+}
+
+/// The sum of a query's weights, from its parts.
+pub(super) fn sum_of(mut parts: [f32; BLOCK_TOKENS]) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for part in 0..half {
+            parts[part] += parts[part + half];
+        }
+    }
+    parts[0]
+}
+
+/// As `Kernel::fold`.
+#[inline(always)]
+pub(super) fn fold(total: &mut Softmax, total_values: &mut [f32], part: Softmax, part_values: &[f32]) {
+    if part.sum == 0.0 {
+        // None of the partition's tokens is for this query.
+        return;
+    }
+    let max = total.max.max(part.max);
+    let (before, added) = (exp2(total.max - max), exp2(part.max - max));
+    *total = Softmax { max, sum: part.sum.mul_add(added, total.sum * before) };
+    for (total, &part) in total_values.iter_mut().zip(part_values) {
+        *total = part.mul_add(added, *total * before);
+    }
+}
+
+/// As `Kernel::write`.
+pub(super) fn write(
+    key: &[f32],
+    value: &[f32],
+    slot: usize,
+    keys: &mut [[f16; BLOCK_TOKENS]],
+    value_place: &mut [f16],
+) {
+    let narrow = |value: f32| f16::from_f32(value.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()));
+    keys.iter_mut().zip(key).for_each(|(keys, &key)| keys[slot] = narrow(key));
+    value_place.iter_mut().zip(value).for_each(|(place, &value)| *place = narrow(value));
 }

@@ -1,366 +1,268 @@
 //! How is a batch of rows multiplied by a weight matrix?
 //!
-//! Weights lie in panels of 16 output rows, `[panel][column][16]`, f32 or f16. Each output is one chain of fused
-//! multiply-adds over the columns, in their order, whatever the number of rows and whichever kernel runs.
-//! Invariant: a row's outputs are the same bits alone and in any batch, in the scalar and in the SIMD form.
+//! A layer is one or more matrices, one below the other (q over k over v), each packed in the form that keeps what its file
+//! holds: `quantised` for int8 rows, `float` for rows as they are. All are multiplied as one job of the threads.
+//! Invariant: a row's outputs are the same bits alone and in any batch, with any number of threads, on every machine.
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
-mod scalar;
+pub mod activations;
+mod float;
+pub mod quantised;
 
-use std::sync::Arc;
-
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape};
-use half::f16;
-use half::slice::HalfFloatSliceExt;
-use rayon::prelude::*;
+use half::{bf16, f16};
 
 use super::SharedOut;
-use super::elementwise::contiguous;
+use super::isa::Isa;
+use super::threads::Threads;
+pub use activations::{Activations, Wants};
+pub use quantised::Encoding;
 
 /// Output rows of a panel.
 const PANEL: usize = 16;
-/// Most rows of input of one tile: with two vectors of outputs each, they fill the 16 registers of AVX2.
-const TILE: usize = 6;
-/// Bytes of input that a panel passes over before the next panel's turn: half of a common L2 cache.
-const INPUT_BLOCK_BYTES: usize = 256 * 1024;
+/// Bytes of input that a panel passes over before the next panel's turn: part of a common L2 cache.
+const INPUT_BLOCK_BYTES: usize = 384 * 1024;
+/// Panels that are multiplied with one tile before the next tile's turn: their bytes stay in the L1 cache.
+const PANELS_AT_ONCE: usize = 2;
 /// Most panels that a thread takes at a time.
-const PANELS_A_TASK: usize = 4;
+const PANELS_A_CHUNK: usize = 8;
+/// Chunks that each thread finds, where there are panels enough: more would cost, fewer would leave threads waiting.
+const CHUNKS_A_THREAD: usize = 6;
 
-/// In which form weights are kept.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Precision {
-    F32,
-    /// Half the bytes to read. Rounds by 2^-11 at most, far below the error of any quantised source.
-    F16,
+/// Writes a row of weights, dequantised, on any thread: `(row, values)`.
+pub type FillRow<'a, E> = dyn Fn(usize, &mut [f32]) -> Result<(), E> + Sync + 'a;
+
+/// Rows of weights as a file has them, and the form that they are to have.
+pub enum Source<'a, E> {
+    /// Kept as they are.
+    Blocks(Encoding, &'a [u8]),
+    F32(&'a [u8]),
+    F16(&'a [u8]),
+    BF16(&'a [u8]),
+    /// Quantised to 8 bits.
+    Quantise(&'a FillRow<'a, E>),
 }
 
-/// A weight matrix, packed.
-pub struct PackedMatrix {
-    outputs: usize,
-    inputs: usize,
-    panels: Panels,
+/// A matrix, packed.
+enum Matrix {
+    Quantised(quantised::Panels),
+    F32(float::Panels<f32>),
+    F16(float::Panels<f16>),
+    BF16(float::Panels<bf16>),
 }
 
-/// `[panel][column]` of 16 rows; rows past the last are zeros.
-enum Panels {
-    F32(Vec<[f32; PANEL]>),
-    F16(Vec<[f16; PANEL]>),
-}
-
-impl PackedMatrix {
-    /// Packs a matrix of `outputs` rows and `inputs` columns.
-    ///
-    /// `fill(first_row, values)` writes rows `first_row..` into `values`, `[rows, inputs]`; it is called from many
-    /// threads. A matrix whose values don't fit f16 is kept in f32.
-    pub fn pack<E: Send>(
-        outputs: usize,
-        inputs: usize,
-        precision: Precision,
-        fill: impl Fn(usize, &mut [f32]) -> std::result::Result<(), E> + Sync,
-    ) -> std::result::Result<Self, E> {
-        assert!(outputs > 0 && inputs > 0, "an empty matrix");
-        let panels = match precision {
-            Precision::F32 => Panels::F32(pack_panels(outputs, inputs, &fill, <[f32]>::copy_from_slice)?),
-            Precision::F16 => {
-                let panels =
-                    pack_panels(outputs, inputs, &fill, |to: &mut [f16], from| to.convert_from_f32_slice(from))?;
-                if panels.par_iter().flatten().all(|value| value.is_finite()) {
-                    Panels::F16(panels)
-                } else {
-                    return Self::pack(outputs, inputs, Precision::F32, fill);
-                }
-            }
-        };
-        Ok(Self { outputs, inputs, panels })
+impl Matrix {
+    fn panels(&self) -> usize {
+        match self {
+            Self::Quantised(panels) => panels.panels(),
+            Self::F32(panels) => panels.panels(),
+            Self::F16(panels) => panels.panels(),
+            Self::BF16(panels) => panels.panels(),
+        }
     }
 
-    pub fn outputs(&self) -> usize {
-        self.outputs
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Quantised(panels) => panels.bytes(),
+            Self::F32(panels) => panels.bytes(),
+            Self::F16(panels) => panels.bytes(),
+            Self::BF16(panels) => panels.bytes(),
+        }
+    }
+}
+
+/// What becomes of a product.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Update {
+    /// It is written over what was there.
+    Set,
+    /// It is added to what was there.
+    Add,
+}
+
+/// A linear layer without bias: `[rows, inputs]` to `[rows, outputs]`.
+pub struct Linear {
+    isa: Isa,
+    inputs: usize,
+    outputs: usize,
+    /// The matrices, and the first output of each.
+    parts: Vec<(usize, Matrix)>,
+}
+
+impl Linear {
+    /// A layer without outputs, for kernels of these instructions.
+    pub fn new(isa: Isa, inputs: usize) -> Self {
+        assert!(inputs > 0, "a layer of no inputs");
+        Self { isa, inputs, outputs: 0, parts: Vec::new() }
+    }
+
+    /// Packs a matrix of `outputs` rows below those that the layer has.
+    pub fn push<E: Send>(&mut self, threads: &mut Threads, outputs: usize, source: Source<'_, E>) -> Result<(), E> {
+        let inputs = self.inputs;
+        let matrix = match source {
+            Source::Blocks(encoding, bytes) => {
+                Matrix::Quantised(quantised::Panels::pack(threads, outputs, inputs, encoding, bytes))
+            }
+            Source::F32(bytes) => Matrix::F32(float::Panels::pack(threads, outputs, inputs, bytes)),
+            Source::F16(bytes) => Matrix::F16(float::Panels::pack(threads, outputs, inputs, bytes)),
+            Source::BF16(bytes) => Matrix::BF16(float::Panels::pack(threads, outputs, inputs, bytes)),
+            Source::Quantise(fill) => Matrix::Quantised(quantised::Panels::quantise(threads, outputs, inputs, fill)?),
+        };
+        self.parts.push((self.outputs, matrix));
+        self.outputs += outputs;
+        Ok(())
     }
 
     pub fn inputs(&self) -> usize {
         self.inputs
     }
 
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
     /// Bytes that the weights take.
     pub fn bytes(&self) -> usize {
-        match &self.panels {
-            Panels::F32(panels) => size_of_val(panels.as_slice()),
-            Panels::F16(panels) => size_of_val(panels.as_slice()),
-        }
+        self.parts.iter().map(|(_, matrix)| matrix.bytes()).sum()
     }
 
-    /// Copies row `row` to `out`, `[inputs]`: what an embedding does.
+    /// Whether the scales of all quantised weights are numbers.
+    pub fn is_finite(&self) -> bool {
+        self.parts.iter().all(|(_, matrix)| match matrix {
+            Matrix::Quantised(panels) => panels.is_finite(),
+            Matrix::F32(_) | Matrix::F16(_) | Matrix::BF16(_) => true,
+        })
+    }
+
+    /// In which forms the layer reads its input.
+    pub fn wants(&self) -> Wants {
+        let quantised = |(_, matrix): &(usize, Matrix)| matches!(matrix, Matrix::Quantised(_));
+        Wants { quantised: self.parts.iter().any(quantised), float: !self.parts.iter().all(quantised) }
+    }
+
+    /// Copies row `row` of the weights to `out`, `[inputs]`: what an embedding does.
     pub fn copy_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.outputs, "row {row} of a matrix of {} rows", self.outputs);
-        let (first, lane) = (row / PANEL * self.inputs, row % PANEL);
-        match &self.panels {
-            Panels::F32(panels) => {
-                for (out, weights) in out.iter_mut().zip(&panels[first..][..self.inputs]) {
-                    *out = weights[lane];
-                }
-            }
-            Panels::F16(panels) => {
-                for (out, weights) in out.iter_mut().zip(&panels[first..][..self.inputs]) {
-                    *out = weights[lane].to_f32();
-                }
-            }
+        let (first, matrix) = self.parts.iter().rev().find(|(first, _)| *first <= row).expect("parts start at row 0");
+        match matrix {
+            Matrix::Quantised(panels) => panels.copy_row(row - first, out),
+            Matrix::F32(panels) => panels.copy_row(row - first, out),
+            Matrix::F16(panels) => panels.copy_row(row - first, out),
+            Matrix::BF16(panels) => panels.copy_row(row - first, out),
         }
     }
 
-    /// `out[r][o] = bias[o] + Σ input[r][i] * weight[o][i]`. `input`: `[rows, inputs]`; `out`: `[rows, outputs]`.
-    pub fn multiply(&self, input: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
-        #[cfg(target_arch = "x86_64")]
-        if super::has_avx2() {
-            return self.multiply_with(Kernel::Avx2, input, bias, out);
+    /// `out[r][o] = Σ input[r][i] * weight[o][i]`, or that added. `out`: `[rows, outputs]`. Panics if the input was not
+    /// filled for this layer.
+    pub fn multiply(&self, threads: &mut Threads, input: &Activations, update: Update, out: &mut [f32]) {
+        let rows = input.rows();
+        let (wants, has) = (self.wants(), input.wants());
+        assert!(input.inputs() == self.inputs && out.len() == rows * self.outputs, "a product of another shape");
+        assert!(has.quantised >= wants.quantised && has.float >= wants.float, "an input of another form");
+        if rows == 0 {
+            return;
         }
-        self.multiply_with(Kernel::Scalar, input, bias, out);
-    }
-
-    fn multiply_with(&self, kernel: Kernel, input: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
-        match &self.panels {
-            Panels::F32(panels) => self.multiply_panels(kernel, panels, input, bias, out),
-            Panels::F16(panels) => self.multiply_panels(kernel, panels, input, bias, out),
-        }
-    }
-
-    fn multiply_panels<W: Weight>(
-        &self,
-        kernel: Kernel,
-        panels: &[[W; PANEL]],
-        input: &[f32],
-        bias: Option<&[f32]>,
-        out: &mut [f32],
-    ) {
-        let rows = input.len() / self.inputs;
-        assert_eq!(input.len(), rows * self.inputs, "a part of a row");
-        assert_eq!(out.len(), rows * self.outputs, "an output of another shape");
-        assert!(bias.is_none_or(|bias| bias.len() == self.outputs), "a bias of another length");
-        let shared = SharedOut::new(out);
-        let count = self.outputs.div_ceil(PANEL);
-        let a_task = count.div_ceil(4 * rayon::current_num_threads()).clamp(1, PANELS_A_TASK);
-        let block = (INPUT_BLOCK_BYTES / (self.inputs * size_of::<f32>())).next_multiple_of(TILE);
-        let store = |panel: usize, row: usize, sums: &mut [f32; PANEL]| {
-            let first = panel * PANEL;
-            let width = PANEL.min(self.outputs - first);
-            if let Some(bias) = bias {
-                for (sum, bias) in sums.iter_mut().zip(&bias[first..][..width]) {
-                    *sum += bias;
+        let out = SharedOut::new(out);
+        let panels: usize = self.parts.iter().map(|(_, matrix)| matrix.panels()).sum();
+        let a_chunk = (panels / (CHUNKS_A_THREAD * threads.count())).clamp(1, PANELS_A_CHUNK);
+        let chunks = |matrix: &Matrix| matrix.panels().div_ceil(a_chunk);
+        let all = self.parts.iter().map(|(_, matrix)| chunks(matrix)).sum();
+        threads.run(all, |mut chunk| {
+            for (first_output, matrix) in &self.parts {
+                if chunk >= chunks(matrix) {
+                    chunk -= chunks(matrix);
+                    continue;
                 }
-            }
-            // SAFETY: `out` is borrowed until this call returns, and only this task has these panels' columns.
-            unsafe { shared.write(row * self.outputs + first, &sums[..width]) }
-        };
-        panels.par_chunks(a_task * self.inputs).enumerate().for_each(|(task, panels)| {
-            let task = Task { panels, first_panel: task * a_task, inputs: self.inputs };
-            for (index, input) in input.chunks(block * self.inputs).enumerate() {
-                let store = |panel, row, sums: &mut [f32; PANEL]| store(panel, index * block + row, sums);
-                match kernel {
-                    Kernel::Scalar => scalar::multiply(&task, input, store),
-                    // SAFETY: the kernel was chosen by `has_avx2`.
-                    #[cfg(target_arch = "x86_64")]
-                    Kernel::Avx2 => unsafe { avx2::multiply(&task, input, store) },
-                }
+                let range = chunk * a_chunk..matrix.panels().min((chunk + 1) * a_chunk);
+                let next = self.parts.iter().map(|(first, _)| *first).find(|first| first > first_output);
+                let outputs = next.unwrap_or(self.outputs) - first_output;
+                let out = Out { out, row: 0, first: *first_output, outputs, stride: self.outputs, update };
+                return self.multiply_part(matrix, range, input, out);
             }
         });
     }
-}
 
-/// Panels that one thread multiplies.
-struct Task<'a, W> {
-    /// `[panel][column]`.
-    panels: &'a [[W; PANEL]],
-    first_panel: usize,
-    inputs: usize,
-}
-
-#[derive(Clone, Copy)]
-enum Kernel {
-    Scalar,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-}
-
-/// A form of weight that the kernels read.
-trait Weight: Copy + Default + Send + Sync {
-    fn to_f32(self) -> f32;
-    /// Sixteen weights as two vectors.
-    ///
-    /// # Safety
-    /// The machine has AVX2 and F16C.
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn widen(weights: &[Self; PANEL]) -> [std::arch::x86_64::__m256; 2];
-}
-
-fn pack_panels<W: Weight, E: Send>(
-    outputs: usize,
-    inputs: usize,
-    fill: &(impl Fn(usize, &mut [f32]) -> std::result::Result<(), E> + Sync),
-    convert: impl Fn(&mut [W], &[f32]) + Sync,
-) -> std::result::Result<Vec<[W; PANEL]>, E> {
-    let mut panels = vec![[W::default(); PANEL]; outputs.div_ceil(PANEL) * inputs];
-    panels.par_chunks_mut(inputs).enumerate().try_for_each_init(
-        || (vec![0.0; PANEL * inputs], vec![W::default(); PANEL * inputs]),
-        |(values, converted), (panel, packed)| {
-            let first = panel * PANEL;
-            let used = PANEL.min(outputs - first) * inputs;
-            fill(first, &mut values[..used])?;
-            convert(&mut converted[..used], &values[..used]);
-            for (lane, row) in converted[..used].chunks_exact(inputs).enumerate() {
-                for (weights, &value) in packed.iter_mut().zip(row) {
-                    weights[lane] = value;
+    /// Some panels of one matrix by all rows.
+    fn multiply_part(&self, matrix: &Matrix, range: std::ops::Range<usize>, input: &Activations, out: Out) {
+        match matrix {
+            Matrix::Quantised(panels) => {
+                let (kernel, tile_rows) = quantised::kernel(self.isa);
+                let tiles = input.rows().div_ceil(tile_rows);
+                let at_once = (INPUT_BLOCK_BYTES / (self.inputs * tile_rows)).max(1);
+                for first_tile in (0..tiles).step_by(at_once) {
+                    for panel in range.clone().step_by(PANELS_AT_ONCE) {
+                        for tile in first_tile..tiles.min(first_tile + at_once) {
+                            let out = Out { row: tile * tile_rows, ..out };
+                            let panel = panel..range.end.min(panel + PANELS_AT_ONCE);
+                            // SAFETY: the instructions were checked for when they were chosen; these panels' columns are
+                            // this chunk's alone, and `out` is borrowed until all chunks are done.
+                            unsafe { kernel(panels, panel, &input.tile(tile), &out) };
+                        }
+                    }
                 }
             }
-            Ok(())
-        },
-    )?;
-    Ok(panels)
+            Matrix::F32(panels) => panels.multiply(self.isa, range, input.floats(), &out),
+            Matrix::F16(panels) => panels.multiply(self.isa, range, input.floats(), &out),
+            Matrix::BF16(panels) => panels.multiply(self.isa, range, input.floats(), &out),
+        }
+    }
 }
 
-/// A linear layer, as candle runs it: `[rows, inputs]` to `[rows, outputs]`.
-#[derive(Clone)]
-pub struct Linear {
-    pub weight: Arc<PackedMatrix>,
-    /// `[outputs]`.
-    pub bias: Option<Arc<[f32]>>,
+/// Where the products of some rows by one matrix go.
+#[derive(Clone, Copy)]
+struct Out {
+    out: SharedOut<f32>,
+    /// The tile's first row.
+    row: usize,
+    /// The matrix' first output.
+    first: usize,
+    /// Outputs of the matrix.
+    outputs: usize,
+    /// Outputs of the layer.
+    stride: usize,
+    update: Update,
 }
 
-impl CustomOp1 for Linear {
-    fn name(&self) -> &'static str {
-        "packed-linear"
+impl Out {
+    fn adds(&self) -> bool {
+        self.update == Update::Add
     }
 
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, inputs) = layout.shape().dims2()?;
-        if inputs != self.weight.inputs {
-            candle_core::bail!("a layer of {} inputs was given {inputs}", self.weight.inputs);
+    /// Where a panel's 16 products of row `row` of the tile go; `None` if the matrix has fewer left.
+    ///
+    /// # Safety
+    /// The row is one of the product.
+    #[inline(always)]
+    unsafe fn whole(&self, row: usize, panel: usize) -> Option<*mut f32> {
+        let column = panel * PANEL;
+        let at = (self.row + row) * self.stride + self.first + column;
+        (column + PANEL <= self.outputs).then(|| self.out.at(at, PANEL))
+    }
+
+    /// Takes the products of a panel with row `row` of the tile.
+    ///
+    /// # Safety
+    /// The output is borrowed, and these columns are this thread's alone.
+    unsafe fn put(&self, row: usize, panel: usize, sums: &[f32; PANEL]) {
+        // SAFETY: the caller's promise.
+        unsafe { self.put_part(row, panel, 0, sums) }
+    }
+
+    /// As `put`, from lane `lane` of the panel.
+    ///
+    /// # Safety
+    /// As `put`.
+    unsafe fn put_part(&self, row: usize, panel: usize, lane: usize, sums: &[f32]) {
+        let column = panel * PANEL + lane;
+        let width = sums.len().min(self.outputs.saturating_sub(column));
+        if width == 0 {
+            return;
         }
-        let mut out = vec![0.0; rows * self.weight.outputs];
-        self.weight.multiply(contiguous(storage, layout)?, self.bias.as_deref(), &mut out);
-        Ok((CpuStorage::F32(out), Shape::from((rows, self.weight.outputs))))
+        // SAFETY: the caller's promise.
+        let out = unsafe { self.out.part((self.row + row) * self.stride + self.first + column, width) };
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = if self.adds() { *out + sum } else { *sum };
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::convert::Infallible;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// Values in -1..1 out of a seed, with some zeros.
-    fn values(seed: u64, count: usize) -> Vec<f32> {
-        let mut state = seed | 1;
-        let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..count).map(|index| if index % 17 == 3 { 0.0 } else { next() }).collect()
-    }
-
-    fn pack(outputs: usize, inputs: usize, precision: Precision, weights: &[f32]) -> PackedMatrix {
-        PackedMatrix::pack(outputs, inputs, precision, |first, rows| {
-            rows.copy_from_slice(&weights[first * inputs..][..rows.len()]);
-            Ok::<_, Infallible>(())
-        })
-        .unwrap()
-    }
-
-    fn bits(values: &[f32]) -> Vec<u32> {
-        values.iter().map(|value| value.to_bits()).collect()
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-
-        #[test]
-        fn a_product_is_that_of_f64_within_1e_5_and_both_kernels_give_the_same_bits(
-            rows in 1..40_usize,
-            outputs in 1..150_usize,
-            inputs in 1..200_usize,
-            half in any::<bool>(),
-            with_bias in any::<bool>(),
-            seed in any::<u64>(),
-        ) {
-            let mut weights = values(seed, outputs * inputs);
-            let input = values(seed ^ 7, rows * inputs);
-            let bias = with_bias.then(|| values(seed ^ 9, outputs));
-            let precision = if half { Precision::F16 } else { Precision::F32 };
-            let matrix = pack(outputs, inputs, precision, &weights);
-            if half {
-                weights.iter_mut().for_each(|weight| *weight = f16::from_f32(*weight).to_f32());
-            }
-            let mut out = vec![f32::NAN; rows * outputs];
-            matrix.multiply(&input, bias.as_deref(), &mut out);
-            for (row, out) in out.chunks_exact(outputs).enumerate() {
-                for (output, &value) in out.iter().enumerate() {
-                    let pairs = input[row * inputs..][..inputs].iter().zip(&weights[output * inputs..][..inputs]);
-                    let products = || pairs.clone().map(|(a, b)| f64::from(*a) * f64::from(*b));
-                    let bias = bias.as_ref().map_or(0.0, |bias| f64::from(bias[output]));
-                    let (wanted, size) = (products().sum::<f64>() + bias, products().map(f64::abs).sum::<f64>() + 1.0);
-                    prop_assert!((f64::from(value) - wanted).abs() <= 1e-5 * size, "{value} for {wanted}");
-                }
-            }
-            let mut plain = vec![f32::NAN; rows * outputs];
-            matrix.multiply_with(Kernel::Scalar, &input, bias.as_deref(), &mut plain);
-            prop_assert_eq!(bits(&out), bits(&plain));
-        }
-    }
-
-    #[test]
-    fn a_row_gives_the_same_bits_alone_and_among_7_and_33() {
-        let (outputs, inputs) = (600, 576);
-        for precision in [Precision::F32, Precision::F16] {
-            let matrix = pack(outputs, inputs, precision, &values(3, outputs * inputs));
-            // Long enough for several blocks of input.
-            let input = values(5, 200 * inputs);
-            let mut whole = vec![0.0; 200 * outputs];
-            matrix.multiply(&input, None, &mut whole);
-            for rows in [1, 2, 3, 4, 5, 7, 33] {
-                let mut part = vec![0.0; rows * outputs];
-                for first in [0, 1, 100, 200 - rows] {
-                    matrix.multiply(&input[first * inputs..][..rows * inputs], None, &mut part);
-                    assert_eq!(
-                        bits(&part),
-                        bits(&whole[first * outputs..][..rows * outputs]),
-                        "{rows} rows at {first}"
-                    );
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_product_is_the_same_bits_on_one_thread_and_on_three() {
-        let matrix = pack(333, 64, Precision::F16, &values(3, 333 * 64));
-        let input = values(5, 20 * 64);
-        let [one, three] = [1, 3].map(|threads| {
-            let mut out = vec![0.0; 20 * 333];
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| matrix.multiply(&input, None, &mut out));
-            bits(&out)
-        });
-        assert_eq!(one, three);
-    }
-
-    #[test]
-    fn a_matrix_with_weights_beyond_f16_is_kept_in_f32() {
-        let mut weights = values(1, 40 * 8);
-        let small = pack(40, 8, Precision::F16, &weights);
-        weights[100] = 70_000.0;
-        let large = pack(40, 8, Precision::F16, &weights);
-        assert_eq!((small.bytes(), large.bytes()), (48 * 8 * 2, 48 * 8 * 4));
-        let mut row = [0.0; 8];
-        large.copy_row(12, &mut row);
-        assert_eq!(row, weights[96..104]);
-    }
-
-    #[test]
-    fn packing_passes_on_the_error_of_its_source() {
-        let packed =
-            PackedMatrix::pack(100, 4, Precision::F32, |first, _| if first == 48 { Err("row 48") } else { Ok(()) });
-        assert_eq!(packed.err(), Some("row 48"));
-    }
-}
+mod tests;

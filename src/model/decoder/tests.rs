@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use candle_core::quantized::{QTensor, gguf_file};
+use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama;
 
 use super::*;
@@ -20,10 +21,18 @@ fn real_model_path() -> PathBuf {
     path
 }
 
+/// What the tests run on, unless they say otherwise.
+fn compute() -> Compute {
+    Compute { threads: 2, isa: Isa::best() }
+}
+
 fn real_model() -> &'static Decoder {
     static MODEL: OnceLock<Decoder> = OnceLock::new();
-    MODEL.get_or_init(|| Decoder::load(&real_model_path(), &mut |_, _| {}).expect("the test model loads"))
+    MODEL.get_or_init(|| Decoder::load(&real_model_path(), compute(), &mut |_, _| {}).expect("the test model loads"))
 }
+
+/// Blocks of a bench's arena: a prime, so that any stride scatters.
+const BLOCKS: u32 = 127;
 
 /// A sequence under test: its tokens so far in the cache, and its blocks, scattered over the arena.
 struct Running {
@@ -33,20 +42,20 @@ struct Running {
 }
 
 /// A model with an arena, whose blocks are given out in a scattered order.
-struct Bench<'a> {
-    model: &'a Decoder,
+struct Bench {
+    model: Decoder,
     arena: Arc<Arena>,
     free: Vec<BlockId>,
 }
 
-impl<'a> Bench<'a> {
-    fn new(model: &'a Decoder) -> Self {
-        let arena = Arc::new(Arena::new(61, model.spec.kv.block_bytes(BLOCK_SIZE)).unwrap());
+impl Bench {
+    fn new(model: &Decoder) -> Self {
+        let arena = Arc::new(Arena::new(BLOCKS as usize, model.spec().kv.block_bytes(BLOCK_SIZE)).unwrap());
         // What a forgotten sequence left must never be seen: here it is all NaN.
-        for block in 0..61 {
+        for block in 0..BLOCKS {
             arena.with_bytes_mut(block, |bytes| bytes.fill(0xff));
         }
-        Self { model, arena, free: (0..61).map(|i| BlockId(i * 37 % 61)).collect() }
+        Self { model: model.sibling(), arena, free: (0..BLOCKS).map(|i| BlockId(i * 37 % BLOCKS)).collect() }
     }
 
     fn start(&mut self, tokens: &[u32]) -> Running {
@@ -79,11 +88,7 @@ impl<'a> Bench<'a> {
         let sampled: Vec<usize> = (0..tokens.len()).collect();
         let batch = Batch { tokens: &tokens, sequences: &sequences, sampled: &sampled };
         let mut logits = Logits::default();
-        let KvShape { layers, kv_heads, head_dim } = self.model.spec.kv;
-        let rows =
-            sequences.iter().map(|s| Rows { first_row: s.first_row, rows: s.rows, context: s.context, table: s.table });
-        let plan = Plan::new(&self.arena, KvLayout { layers, kv_heads, head_dim }, rows).unwrap();
-        self.model.step(&batch, plan, &mut logits).unwrap();
+        self.model.forward(&batch, &self.arena, &mut logits).unwrap();
         (0..sampled.len()).map(|row| logits.row(row).to_vec()).collect()
     }
 
@@ -160,6 +165,65 @@ fn logits_are_the_same_bits_alone_and_in_a_mixed_batch() {
     }
 }
 
+#[test]
+fn a_decoded_token_has_the_same_bits_alone_and_with_1_7_and_33_others() {
+    let mut bench = Bench::new(real_model());
+    let tokens = some_tokens(1, 41);
+    let alone = bench.alone(&tokens, 40);
+    for others in [1, 7, 33] {
+        let mut first = bench.start(&tokens);
+        bench.step(&mut [(&mut first, 40)]);
+        let mut crowd: Vec<_> =
+            (0..others).map(|other| bench.start(&some_tokens(other as u32 + 2, 8 + other % 20))).collect();
+        for other in &mut crowd {
+            let before = other.tokens.len() - 1;
+            bench.step(&mut [(other, before)]);
+        }
+        // In the middle of the batch.
+        let (left, right) = crowd.split_at_mut(others / 2);
+        let mut parts: Vec<_> = left.iter_mut().map(|other| (other, 1)).collect();
+        parts.push((&mut first, 1));
+        parts.extend(right.iter_mut().map(|other| (other, 1)));
+        let batched = bench.step(&mut parts);
+        assert_same_bits(&alone[40..], &batched[others / 2..=others / 2], &format!("{others} others"));
+        bench.free.append(&mut first.table);
+        crowd.iter_mut().for_each(|other| bench.free.append(&mut other.table));
+    }
+}
+
+#[test]
+fn a_sequence_that_left_the_device_and_came_back_to_other_blocks_goes_on_with_the_same_bits() {
+    let mut bench = Bench::new(real_model());
+    let tokens = some_tokens(5, 60);
+    let whole = bench.alone(&tokens, tokens.len());
+    let mut running = bench.start(&tokens);
+    bench.step(&mut [(&mut running, 55)]);
+    let host = Arena::new(running.table.len(), bench.arena.block_bytes()).unwrap();
+    let table = std::mem::take(&mut running.table);
+    for (place, block) in (0..).zip(&table) {
+        host.copy_from(place, &bench.arena, block.0);
+        bench.arena.with_bytes_mut(block.0, |bytes| bytes.fill(0xff));
+    }
+    running.table = bench.free.split_off(bench.free.len() - table.len());
+    for (place, block) in (0..).zip(&running.table) {
+        bench.arena.copy_from(block.0, &host, place);
+    }
+    assert_same_bits(&whole[55..], &bench.step(&mut [(&mut running, 5)]), "reloaded");
+}
+
+#[test]
+fn logits_are_the_same_bits_with_all_instructions_and_any_number_of_threads() {
+    let tokens = some_tokens(9, 9);
+    let wanted = Bench::new(real_model()).alone(&tokens, tokens.len());
+    for isa in Isa::available() {
+        for threads in [1, 3] {
+            let model = Decoder::load(&real_model_path(), Compute { threads, isa }, &mut |_, _| {}).unwrap();
+            let found = Bench::new(&model).alone(&tokens, tokens.len());
+            assert_same_bits(&found, &wanted, &format!("{isa} on {threads} threads"));
+        }
+    }
+}
+
 /// The same file with all its weights dequantised, so that candle multiplies in f32 too.
 fn dequantised_copy() -> std::io::Cursor<Vec<u8>> {
     let mut file = std::fs::File::open(real_model_path()).unwrap();
@@ -184,16 +248,20 @@ fn dequantised_copy() -> std::io::Cursor<Vec<u8>> {
 fn logits_agree_with_candles_own_llama_on_the_real_model() {
     let tokens = [1, 4093, 198, 1780, 314, 253, 1443, 5345];
     let mut file = dequantised_copy();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dequantised.gguf");
+    std::fs::write(&path, file.get_ref()).unwrap();
+    let ours = Decoder::load(&path, compute(), &mut |_, _| {}).unwrap();
     let content = gguf_file::Content::read(&mut file).unwrap();
     let mut oracle = quantized_llama::ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap();
-    let ours = Bench::new(real_model()).alone(&tokens, tokens.len());
+    let ours = Bench::new(&ours).alone(&tokens, tokens.len());
     for (position, (token, ours)) in tokens.iter().zip(&ours).enumerate() {
         let token = Tensor::new(&[[*token]], &Device::Cpu).unwrap();
         let theirs: Vec<f32> = oracle.forward(&token, position).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
         let cosine = dot(ours, &theirs) / (dot(ours, ours) * dot(&theirs, &theirs)).sqrt();
         let worst = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        // Weights and KV are rounded to f16 here, and to nothing there.
+        // KV is rounded to f16 here, and to nothing there.
         assert!(cosine > 0.999_99 && worst < 0.1, "position {position}: cosine {cosine}, worst difference {worst}");
         eprintln!("position {position}: cosine {cosine}, worst {worst}");
     }
@@ -216,7 +284,7 @@ impl Golden {
         let logits: Vec<f32> = words[3 + count..].iter().map(|&word| f32::from_bits(word)).collect();
         assert_eq!(logits.len(), count * vocab);
         Self {
-            model: Decoder::load(&stem.with_extension("gguf"), &mut |_, _| {}).unwrap(),
+            model: Decoder::load(&stem.with_extension("gguf"), compute(), &mut |_, _| {}).unwrap(),
             tokens: words[3..3 + count].to_vec(),
             prompt,
             logits: logits.chunks_exact(vocab).map(<[f32]>::to_vec).collect(),
@@ -257,7 +325,7 @@ fn logits_agree_with_transformers_for_a_prompt_and_step_by_step() {
 fn a_family_run_as_another_is_far_from_its_golden_logits() {
     // The tolerance means something: turning the wrong pairs is seen.
     let mut golden = Golden::read("llama");
-    golden.model.family = families::read(
+    Arc::get_mut(&mut golden.model.weights).unwrap().family = families::read(
         &[
             ("general.architecture", "qwen2".into()),
             ("qwen2.block_count", 2.into()),
@@ -300,7 +368,7 @@ fn rows_that_are_not_sampled_change_nothing_but_the_cache() {
 #[test]
 fn a_batch_that_names_a_token_or_a_block_that_is_not_there_fails_with_a_sentence() {
     let mut model = Golden::read("llama").model;
-    let arena = Arc::new(Arena::new(4, model.spec.kv.block_bytes(BLOCK_SIZE)).unwrap());
+    let arena = Arc::new(Arena::new(4, model.spec().kv.block_bytes(BLOCK_SIZE)).unwrap());
     let mut fail = |tokens: &[u32], tables: &[&[u32]], rows: usize| {
         let tokens: Vec<_> = tokens.iter().map(|&token| TokenId(token)).collect();
         let tables: Vec<Vec<_>> = tables.iter().map(|table| table.iter().map(|&id| BlockId(id)).collect()).collect();
@@ -337,7 +405,7 @@ fn the_name_of_a_model_is_that_of_its_file_without_the_quantisation() {
 fn loading_tells_how_far_it_is_and_fingerprints_every_byte() {
     let stem = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny-llama.gguf");
     let mut told = Vec::new();
-    let model = Decoder::load(&stem, &mut |done, total| told.push((done, total))).unwrap();
+    let model = Decoder::load(&stem, compute(), &mut |done, total| told.push((done, total))).unwrap();
     let bytes = std::fs::read(&stem).unwrap();
     assert!(told.is_sorted() && told.iter().all(|&(done, total)| done <= total && total == bytes.len() as u64));
     let folder = tempfile::tempdir().unwrap();
@@ -345,9 +413,9 @@ fn loading_tells_how_far_it_is_and_fingerprints_every_byte() {
     let mut changed = bytes.clone();
     *changed.last_mut().unwrap() ^= 1;
     std::fs::write(&copy, changed).unwrap();
-    let other = Decoder::load(&copy, &mut |_, _| {}).unwrap();
-    assert_ne!(model.spec.fingerprint, other.spec.fingerprint, "a weight's last bit");
+    let other = Decoder::load(&copy, compute(), &mut |_, _| {}).unwrap();
+    assert_ne!(model.spec().fingerprint, other.spec().fingerprint, "a weight's last bit");
     std::fs::write(&copy, bytes).unwrap();
-    let same = Decoder::load(&copy, &mut |_, _| {}).unwrap();
-    assert_eq!(model.spec.fingerprint, same.spec.fingerprint);
+    let same = Decoder::load(&copy, compute(), &mut |_, _| {}).unwrap();
+    assert_eq!(model.spec().fingerprint, same.spec().fingerprint);
 }

@@ -1,7 +1,7 @@
 //! How do weights get from a file into memory?
 //!
-//! Tensors are taken from the mapped file by name, checked for their shape, dequantised by candle a few rows at a time and
-//! packed for the kernels; the file's own copy is never held. Whoever loads a model says at the end that it took all
+//! Tensors are taken from the mapped file by name, checked for their shape and packed for the kernels straight from the
+//! file's blocks; what no packed form keeps is dequantised by candle a row at a time. No second copy is ever held. Whoever loads a model says at the end that it took all
 //! there was: a tensor that nobody asked for means a variant that this engine would run wrongly.
 #![deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -14,8 +14,10 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::{GgmlDType, ggml_file};
 use candle_core::{Device, Tensor};
 
-use crate::kernels::linear::{PackedMatrix, Precision};
+use crate::kernels::isa::Isa;
+use crate::kernels::linear::{Encoding, FillRow, Linear, Source};
 use crate::kernels::mapped::MappedFile;
+use crate::kernels::threads::Threads;
 use gguf::{Header, HeaderError, Metadata, TensorInfo};
 
 /// Why a model's file could not be opened.
@@ -36,6 +38,8 @@ pub enum TensorError {
     Shape { name: String, wanted: Vec<usize>, found: Vec<usize> },
     #[error("tensor `{name}` is not one that this kind of model has; the file is of a variant that is not supported")]
     Unknown { name: String },
+    #[error("tensor `{name}` has a scale that is no number; the file is damaged")]
+    Scales { name: String },
     #[error("tensor `{name}`: {source}")]
     Dequantise { name: String, source: candle_core::Error },
 }
@@ -91,33 +95,26 @@ impl WeightFile {
         Ok(values)
     }
 
-    /// Matrices of one width, one below the other, packed as one: `(name, rows)` each.
-    ///
-    /// Quantised sources are kept in f16, unquantised ones in f32 (f16 ones in f16, which is exact).
-    pub fn stacked(&self, parts: &[(&str, usize)], inputs: usize) -> Result<PackedMatrix, TensorError> {
-        let mut stack = Vec::new();
-        let mut outputs = 0;
+    /// Matrices of one width, one below the other, packed as one layer: `(name, rows)` each.
+    pub fn linear(
+        &self,
+        isa: Isa,
+        threads: &mut Threads,
+        parts: &[(&str, usize)],
+        inputs: usize,
+    ) -> Result<Linear, TensorError> {
+        let mut layer = Linear::new(isa, inputs);
         for &(name, rows) in parts {
-            stack.push((outputs, self.take(name, &[rows, inputs])?));
-            outputs += rows;
-        }
-        let precise = stack.iter().any(|(_, tensor)| matches!(tensor.dtype, GgmlDType::F32 | GgmlDType::BF16));
-        let precision = if precise { Precision::F32 } else { Precision::F16 };
-        let file = self.bytes();
-        PackedMatrix::pack(outputs, inputs, precision, |first, mut values| {
-            let mut row = first;
-            // A panel may span several tensors.
-            while !values.is_empty() {
-                let Some(&(start, tensor)) = stack.iter().rev().find(|(start, _)| *start <= row) else { break };
-                let left = tensor.shape.first().map_or(0, |rows| start + rows - row);
-                let here = left.min(values.len() / inputs);
-                let (part, rest) = values.split_at_mut(here * inputs);
-                read_rows(file, tensor, row - start, part)?;
-                row += here;
-                values = rest;
+            let tensor = self.take(name, &[rows, inputs])?;
+            let file = self.bytes();
+            let bytes = file.get(tensor.bytes.clone()).unwrap_or(&[]);
+            let dequantise = |row: usize, values: &mut [f32]| read_rows(file, tensor, row, values);
+            layer.push(threads, rows, source(tensor.dtype, bytes, &dequantise))?;
+            if !layer.is_finite() {
+                return Err(TensorError::Scales { name: name.to_owned() });
             }
-            Ok(())
-        })
+        }
+        Ok(layer)
     }
 
     /// Errors if the file has a tensor that was not taken.
@@ -142,6 +139,26 @@ impl WeightFile {
         }
         self.taken.borrow_mut().insert(index);
         Ok(tensor)
+    }
+}
+
+/// The form in which a type's accuracy and bytes are kept best.
+fn source<'a>(dtype: GgmlDType, bytes: &'a [u8], dequantise: &'a FillRow<'a, TensorError>) -> Source<'a, TensorError> {
+    match dtype {
+        GgmlDType::F32 => Source::F32(bytes),
+        GgmlDType::F16 => Source::F16(bytes),
+        GgmlDType::BF16 => Source::BF16(bytes),
+        GgmlDType::Q4_0 => Source::Blocks(Encoding::Q4_0, bytes),
+        GgmlDType::Q4_1 => Source::Blocks(Encoding::Q4_1, bytes),
+        GgmlDType::Q5_0 => Source::Blocks(Encoding::Q5_0, bytes),
+        GgmlDType::Q5_1 => Source::Blocks(Encoding::Q5_1, bytes),
+        GgmlDType::Q8_0 => Source::Blocks(Encoding::Q8_0, bytes),
+        GgmlDType::Q4K => Source::Blocks(Encoding::Q4K, bytes),
+        GgmlDType::Q5K => Source::Blocks(Encoding::Q5K, bytes),
+        // Their scales are for 16 columns. Of weights of 6 bits and fewer, 8 bits with a scale for 32 lose next to nothing.
+        GgmlDType::Q2K | GgmlDType::Q3K | GgmlDType::Q6K | GgmlDType::Q8_1 | GgmlDType::Q8K => {
+            Source::Quantise(dequantise)
+        }
     }
 }
 

@@ -4,11 +4,11 @@
 //! multiply-add's latency, so they take several panels at once. Neither changes the order of any output's sum.
 
 use std::arch::x86_64::{
-    __m256, _mm_loadu_si128, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_storeu_ps,
+    __m256, _mm_loadu_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps,
+    _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps,
 };
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::{PANEL, Task, Weight};
 
@@ -34,29 +34,37 @@ pub(super) fn widen_f16(weights: &[f16; PANEL]) -> [__m256; 2] {
     [_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)]
 }
 
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn widen_bf16(weights: &[bf16; PANEL]) -> [__m256; 2] {
+    let start = weights.as_ptr();
+    // SAFETY: lanes 0 to 7 of 16.
+    let low = unsafe { _mm_loadu_si128(start.cast()) };
+    // SAFETY: lanes 8 to 15 of 16.
+    let high = unsafe { _mm_loadu_si128(start.add(8).cast()) };
+    // The upper half of an f32's bits.
+    [low, high].map(|half| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half))))
+}
+
 /// As `scalar::multiply`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn multiply<W: Weight>(
-    task: &Task<'_, W>,
-    input: &[f32],
-    mut store: impl FnMut(usize, usize, &mut [f32; PANEL]),
-) {
+pub(super) fn multiply<W: Weight>(task: &Task<'_, W>, input: &[f32], store: impl Fn(usize, usize, &[f32; PANEL])) {
     let (rows, panels) = (input.len() / task.inputs, task.panels.len() / task.inputs);
     let sixes = rows / 6 * 6;
     let tiled = if rows - sixes >= 4 { sixes + 4 } else { sixes };
     for panel in 0..panels {
         for row in (0..sixes).step_by(6) {
-            tile::<6, 1, W>(task, panel, input, row, &mut store);
+            tile::<6, 1, W>(task, panel, input, row, &store);
         }
         if tiled > sixes {
-            tile::<4, 1, W>(task, panel, input, sixes, &mut store);
+            tile::<4, 1, W>(task, panel, input, sixes, &store);
         }
     }
     match rows - tiled {
         0 => {}
-        1 => few_rows::<1, W>(task, input, tiled, &mut store),
-        2 => few_rows::<2, W>(task, input, tiled, &mut store),
-        _ => few_rows::<3, W>(task, input, tiled, &mut store),
+        1 => few_rows::<1, W>(task, input, tiled, &store),
+        2 => few_rows::<2, W>(task, input, tiled, &store),
+        _ => few_rows::<3, W>(task, input, tiled, &store),
     }
 }
 
@@ -67,7 +75,7 @@ fn few_rows<const T: usize, W: Weight>(
     task: &Task<'_, W>,
     input: &[f32],
     row: usize,
-    store: &mut impl FnMut(usize, usize, &mut [f32; PANEL]),
+    store: &impl Fn(usize, usize, &[f32; PANEL]),
 ) {
     let panels = task.panels.len() / task.inputs;
     let mut panel = 0;
@@ -93,7 +101,7 @@ fn tile<const T: usize, const P: usize, W: Weight>(
     panel: usize,
     input: &[f32],
     row: usize,
-    store: &mut impl FnMut(usize, usize, &mut [f32; PANEL]),
+    store: &impl Fn(usize, usize, &[f32; PANEL]),
 ) {
     let inputs = task.inputs;
     let weights: [&[[W; PANEL]]; P] = std::array::from_fn(|p| &task.panels[(panel + p) * inputs..][..inputs]);
@@ -123,7 +131,7 @@ fn tile<const T: usize, const P: usize, W: Weight>(
             unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sums[0]) };
             // SAFETY: lanes 8 to 15 of 16.
             unsafe { _mm256_storeu_ps(lanes.as_mut_ptr().add(8), sums[1]) };
-            store(task.first_panel + panel + p, row + t, &mut lanes);
+            store(panel + p, row + t, &lanes);
         }
     }
 }

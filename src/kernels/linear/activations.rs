@@ -1,0 +1,332 @@
+//! In which form do rows enter a linear layer?
+//!
+//! Quantised weights take rows of int8: blocks of 32 columns, each with the scale `largest / 127`, after ggml's `Q8_1`.
+//! Rows lie in the tiles that the kernel works on, `[tile][block][group][row][4]`: what a kernel reads for all rows of a
+//! tile lies together. Float weights take the rows as they are.
+//! Invariant: a row's quants are its own, whatever else is in the batch. A row with a value that is not finite gives
+//! outputs that are not finite, rather than wrong ones.
+
+use super::SharedOut;
+use super::quantised::{BLOCK, GROUP, GROUPS};
+use crate::kernels::isa::Isa;
+use crate::kernels::threads::Threads;
+
+/// Rows that a thread takes at a time, at the least.
+const ROWS_A_CHUNK: usize = 8;
+
+/// Which forms of the rows the weights of a layer read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Wants {
+    pub quantised: bool,
+    pub float: bool,
+}
+
+/// Rows of input. Its memory is used again by the next layer.
+pub struct Activations {
+    isa: Isa,
+    /// Rows of a tile; the last may have fewer.
+    tile: usize,
+    rows: usize,
+    inputs: usize,
+    wants: Wants,
+    /// `[tile][block][group][row][4]`.
+    quants: Vec<i8>,
+    /// `[tile][block][row]`.
+    scales: Vec<f32>,
+    /// As `scales`: the sum of a block's quants.
+    counts: Vec<i32>,
+    /// As `scales`: the same sum, scaled.
+    sums: Vec<f32>,
+    /// `[rows, inputs]`.
+    floats: Vec<f32>,
+    /// A row for each thread.
+    scratch: Vec<Vec<f32>>,
+}
+
+/// Some quantised rows.
+#[derive(Clone, Copy)]
+pub struct Tile<'a> {
+    pub rows: usize,
+    /// `[block][group][row][4]`.
+    pub quants: &'a [i8],
+    /// `[block][row]`.
+    pub scales: &'a [f32],
+    /// As `scales`.
+    pub counts: &'a [i32],
+    /// As `scales`.
+    pub sums: &'a [f32],
+}
+
+impl Tile<'_> {
+    pub(super) fn quant(&self, row: usize, block: usize, column: usize) -> i8 {
+        self.quants[((block * GROUPS + column / GROUP) * self.rows + row) * GROUP + column % GROUP]
+    }
+}
+
+impl Activations {
+    /// For kernels of these instructions on so many threads.
+    pub fn new(isa: Isa, threads: usize) -> Self {
+        Self {
+            isa,
+            tile: super::quantised::kernel(isa).1,
+            rows: 0,
+            inputs: 0,
+            wants: Wants::default(),
+            quants: Vec::new(),
+            scales: Vec::new(),
+            counts: Vec::new(),
+            sums: Vec::new(),
+            floats: Vec::new(),
+            scratch: vec![Vec::new(); threads],
+        }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    pub(super) fn wants(&self) -> Wants {
+        self.wants
+    }
+
+    /// Takes `rows` rows of `inputs` values. `make(row, values)` writes a row, and is called once for each, on any thread.
+    pub fn fill(
+        &mut self,
+        threads: &mut Threads,
+        rows: usize,
+        inputs: usize,
+        wants: Wants,
+        make: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        (self.rows, self.inputs, self.wants) = (rows, inputs, wants);
+        if wants.quantised {
+            assert!(inputs.is_multiple_of(BLOCK), "{inputs} columns are not whole blocks");
+            self.quants.resize(rows * inputs, 0);
+            self.scales.resize(rows * inputs / BLOCK, 0.0);
+            self.counts.resize(rows * inputs / BLOCK, 0);
+            self.sums.resize(rows * inputs / BLOCK, 0.0);
+        }
+        if wants.float {
+            self.floats.resize(rows * inputs, 0.0);
+        }
+        for row in &mut self.scratch {
+            row.resize(inputs, 0.0);
+        }
+        let (isa, tile) = (self.isa, self.tile);
+        let parts = Parts {
+            quants: SharedOut::new(&mut self.quants),
+            scales: SharedOut::new(&mut self.scales),
+            counts: SharedOut::new(&mut self.counts),
+            sums: SharedOut::new(&mut self.sums),
+        };
+        let floats = SharedOut::new(&mut self.floats);
+        let chunk = ROWS_A_CHUNK.next_multiple_of(tile);
+        threads.run_with(&mut self.scratch, rows.div_ceil(chunk), |scratch, index| {
+            for row in index * chunk..rows.min((index + 1) * chunk) {
+                make(row, scratch);
+                if wants.float {
+                    // SAFETY: borrowed for the whole run; only this call has this row.
+                    unsafe { floats.write(row * inputs, scratch) };
+                }
+                if wants.quantised {
+                    let first = row / tile * tile;
+                    let place = Place { first: first * inputs, rows: tile.min(rows - first), row: row - first };
+                    // SAFETY: borrowed for the whole run, and a chunk is whole tiles.
+                    unsafe { quantise(isa, scratch, place, &parts) };
+                }
+            }
+        });
+    }
+
+    /// The tile with this number.
+    pub(super) fn tile(&self, index: usize) -> Tile<'_> {
+        let first = index * self.tile;
+        let rows = self.tile.min(self.rows - first);
+        let (start, blocks) = (first * self.inputs, self.inputs / BLOCK);
+        let (per_block, count) = (first * blocks, rows * blocks);
+        Tile {
+            rows,
+            quants: &self.quants[start..][..rows * self.inputs],
+            scales: &self.scales[per_block..][..count],
+            counts: &self.counts[per_block..][..count],
+            sums: &self.sums[per_block..][..count],
+        }
+    }
+
+    /// Rows of a whole tile.
+    #[cfg(test)]
+    pub(super) fn tile_rows(&self) -> usize {
+        self.tile
+    }
+
+    /// `[rows, inputs]`.
+    pub(super) fn floats(&self) -> &[f32] {
+        &self.floats[..self.rows * self.inputs]
+    }
+}
+
+/// Where quantised rows are written.
+struct Parts {
+    quants: SharedOut<i8>,
+    scales: SharedOut<f32>,
+    counts: SharedOut<i32>,
+    sums: SharedOut<f32>,
+}
+
+/// A row's place: in a tile of `rows` rows whose first value is value `first` of all.
+#[derive(Clone, Copy)]
+struct Place {
+    first: usize,
+    rows: usize,
+    row: usize,
+}
+
+/// # Safety
+/// The parts are borrowed, and no other thread has the place's tile.
+unsafe fn quantise(isa: Isa, values: &[f32], place: Place, parts: &Parts) {
+    #[cfg(target_arch = "x86_64")]
+    match isa {
+        // SAFETY: whoever chose the instructions checked for them; the rest is the caller's promise.
+        Isa::Avx512 => return unsafe { quantise_avx512(values, place, parts) },
+        // SAFETY: as above.
+        Isa::AvxVnni | Isa::Avx2 => return unsafe { quantise_avx2(values, place, parts) },
+        _ => {}
+    }
+    let _ = isa;
+    // SAFETY: the caller's promise.
+    unsafe { quantise_row(values, place, parts) }
+}
+
+/// The same code as `quantise_row`; the compiler vectorises it for the features named here.
+///
+/// # Safety
+/// As `quantise`.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
+unsafe fn quantise_avx512(values: &[f32], place: Place, parts: &Parts) {
+    // SAFETY: the caller's promise.
+    unsafe { quantise_row(values, place, parts) }
+}
+
+/// As above.
+///
+/// # Safety
+/// As `quantise`.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn quantise_avx2(values: &[f32], place: Place, parts: &Parts) {
+    // SAFETY: the caller's promise.
+    unsafe { quantise_row(values, place, parts) }
+}
+
+/// # Safety
+/// As `quantise`.
+#[inline(always)]
+unsafe fn quantise_row(values: &[f32], place: Place, parts: &Parts) {
+    let (blocks, _) = values.as_chunks::<BLOCK>();
+    for (index, values) in blocks.iter().enumerate() {
+        let Block { quants, scale, count } = quantise_block(values);
+        let at = place.first / BLOCK + index * place.rows + place.row;
+        let (groups, _) = quants.as_chunks::<GROUP>();
+        for (group, quants) in groups.iter().enumerate() {
+            let at = place.first + ((index * GROUPS + group) * place.rows + place.row) * GROUP;
+            // SAFETY: the caller's promise.
+            unsafe { parts.quants.write(at, quants) };
+        }
+        // SAFETY: the caller's promise.
+        unsafe { parts.scales.write(at, &[scale]) };
+        // SAFETY: the caller's promise.
+        unsafe { parts.counts.write(at, &[count]) };
+        // SAFETY: the caller's promise.
+        unsafe { parts.sums.write(at, &[scale * count as f32]) };
+    }
+}
+
+/// A quantised block.
+struct Block {
+    quants: [i8; BLOCK],
+    scale: f32,
+    count: i32,
+}
+
+/// Rounds to the nearest of 255 steps, even ones at ties.
+#[inline(always)]
+fn quantise_block(values: &[f32; BLOCK]) -> Block {
+    /// Added to a small number, it leaves the nearest whole number in the lowest bits: 1.5 * 2^23.
+    const ROUND: f32 = 12_582_912.0;
+    /// Blocks of smaller values are zeros: the inverse of their scale would overflow.
+    const SMALLEST: f32 = 1e-30;
+    // As bits, so that NaN counts as larger than all.
+    let largest = values.iter().fold(0, |largest, value| (value.to_bits() & 0x7fff_ffff).max(largest));
+    let largest = f32::from_bits(largest);
+    let (scale, inverse) = if largest < SMALLEST { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) };
+    let mut quants = [0; BLOCK];
+    let mut count = 0;
+    for (quant, value) in quants.iter_mut().zip(values) {
+        *quant = (value * inverse + ROUND).to_bits() as u8 as i8;
+        count += i32::from(*quant);
+    }
+    // Infinite or NaN: so are the scale and with it every product.
+    Block { quants, scale, count }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_its_quants_times_its_scale_within_half_a_step() {
+        let values: [f32; BLOCK] = std::array::from_fn(|i| ((i * 37 + 11) % 64) as f32 / 9.0 - 3.0);
+        let Block { quants, scale, count } = quantise_block(&values);
+        assert_eq!(count, quants.iter().map(|q| i32::from(*q)).sum::<i32>());
+        assert!(quants.iter().any(|q| q.unsigned_abs() == 127), "the largest uses the whole range");
+        for (quant, value) in quants.iter().zip(values) {
+            assert!((f32::from(*quant) * scale - value).abs() <= scale * 0.500_01, "{quant} for {value}");
+        }
+    }
+
+    #[test]
+    fn zeros_stay_zeros_and_what_is_not_finite_stays_so() {
+        let block = quantise_block(&[0.0; BLOCK]);
+        assert_eq!((block.quants, block.scale, block.count), ([0; BLOCK], 0.0, 0));
+        let tiny = quantise_block(&[1e-38; BLOCK]);
+        assert_eq!((tiny.scale, tiny.count), (0.0, 0));
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut values = [1.0; BLOCK];
+            values[7] = bad;
+            assert!(!quantise_block(&values).scale.is_finite(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_quants_alone_and_in_any_place_of_a_batch() {
+        let inputs = 96;
+        let row = |row: usize, values: &mut [f32]| {
+            values.iter_mut().enumerate().for_each(|(i, v)| *v = ((row * 31 + i * 17) % 101) as f32 - 50.5);
+        };
+        let wants = Wants { quantised: true, float: true };
+        for isa in Isa::available() {
+            let (mut one, mut two) = (Threads::new(1).unwrap(), Threads::new(2).unwrap());
+            let (mut alone, mut batch) = (Activations::new(isa, 1), Activations::new(isa, 2));
+            batch.fill(&mut two, 45, inputs, wants, row);
+            for at in 0..45 {
+                alone.fill(&mut one, 1, inputs, wants, |_, values| row(at, values));
+                let (ours, tile) = (alone.tile(0), batch.tile(at / batch.tile));
+                let place = at % batch.tile;
+                for block in 0..inputs / BLOCK {
+                    let there = block * tile.rows + place;
+                    assert_eq!(ours.scales[block].to_bits(), tile.scales[there].to_bits());
+                    assert_eq!((ours.counts[block], ours.sums[block]), (tile.counts[there], tile.sums[there]));
+                    for column in 0..BLOCK {
+                        assert_eq!(ours.quant(0, block, column), tile.quant(place, block, column));
+                    }
+                }
+                assert_eq!(alone.floats(), &batch.floats()[at * inputs..][..inputs]);
+            }
+        }
+    }
+}
