@@ -244,7 +244,7 @@ impl Engine {
         let now = self.now()?;
         let began = Instant::now();
         if !plan.is_empty() {
-            self.core.commit(now, &plan, Ok(&self.logits), &mut self.events);
+            self.core.commit(now, &plan, Ok(&mut self.logits), &mut self.events);
         }
         drop(plan);
         std::hint::black_box((self.core.take_residencies(), self.core.status(now)));

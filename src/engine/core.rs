@@ -122,6 +122,7 @@ pub struct Core {
     prompt: PromptTotals,
     generated: u64,
     prefill: Rate,
+    scratch: sampler::Scratch,
 }
 
 impl Core {
@@ -143,6 +144,7 @@ impl Core {
             prompt: PromptTotals::default(),
             generated: 0,
             prefill: Rate::default(),
+            scratch: sampler::Scratch::default(),
         }
     }
 
@@ -166,8 +168,14 @@ impl Core {
     }
 
     /// Takes in what the model said of a plan: KV of all its rows, and `logits` of those that sample. On an error the
-    /// step's turns fail; nothing of the step counts as written.
-    pub fn commit(&mut self, now: Tick, plan: &Plan, logits: Result<&Logits, ForwardError>, events: &mut Vec<Event>) {
+    /// step's turns fail; nothing of the step counts as written. `logits` come back as they were: see `Sampler::sample`.
+    pub fn commit(
+        &mut self,
+        now: Tick,
+        plan: &Plan,
+        logits: Result<&mut Logits, ForwardError>,
+        events: &mut Vec<Event>,
+    ) {
         self.steps += 1;
         let logits = match logits {
             Ok(logits) => logits,
@@ -185,7 +193,7 @@ impl Core {
             let sequence = self.sequences.get(&span.turn).expect("a planned turn is known");
             self.fairness.serve(sequence.tenant, span.rows as u64);
             if span.samples {
-                self.sample(now, span.turn, logits.row(sampled), events);
+                self.sample(now, span.turn, logits.row_mut(sampled), events);
                 sampled += 1;
             }
         }
@@ -201,15 +209,15 @@ impl Core {
     }
 
     /// Chooses a sequence's next token, tells it, and ends the turn if that was the last.
-    fn sample(&mut self, now: Tick, turn: TurnId, logits: &[f32], events: &mut Vec<Event>) {
+    fn sample(&mut self, now: Tick, turn: TurnId, logits: &mut [f32], events: &mut Vec<Event>) {
         let window = self.manager.settings().window;
         let sequence = self.sequences.get_mut(&turn).expect("a planned turn is known");
         let request = &sequence.start.request;
         let may_stop = !request.sampling.ignore_eos;
         let too_early = sequence.usage.generated.0 < request.sampling.min_tokens;
         let banned: &[TokenId] = if may_stop && too_early { &request.stop_tokens } else { &[] };
-        let id = sequence.sampler.sample(logits, banned);
-        let logprob = request.logprobs.map(|top| sampler::logprob(logits, id, top));
+        let id = sequence.sampler.sample(logits, banned, &mut self.scratch);
+        let logprob = request.logprobs.map(|top| sampler::logprob(logits, id, top, &mut self.scratch));
         sequence.phase = Phase::Decode;
         if sequence.first_token.is_none() {
             sequence.first_token = Some(now);

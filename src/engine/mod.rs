@@ -7,6 +7,7 @@ pub mod core;
 pub mod fairness;
 pub mod handle;
 mod metrics;
+mod odds;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;

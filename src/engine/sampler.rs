@@ -2,6 +2,7 @@
 //!
 //! Order: logit bias, penalties, temperature, top-k, top-p, min-p, draw. A sampler belongs to one sequence, and its draws
 //! depend on its seed and its own draws before: the same request gives the same tokens whatever else runs.
+//! Cost: two passes over the row, and then as many tokens as are likely; nothing is copied, sorted or allocated for the rest.
 
 use std::collections::HashMap;
 
@@ -9,6 +10,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::Logprob;
+use super::odds::{self, Candidate, Curve, Odds, likelier};
 use crate::types::TokenId;
 
 /// How to choose tokens. `temperature == 0` or `top_p == 0` is greedy.
@@ -54,6 +56,103 @@ impl Default for Sampling {
     }
 }
 
+/// What penalties know of a token: whether it was seen at all, and how often in the answer.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    in_answer: u32,
+}
+
+/// What sampling a row needs room for. One serves all samplers, a row at a time, and holds nothing between rows.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    odds: Odds,
+    /// Logits that penalties changed, as they were.
+    replaced: Vec<(TokenId, f32)>,
+    /// The likeliest tokens, as many as were looked for, by id.
+    head: Vec<Candidate>,
+    /// Those of them that a search puts into order.
+    ranked: Vec<Candidate>,
+}
+
+/// Chooses the tokens of one sequence.
+#[derive(Debug)]
+pub struct Sampler {
+    sampling: Sampling,
+    random: StdRng,
+    /// Kept only while a penalty needs it.
+    seen: HashMap<TokenId, Seen>,
+}
+
+impl Sampler {
+    /// For a sequence with this prompt.
+    pub fn new(sampling: Sampling, prompt: &[TokenId]) -> Self {
+        let random = StdRng::seed_from_u64(sampling.seed);
+        let remembers = sampling.repetition_penalty != 1.0;
+        let seen =
+            if remembers { prompt.iter().map(|token| (*token, Seen::default())).collect() } else { HashMap::new() };
+        Self { sampling, random, seen }
+    }
+
+    /// The next token. `logits`: `[vocab]`, raw, and raw again when it returns: penalties are written into the row while it
+    /// lasts, because a row has few tokens that were seen. `banned` get no chance (stop tokens before `min_tokens`).
+    pub fn sample(&mut self, logits: &mut [f32], banned: &[TokenId], scratch: &mut Scratch) -> TokenId {
+        self.adjust(logits, banned, &mut scratch.replaced);
+        let token = self.choose(logits, scratch);
+        // The newest first, so that a token that was changed twice is what it was before both.
+        for (token, logit) in scratch.replaced.drain(..).rev() {
+            logits[token.0 as usize] = logit;
+        }
+        if self.sampling.changes_logits() {
+            self.seen.entry(token).or_default().in_answer += 1;
+        }
+        token
+    }
+
+    /// Applies bias, penalties and bans, and notes what was there.
+    fn adjust(&self, logits: &mut [f32], banned: &[TokenId], replaced: &mut Vec<(TokenId, f32)>) {
+        let mut change = |token: TokenId, change: &dyn Fn(f32) -> f32| {
+            if let Some(logit) = logits.get_mut(token.0 as usize) {
+                replaced.push((token, *logit));
+                *logit = change(*logit);
+            }
+        };
+        for (token, bias) in &self.sampling.logit_bias {
+            change(*token, &|logit| logit + bias);
+        }
+        let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.sampling;
+        for (token, seen) in &self.seen {
+            change(*token, &|logit| {
+                let logit = if logit > 0.0 { logit / repetition_penalty } else { logit * repetition_penalty };
+                match seen.in_answer {
+                    0 => logit,
+                    times => logit - (presence_penalty + frequency_penalty * times as f32),
+                }
+            });
+        }
+        for token in banned {
+            change(*token, &|_| f32::NEG_INFINITY);
+        }
+    }
+
+    fn choose(&mut self, logits: &[f32], scratch: &mut Scratch) -> TokenId {
+        let top = scratch.odds.read(logits);
+        if self.sampling.is_greedy() || !top.is_finite() {
+            return scratch.odds.likeliest(logits);
+        }
+        let curve = Curve::new(top, self.sampling.temperature);
+        let point = self.random.random::<f64>();
+        let drawn = if self.sampling.keeps_all() {
+            let total = scratch.odds.weigh(logits, curve);
+            scratch.odds.token_at(logits, curve, point * total)
+        } else {
+            self.sampling.keep(logits, curve, scratch);
+            let line = scratch.head.iter().map(|candidate| (candidate.token, candidate.weight));
+            odds::at(line, point * mass(&scratch.head))
+        };
+        drawn.unwrap_or_else(|| scratch.odds.likeliest(logits))
+    }
+}
+
 impl Sampling {
     fn is_greedy(&self) -> bool {
         self.temperature <= 0.0 || self.top_p <= 0.0
@@ -65,187 +164,130 @@ impl Sampling {
             || self.presence_penalty != 0.0
             || self.frequency_penalty != 0.0
     }
-}
 
-/// What penalties know of a token: whether it was seen at all, and how often in the answer.
-#[derive(Clone, Copy, Debug, Default)]
-struct Seen {
-    in_answer: u32,
-}
-
-/// Chooses the tokens of one sequence.
-#[derive(Debug)]
-pub struct Sampler {
-    sampling: Sampling,
-    random: StdRng,
-    /// Kept only while a penalty needs it.
-    seen: HashMap<TokenId, Seen>,
-    scratch: Vec<f32>,
-    candidates: Vec<(TokenId, f32)>,
-}
-
-impl Sampler {
-    /// For a sequence with this prompt.
-    pub fn new(sampling: Sampling, prompt: &[TokenId]) -> Self {
-        let random = StdRng::seed_from_u64(sampling.seed);
-        let remembers = sampling.repetition_penalty != 1.0;
-        let seen =
-            if remembers { prompt.iter().map(|token| (*token, Seen::default())).collect() } else { HashMap::new() };
-        Self { sampling, random, seen, scratch: Vec::new(), candidates: Vec::new() }
+    fn keeps_all(&self) -> bool {
+        self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0
     }
 
-    /// The next token. `logits`: `[vocab]`, raw. `banned` get no chance (stop tokens before `min_tokens`).
-    pub fn sample(&mut self, logits: &[f32], banned: &[TokenId]) -> TokenId {
-        let token = if self.sampling.changes_logits() || !banned.is_empty() {
-            let mut scratch = std::mem::take(&mut self.scratch);
-            scratch.clear();
-            scratch.extend_from_slice(logits);
-            self.penalise(&mut scratch);
-            for token in banned {
-                if let Some(logit) = scratch.get_mut(token.0 as usize) {
-                    *logit = f32::NEG_INFINITY;
+    /// Leaves in `scratch.head` the tokens that may be drawn, by id.
+    fn keep(&self, logits: &[f32], curve: Curve, scratch: &mut Scratch) {
+        let Scratch { odds, head, ranked, .. } = scratch;
+        let unlikeliest = if self.min_p > 0.0 { curve.logit_at(-self.min_p.log2()) } else { f32::NEG_INFINITY };
+        let last = if self.top_k > 0 {
+            let kept = self.top_k as usize;
+            let floor = odds.reached_by(kept);
+            odds.at_least(logits, curve, floor, head);
+            if kept < head.len() {
+                ranked.clone_from(head);
+                let (_, last, _) = ranked.select_nth_unstable_by(kept - 1, likelier);
+                let last = *last;
+                head.retain(|candidate| likelier(candidate, &last).is_le());
+            }
+            reach(head, curve, f64::from(self.top_p) * mass(head), ranked)
+        } else if self.top_p < 1.0 {
+            let needed = f64::from(self.top_p) * odds.weigh(logits, curve);
+            let mut depth = FIRST_DEPTH;
+            loop {
+                let floor = curve.logit_at(depth);
+                odds.at_least(logits, curve, floor, head);
+                if mass(head) >= needed || floor == f32::NEG_INFINITY {
+                    break reach(head, curve, needed, ranked);
                 }
+                depth += DEEPER;
             }
-            let token = self.choose(&scratch);
-            self.scratch = scratch;
-            token
         } else {
-            self.choose(logits)
+            odds.at_least(logits, curve, unlikeliest, head);
+            return;
         };
-        if self.sampling.changes_logits() {
-            self.seen.entry(token).or_default().in_answer += 1;
-        }
-        token
-    }
-
-    fn penalise(&self, logits: &mut [f32]) {
-        for (token, bias) in &self.sampling.logit_bias {
-            if let Some(logit) = logits.get_mut(token.0 as usize) {
-                *logit += bias;
-            }
-        }
-        let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.sampling;
-        for (token, seen) in &self.seen {
-            let Some(logit) = logits.get_mut(token.0 as usize) else { continue };
-            if *logit > 0.0 {
-                *logit /= repetition_penalty;
-            } else {
-                *logit *= repetition_penalty;
-            }
-            if seen.in_answer > 0 {
-                *logit -= presence_penalty + frequency_penalty * seen.in_answer as f32;
-            }
-        }
-    }
-
-    fn choose(&mut self, logits: &[f32]) -> TokenId {
-        if self.sampling.is_greedy() {
-            return likeliest(logits).0;
-        }
-        let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
-        let (_, top) = likeliest(logits);
-        let candidates = &mut self.candidates;
-        candidates.clear();
-        // Relative to the likeliest, so that `exp` can't overflow; what underflows to 0 has no chance anyway.
-        let weigh = |(id, logit): (u32, &f32)| (TokenId(id), ((logit - top) / temperature).exp());
-        candidates.extend((0u32..).zip(logits).map(weigh).filter(|(_, weight)| *weight > 0.0 && *weight >= min_p));
-        if top_k > 0 && (top_k as usize) < candidates.len() {
-            candidates.select_nth_unstable_by(top_k as usize - 1, likelier);
-            candidates.truncate(top_k as usize);
-        }
-        if top_p < 1.0 {
-            keep_top_p(candidates, top_p);
-        }
-        draw(candidates, self.random.random::<f32>())
+        head.retain(|candidate| likelier(candidate, &last).is_le() && candidate.logit >= unlikeliest);
     }
 }
 
-/// Most likely first; equal ones by id, so that the order is the same on every machine.
-fn likelier(a: &(TokenId, f32), b: &(TokenId, f32)) -> std::cmp::Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+/// Where the search for the tokens of top-p begins, in halvings of the largest weight, and how much deeper it looks when
+/// that was not enough: a confident model's answer is among the first dozens, and each round finds some times more.
+const FIRST_DEPTH: f32 = 11.0;
+const DEEPER: f32 = 3.0;
+
+fn mass(candidates: &[Candidate]) -> f64 {
+    candidates.iter().map(|candidate| f64::from(candidate.weight)).sum()
 }
 
-/// The token with the largest logit, the lowest id among equals. NaN never wins.
+/// The candidate at which the likeliest ones' weights reach `needed`; the unlikeliest if all of them don't. There is one at
+/// least. `part`: room for some of them.
 ///
-/// Greedy sampling's whole cost, once a sequence and step: the largest value first, in lanes that fill a vector register,
-/// then the first place that has it.
-fn likeliest(logits: &[f32]) -> (TokenId, f32) {
-    const LANES: usize = 16;
-    let (chunks, rest) = logits.as_chunks::<LANES>();
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in chunks {
-        for (lane, logit) in lanes.iter_mut().zip(chunk) {
-            *lane = if *logit > *lane { *logit } else { *lane };
-        }
+/// Sums by depth first, so that only those as deep as the wanted one need an order.
+fn reach(candidates: &[Candidate], curve: Curve, needed: f64, part: &mut Vec<Candidate>) -> Candidate {
+    let mut sums = [0.0; STEPS];
+    let step = |candidate: &Candidate| ((curve.depth(candidate.logit) * STEPS_A_HALVING) as usize).min(STEPS - 1);
+    let mut deepest = 0;
+    for candidate in candidates {
+        let step = step(candidate);
+        sums[step] += f64::from(candidate.weight);
+        deepest = deepest.max(step);
     }
-    let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, logit| if *logit > max { *logit } else { max });
-    let first = (0u32..).zip(logits).find(|(_, logit)| **logit == max);
-    (TokenId(first.map_or(0, |(id, _)| id)), max)
+    let mut needed = needed;
+    let mut wanted = 0;
+    while wanted < deepest && sums[wanted] < needed {
+        needed -= sums[wanted];
+        wanted += 1;
+    }
+    part.clear();
+    part.extend(candidates.iter().filter(|candidate| step(candidate) == wanted));
+    reach_by_halves(part, needed)
 }
 
-/// Keeps the fewest likeliest candidates whose weights reach `top_p` of the whole. Sorts only as many as it must.
-fn keep_top_p(candidates: &mut Vec<(TokenId, f32)>, top_p: f32) {
-    let total: f32 = candidates.iter().map(|(_, weight)| weight).sum();
-    let mut sorted = 0;
-    let mut look = 64;
-    let mut sum = 0.0;
-    while sorted < candidates.len() {
-        let end = look.min(candidates.len());
-        if end < candidates.len() {
-            candidates[sorted..].select_nth_unstable_by(end - sorted - 1, likelier);
-        }
-        candidates[sorted..end].sort_unstable_by(likelier);
-        for index in sorted..end {
-            sum += candidates[index].1;
-            if sum >= top_p * total {
-                candidates.truncate(index + 1);
-                return;
-            }
-        }
-        sorted = end;
-        look *= 4;
-    }
-}
+const STEPS_A_HALVING: f32 = 8.0;
+const STEPS: usize = 1024;
 
-/// The candidate at `point` (0..1) of the line that their weights form.
-fn draw(candidates: &[(TokenId, f32)], point: f32) -> TokenId {
-    let total: f32 = candidates.iter().map(|(_, weight)| weight).sum();
-    let mut left = point * total;
-    for (token, weight) in candidates {
-        left -= weight;
-        if left < 0.0 {
-            return *token;
+/// The same without sums: halves the part in which it must be.
+fn reach_by_halves(mut part: &mut [Candidate], mut needed: f64) -> Candidate {
+    while part.len() > 1 {
+        let middle = part.len() / 2;
+        part.select_nth_unstable_by(middle, likelier);
+        let (upper, lower) = part.split_at_mut(middle);
+        let sum = mass(upper);
+        if sum >= needed {
+            part = upper;
+        } else {
+            needed -= sum;
+            part = lower;
         }
     }
-    // Rounding may leave a crumb; no candidate at all means that all logits were NaN or -inf.
-    candidates.last().map_or(TokenId(0), |(token, _)| *token)
+    part[0]
 }
 
 /// The model's raw log probability of a token, and of the `top` likeliest.
-pub fn logprob(logits: &[f32], token: TokenId, top: u8) -> Logprob {
-    let (_, max) = likeliest(logits);
-    let log_sum = max + logits.iter().map(|logit| (logit - max).exp()).sum::<f32>().ln();
-    let mut likeliest: Vec<(TokenId, f32)> = Vec::new();
+pub fn logprob(logits: &[f32], token: TokenId, top: u8, scratch: &mut Scratch) -> Logprob {
+    let Scratch { odds, head, .. } = scratch;
+    let largest = odds.read(logits);
+    let curve = Curve::new(largest, 1.0);
+    let log_sum = largest + odds.weigh(logits, curve).ln() as f32;
+    head.clear();
     if top > 0 {
-        likeliest.extend((0u32..).zip(logits).map(|(id, logit)| (TokenId(id), *logit)));
-        let top = usize::from(top).min(likeliest.len());
-        likeliest.select_nth_unstable_by(top - 1, likelier);
-        likeliest.truncate(top);
-        likeliest.sort_unstable_by(likelier);
-        for (_, logit) in &mut likeliest {
-            *logit -= log_sum;
-        }
+        let top = usize::from(top).min(logits.len());
+        let floor = odds.reached_by(top);
+        odds.at_least(logits, curve, floor, head);
+        head.sort_unstable_by(likelier);
+        head.truncate(top);
     }
-    Logprob { logprob: logits[token.0 as usize] - log_sum, top: likeliest }
+    let top = head.iter().map(|candidate| (candidate.token, candidate.logit - log_sum)).collect();
+    Logprob { logprob: logits[token.0 as usize] - log_sum, top }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     fn draws(sampling: Sampling, logits: &[f32], n: usize) -> Vec<u32> {
         let mut sampler = Sampler::new(sampling, &[]);
-        (0..n).map(|_| sampler.sample(logits, &[]).0).collect()
+        (0..n).map(|_| draw(&mut sampler, logits, &[]).0).collect()
+    }
+
+    fn draw(sampler: &mut Sampler, logits: &[f32], banned: &[TokenId]) -> TokenId {
+        sampler.sample(&mut logits.to_vec(), banned, &mut Scratch::default())
     }
 
     fn hot() -> Sampling {
@@ -294,60 +336,191 @@ mod tests {
     }
 
     #[test]
-    fn top_p_keeps_the_same_set_whether_it_sorts_little_or_all() {
-        let mut many: Vec<_> = (0..1000u32).map(|id| (TokenId(id), 1.0 + (id % 7) as f32)).collect();
-        let mut sorted = many.clone();
-        sorted.sort_unstable_by(likelier);
-        let total: f32 = sorted.iter().map(|(_, w)| w).sum();
-        let mut sum = 0.0;
-        let kept = sorted
-            .iter()
-            .take_while(|(_, w)| {
-                let more = sum < 0.6 * total;
-                sum += w;
-                more
-            })
-            .count();
-        keep_top_p(&mut many, 0.6);
-        assert_eq!(many, sorted[..kept]);
-    }
-
-    #[test]
     fn penalties_and_bias_move_the_choice() {
         let greedy = Sampling::default;
         assert_eq!(draws(Sampling { logit_bias: vec![(TokenId(4), 100.0)], ..greedy() }, &LOGITS, 1), [4]);
         assert_eq!(draws(Sampling { presence_penalty: 1.5, ..greedy() }, &LOGITS, 3), [1, 2, 1]);
         assert_eq!(draws(Sampling { frequency_penalty: 0.8, ..greedy() }, &LOGITS, 4), [1, 1, 2, 1]);
         let mut sampler = Sampler::new(Sampling { repetition_penalty: 2.0, ..greedy() }, &[TokenId(1)]);
-        assert_eq!(sampler.sample(&LOGITS, &[]), TokenId(2), "the prompt counts for repetition");
-    }
-
-    #[test]
-    fn the_likeliest_is_the_first_of_the_largest_wherever_it_is() {
-        for width in [1, 5, 16, 17, 100] {
-            for place in 0..width {
-                let mut logits = vec![-1.0; width];
-                logits[place] = 2.0;
-                logits[width - 1] = 2.0;
-                assert_eq!(likeliest(&logits), (TokenId(place as u32), 2.0), "{place} of {width}");
-            }
-        }
-        assert_eq!(likeliest(&[f32::NAN, 1.0, f32::NAN]), (TokenId(1), 1.0));
-        assert_eq!(likeliest(&[f32::NAN; 20]).0, TokenId(0));
+        assert_eq!(draw(&mut sampler, &LOGITS, &[]), TokenId(2), "the prompt counts for repetition");
     }
 
     #[test]
     fn banned_tokens_are_never_chosen() {
         let mut sampler = Sampler::new(hot(), &[]);
-        assert!((0..500).all(|_| sampler.sample(&LOGITS, &[TokenId(1)]) != TokenId(1)));
+        assert!((0..500).all(|_| draw(&mut sampler, &LOGITS, &[TokenId(1)]) != TokenId(1)));
     }
 
     #[test]
     fn log_probabilities_are_of_the_raw_distribution_and_sorted() {
-        let report = logprob(&LOGITS, TokenId(3), 5);
+        let report = logprob(&LOGITS, TokenId(3), 5, &mut Scratch::default());
         let sum: f32 = report.top.iter().map(|(_, p)| p.exp()).sum();
         assert!((sum - 1.0).abs() < 1e-5);
         assert_eq!(report.top[2], (TokenId(3), report.logprob), "the third likeliest");
         assert!(report.top.is_sorted_by(|a, b| a.1 >= b.1));
+    }
+
+    #[test]
+    fn a_row_without_any_number_gives_token_0_and_an_infinite_one_the_first_such() {
+        for sampling in [hot(), Sampling { top_p: 0.5, ..hot() }, Sampling { top_k: 3, ..hot() }, Sampling::default()] {
+            assert_eq!(draws(sampling.clone(), &[f32::NAN; 300], 1), [0]);
+            assert_eq!(draws(sampling.clone(), &[f32::NEG_INFINITY; 3], 1), [0]);
+            assert_eq!(draws(sampling, &[0.0, f32::INFINITY, f32::INFINITY], 1), [1]);
+        }
+    }
+
+    /// The tokens of an answer by the definition alone: everything in f64, everything sorted. `slack` moves each border by
+    /// this share, for what rounding may decide either way.
+    struct Definition<'a> {
+        sampling: &'a Sampling,
+        prompt: &'a [TokenId],
+        answer: Vec<TokenId>,
+        random: StdRng,
+    }
+
+    impl Definition<'_> {
+        fn adjusted(&self, logits: &[f32], banned: &[TokenId]) -> Vec<f32> {
+            let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = *self.sampling;
+            let adjusted = (0..).map(TokenId).zip(logits).map(|(token, logit)| {
+                let bias = self.sampling.logit_bias.iter().filter(|(biased, _)| *biased == token);
+                let mut logit = bias.fold(*logit, |logit, (_, bias)| logit + bias);
+                let times = self.answer.iter().filter(|said| **said == token).count();
+                if times > 0 || self.prompt.contains(&token) {
+                    let positive = logit > 0.0;
+                    logit = if positive { logit / repetition_penalty } else { logit * repetition_penalty };
+                }
+                if times > 0 {
+                    logit -= presence_penalty + frequency_penalty * times as f32;
+                }
+                if banned.contains(&token) { f32::NEG_INFINITY } else { logit }
+            });
+            adjusted.collect()
+        }
+
+        fn choice(&self, adjusted: &[f32], point: f64, slack: [f64; 3]) -> Option<TokenId> {
+            let Sampling { temperature, top_k, top_p, min_p, .. } = *self.sampling;
+            let mut tokens: Vec<_> = (0..).map(TokenId).zip(adjusted.iter().copied()).collect();
+            tokens.retain(|(_, logit)| *logit > f32::NEG_INFINITY);
+            tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            let top = f64::from(tokens.first()?.1);
+            let weight = |logit: f32| ((f64::from(logit) - top) / f64::from(temperature)).exp();
+            let mut line: Vec<_> = tokens.into_iter().map(|(token, logit)| (token, weight(logit))).collect();
+            if top_k > 0 {
+                line.truncate(top_k as usize);
+            }
+            if top_p < 1.0 {
+                let needed = f64::from(top_p) * (1.0 + slack[0]) * line.iter().map(|(_, weight)| weight).sum::<f64>();
+                let mut sum = 0.0;
+                let fewest = line.iter().position(|(_, weight)| {
+                    sum += weight;
+                    sum >= needed
+                });
+                line.truncate(fewest.map_or(line.len(), |last| last + 1));
+            }
+            line.retain(|(_, weight)| *weight >= f64::from(min_p) * (1.0 + slack[1]));
+            line.sort_by_key(|(token, _)| *token);
+            let mut left = (point + slack[2]) * line.iter().map(|(_, weight)| weight).sum::<f64>();
+            let drawn = line.iter().find(|(_, weight)| {
+                left -= weight;
+                left < 0.0
+            });
+            Some(drawn.or(line.last())?.0)
+        }
+
+        /// All that the next token may be: one token, but at a border.
+        fn next(&mut self, logits: &[f32], banned: &[TokenId]) -> Vec<TokenId> {
+            let adjusted = self.adjusted(logits, banned);
+            let numbers = adjusted.iter().filter(|logit| **logit > f32::NEG_INFINITY);
+            let Some(top) = numbers.copied().reduce(f32::max) else { return vec![TokenId(0)] };
+            if self.sampling.temperature <= 0.0 || self.sampling.top_p <= 0.0 {
+                return vec![TokenId(adjusted.iter().position(|logit| *logit == top).unwrap() as u32)];
+            }
+            let point = self.random.random::<f64>();
+            let slacks = [-3e-5, 0.0, 3e-5];
+            let each = slacks.iter().flat_map(|a| slacks.iter().flat_map(move |b| slacks.map(|c| [*a, *b, c])));
+            each.filter_map(|slack| self.choice(&adjusted, point, slack)).collect()
+        }
+    }
+
+    fn some_logits() -> impl Strategy<Value = Vec<f32>> {
+        let even = (-40..40).prop_map(|half| half as f32 / 2.0);
+        let any = -30.0..30.0_f32;
+        let odd = prop_oneof![Just(f32::NAN), Just(f32::NEG_INFINITY)];
+        prop_oneof![
+            vec(even.clone(), 1..700),
+            vec(any.clone(), 1..700),
+            vec(0.0..0.5_f32, 1..700),
+            vec(prop_oneof![4 => even, 4 => any, 1 => odd], 1..300),
+        ]
+    }
+
+    fn some_sampling() -> impl Strategy<Value = Sampling> {
+        let penalties = prop_oneof![Just((1.0, 0.0, 0.0)), (0.5..2.0_f32, -1.0..2.0_f32, -1.0..2.0_f32)];
+        let bias = prop_oneof![Just(Vec::new()), vec((0..720_u32, -20.0..20.0_f32), 1..6)];
+        let temperature = prop_oneof![1 => Just(0.0), 9 => 0.05..2.0_f32];
+        let top_k = prop_oneof![Just(0), 1..90_u32];
+        let top_p = prop_oneof![Just(1.0), 0.01..1.0_f32];
+        let min_p = prop_oneof![Just(0.0), 0.001..1.0_f32];
+        (temperature, top_k, top_p, min_p, penalties, bias, any::<u64>()).prop_map(
+            |(
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                (repetition_penalty, presence_penalty, frequency_penalty),
+                bias,
+                seed,
+            )| {
+                let logit_bias = bias.into_iter().map(|(token, bias)| (TokenId(token), bias)).collect();
+                Sampling {
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    repetition_penalty,
+                    presence_penalty,
+                    frequency_penalty,
+                    logit_bias,
+                    seed,
+                    ..Sampling::default()
+                }
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn an_answer_is_that_of_the_definition_and_leaves_the_logits_as_they_were(
+            logits in some_logits(),
+            sampling in some_sampling(),
+            prompt in vec((0..700_u32).prop_map(TokenId), 0..20),
+            banned in vec((0..700_u32).prop_map(TokenId), 0..3),
+        ) {
+            let random = StdRng::seed_from_u64(sampling.seed);
+            let mut definition = Definition { sampling: &sampling, prompt: &prompt, answer: Vec::new(), random };
+            let mut sampler = Sampler::new(sampling.clone(), &prompt);
+            let mut scratch = Scratch::default();
+            let mut row = logits.clone();
+            for _ in 0..4 {
+                let wanted = definition.next(&logits, &banned);
+                let token = sampler.sample(&mut row, &banned, &mut scratch);
+                prop_assert!(wanted.contains(&token), "{token:?}, not one of {wanted:?}");
+                prop_assert!(row.iter().zip(&logits).all(|(row, logit)| row.to_bits() == logit.to_bits()));
+                definition.answer.push(token);
+            }
+        }
+
+        #[test]
+        fn log_probabilities_are_those_of_f64(logits in vec(-30.0..30.0_f32, 1..700), top in 0..20_u8) {
+            let sum: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
+            let report = logprob(&logits, TokenId(0), top, &mut Scratch::default());
+            prop_assert!((f64::from(report.logprob) - (f64::from(logits[0]) - sum.ln())).abs() < 1e-5);
+            let mut sorted = logits;
+            sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+            prop_assert_eq!(report.top.len(), sorted.len().min(top.into()));
+            for ((_, logprob), logit) in report.top.iter().zip(sorted) {
+                prop_assert!((f64::from(*logprob) - (f64::from(logit) - sum.ln())).abs() < 1e-5);
+            }
+        }
     }
 }

@@ -291,7 +291,7 @@ impl Driver {
                 tracing::error!(%error, turns = plan.spans.len(), "a step failed, and its turns with it");
             }
             let now = self.now();
-            self.core.commit(now, &plan, ran.map(|()| &self.logits), &mut events);
+            self.core.commit(now, &plan, ran.map(|()| &mut self.logits), &mut events);
         }
         self.publish();
         self.tell(events);

@@ -95,6 +95,10 @@ impl Logits {
         &self.values[index * self.vocab..][..self.vocab]
     }
 
+    pub fn row_mut(&mut self, index: usize) -> &mut [f32] {
+        &mut self.values[index * self.vocab..][..self.vocab]
+    }
+
     pub fn rows(&self) -> usize {
         self.values.len().checked_div(self.vocab).unwrap_or(0)
     }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use rekindle::engine::sampler::Sampler;
+use rekindle::engine::sampler::{Sampler, Scratch};
 use rekindle::engine::{FinishReason, PromptUsage, TurnRequest};
 use rekindle::model::fake::Flat;
 use rekindle::types::{KvKey, TenantId, TokenCount, TokenId, TurnId};
@@ -75,11 +75,12 @@ impl Conversation {
         }
         let sampling = &request.sampling;
         let mut sampler = Sampler::new(sampling.clone(), &request.prompt);
+        let mut scratch = Scratch::default();
         let mut answer = Vec::new();
         loop {
             let too_early = !sampling.ignore_eos && (answer.len() as u32) < sampling.min_tokens;
             let banned: &[TokenId] = if too_early { &request.stop_tokens } else { &[] };
-            let token = sampler.sample(&self.alone.logits(), banned);
+            let token = sampler.sample(&mut self.alone.logits(), banned, &mut scratch);
             answer.push(token);
             if !sampling.ignore_eos && request.stop_tokens.contains(&token) {
                 return (answer, FinishReason::Stop);

@@ -464,7 +464,7 @@ impl World {
             };
             self.copy();
             self.now.0 += self.luck.between(100, 2_000) as u64;
-            self.core.commit(self.now, &plan, outcome.map(|()| &self.logits), &mut events);
+            self.core.commit(self.now, &plan, outcome.map(|()| &mut self.logits), &mut events);
             events.into_iter().for_each(|event| self.hear(event));
         }
         drop(plan);
