@@ -15,7 +15,7 @@ use super::servers::{Arm, Pair, Room};
 use super::shapes::{Shape, Work};
 use super::speed::{self, Cell, Row};
 use crate::numbers::{figure, median, p95};
-use crate::process::Usage;
+use crate::process::{Usage, Watch};
 use crate::report::{Bound, Limit, Report, Table};
 
 /// Of the bandwidth of memory, while one conversation answers: each token reads all weights once.
@@ -69,9 +69,11 @@ impl Findings {
         self.bounds.push(Bound { what, measured, limit: Limit::AtMost(limit), unit: "" });
     }
 
-    pub fn limits(&mut self, threads: &[usize]) {
+    pub fn limits(&mut self, threads: &[usize]) -> anyhow::Result<()> {
         for threads in threads {
+            let watch = Watch::start(None)?;
             let rate = limits::read_bytes_per_s(*threads);
+            self.usage += watch.usage()?;
             eprintln!("[compare] reading memory, {threads} threads: {} GB/s", figure(rate / 1e9));
             self.read_bytes_per_s.push((*threads, rate));
         }
@@ -88,6 +90,7 @@ impl Findings {
         }
         let raw = |(threads, rate): &(usize, f64)| json!({"threads": threads, "read_bytes_per_s": rate});
         self.raw.insert("limits".into(), self.read_bytes_per_s.iter().map(raw).collect());
+        Ok(())
     }
 
     pub fn speed(&mut self, peer: &Peer, cells: &[Cell], rounds: usize) -> anyhow::Result<()> {

@@ -105,7 +105,7 @@ pub fn measure(common: &Common, args: &Args, runtime: &Runtime) -> anyhow::Resul
     let started = Instant::now();
     let mut findings = Findings::default();
     if args.parts.contains(&Part::Limits) {
-        findings.limits(&threads);
+        findings.limits(&threads)?;
     }
     if args.parts.contains(&Part::Speed) {
         findings.speed(&peer, &cells(args, &formats, &threads), args.rounds as usize)?;
