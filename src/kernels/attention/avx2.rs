@@ -55,27 +55,8 @@ fn attend_tile<const Q: usize>(tile: &mut Tile<'_>, chunk: &Chunk<'_>, ahead: &C
             chunk_scores::<Q, 1>(queries, [chunk.keys[block]], [ahead.keys[block]], block, scores);
         }
     }
-    let seen: [usize; Q] = std::array::from_fn(|query| tile.seen[query].saturating_sub(chunk.first).min(CHUNK_TOKENS));
-    let width = blocks * BLOCK_TOKENS;
-    let mut maxima = [f32::NEG_INFINITY; ROOM];
-    let mut rescales = [f32::NEG_INFINITY; ROOM];
-    maxima[..Q].copy_from_slice(tile.maxima);
-    rescales[..Q].copy_from_slice(tile.maxima);
-    for ((max, Scores(scores)), seen) in maxima.iter_mut().zip(scores.iter_mut()).zip(seen) {
-        // What a query doesn't see must not count.
-        if seen < width {
-            scores[seen..width].fill(f32::NEG_INFINITY);
-        }
-        *max = highest(*max, &scores[..width]);
-    }
-    for (rescales, maxima) in rescales.chunks_exact_mut(8).zip(maxima.chunks_exact(8)).take(Q.div_ceil(8)) {
-        store(exp2_lanes(_mm256_sub_ps(load(rescales), load(maxima))), rescales);
-    }
-    tile.maxima.copy_from_slice(&maxima[..Q]);
-    let of_query = scores.iter_mut().zip(&mut *tile.sums).zip(maxima.iter().zip(&rescales));
-    for (((Scores(scores), sums), (&max, &rescale)), seen) in of_query.zip(seen) {
-        weights(&mut scores[..width], seen, max, rescale, sums);
-    }
+    let rescales = weigh(tile, chunk.first, blocks * BLOCK_TOKENS);
+    let scores: &[Scores; Q] = (&*tile.scores).try_into().expect("weights of each query");
     let mut d = 0;
     if Q <= 3 {
         while d + 32 <= dim {
@@ -125,6 +106,33 @@ fn chunk_scores<const Q: usize, const B: usize>(
     }
 }
 
+/// Turns the first `width` scores of a chunk's queries, whole blocks, into weights, and takes them into the highest scores and
+/// the sums. Returns by what all weights before must be multiplied.
+#[target_feature(enable = "avx2,fma")]
+fn weigh(tile: &mut Tile<'_>, first: usize, width: usize) -> [f32; ROOM] {
+    let queries = tile.seen.len();
+    let mut maxima = [f32::NEG_INFINITY; ROOM];
+    let mut rescales = [f32::NEG_INFINITY; ROOM];
+    rescales[..queries].copy_from_slice(tile.maxima);
+    for (query, Scores(scores)) in tile.scores.iter_mut().enumerate() {
+        let seen = tile.seen[query].saturating_sub(first);
+        if seen < width {
+            // What a query doesn't see must not count.
+            scores[seen..width].fill(f32::NEG_INFINITY);
+        }
+        maxima[query] = highest(tile.maxima[query], &scores[..width]);
+    }
+    for (rescales, maxima) in rescales.chunks_exact_mut(8).zip(maxima.chunks_exact(8)).take(queries.div_ceil(8)) {
+        store(exp2_lanes(_mm256_sub_ps(load(rescales), load(maxima))), rescales);
+    }
+    tile.maxima.copy_from_slice(&maxima[..queries]);
+    for (query, Scores(scores)) in tile.scores.iter_mut().enumerate() {
+        let seen = tile.seen[query].saturating_sub(first);
+        weights(&mut scores[..width], seen, maxima[query], rescales[query], &mut tile.sums[query]);
+    }
+    rescales
+}
+
 /// The highest of some scores, whole vectors of them, and of one more.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -172,7 +180,7 @@ pub(super) fn add_values<const Q: usize, const V: usize>(
 ) {
     let dim = chunk.head_dim;
     let mut places = sums.chunks_exact_mut(dim).map(|sums| parts_mut::<V, 8>(&mut sums[d..]));
-    let places: [_; Q] = std::array::from_fn(|_| places.next().expect("sums of each query"));
+    let mut places: [_; Q] = std::array::from_fn(|_| places.next().expect("sums of each query"));
     let mut lanes = [[_mm256_setzero_ps(); V]; Q];
     for (block, values) in chunk.values.iter().enumerate().take(tokens.div_ceil(BLOCK_TOKENS)) {
         for token in 0..BLOCK_TOKENS.min(tokens - block * BLOCK_TOKENS) {
@@ -180,17 +188,19 @@ pub(super) fn add_values<const Q: usize, const V: usize>(
             prefetch(ahead.values[block], at);
             let values: &[[f16; 8]; V] = parts(&values[at..]);
             let wide = values.map(|values| widen(&values));
-            for (lanes, Scores(weights)) in lanes.iter_mut().zip(weights) {
-                let weight = _mm256_set1_ps(weights[block * BLOCK_TOKENS + token]);
-                for (lane, &wide) in lanes.iter_mut().zip(&wide) {
-                    *lane = _mm256_fmadd_ps(wide, weight, *lane);
+            for query in 0..Q {
+                let weight = _mm256_set1_ps(weights[query].0[block * BLOCK_TOKENS + token]);
+                for v in 0..V {
+                    lanes[query][v] = _mm256_fmadd_ps(wide[v], weight, lanes[query][v]);
                 }
             }
         }
     }
-    for ((lanes, &rescale), places) in lanes.iter().zip(rescales).zip(places) {
-        for (&lane, place) in lanes.iter().zip(places) {
-            store(_mm256_fmadd_ps(load(place), _mm256_set1_ps(rescale), lane), place);
+    for query in 0..Q {
+        let rescale = _mm256_set1_ps(rescales[query]);
+        for v in 0..V {
+            let place = &mut places[query][v];
+            store(_mm256_fmadd_ps(load(place), rescale, lanes[query][v]), place);
         }
     }
 }
