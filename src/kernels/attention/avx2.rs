@@ -21,7 +21,6 @@ use super::{BLOCK_TOKENS, CHUNK_BLOCKS, CHUNK_TOKENS};
 pub(super) const TILE: usize = 6;
 /// Rounds to the nearest, ties to even, without exceptions.
 const NEAREST_EVEN: i32 = 0x08;
-
 /// Places for a number of each query, in whole vectors.
 pub(super) const ROOM: usize = 32;
 
@@ -106,8 +105,8 @@ fn chunk_scores<const Q: usize, const B: usize>(
     }
 }
 
-/// Turns the first `width` scores of a chunk's queries, whole blocks, into weights, and takes them into the highest scores and
-/// the sums. Returns by what all weights before must be multiplied.
+/// Turns the first `width` scores of each query, whole blocks, into weights, and takes them into the highest scores and the
+/// sums. Returns by what all weights before must be multiplied.
 #[target_feature(enable = "avx2,fma")]
 fn weigh(tile: &mut Tile<'_>, first: usize, width: usize) -> [f32; ROOM] {
     let queries = tile.seen.len();
@@ -180,7 +179,7 @@ pub(super) fn add_values<const Q: usize, const V: usize>(
 ) {
     let dim = chunk.head_dim;
     let mut places = sums.chunks_exact_mut(dim).map(|sums| parts_mut::<V, 8>(&mut sums[d..]));
-    let mut places: [_; Q] = std::array::from_fn(|_| places.next().expect("sums of each query"));
+    let places: [_; Q] = std::array::from_fn(|_| places.next().expect("sums of each query"));
     let mut lanes = [[_mm256_setzero_ps(); V]; Q];
     for (block, values) in chunk.values.iter().enumerate().take(tokens.div_ceil(BLOCK_TOKENS)) {
         for token in 0..BLOCK_TOKENS.min(tokens - block * BLOCK_TOKENS) {
@@ -188,6 +187,7 @@ pub(super) fn add_values<const Q: usize, const V: usize>(
             prefetch(ahead.values[block], at);
             let values: &[[f16; 8]; V] = parts(&values[at..]);
             let wide = values.map(|values| widen(&values));
+            // By index: the compiler unrolls that, and keeps all lanes in registers.
             for query in 0..Q {
                 let weight = _mm256_set1_ps(weights[query].0[block * BLOCK_TOKENS + token]);
                 for v in 0..V {

@@ -171,7 +171,7 @@ fn add_values<const Q: usize, const V: usize>(
 ) {
     let dim = chunk.head_dim;
     let mut places = sums.chunks_exact_mut(dim).map(|sums| parts_mut::<V, 16>(&mut sums[d..]));
-    let mut places: [_; Q] = std::array::from_fn(|_| places.next().expect("sums of each query"));
+    let places: [_; Q] = std::array::from_fn(|_| places.next().expect("sums of each query"));
     let mut lanes = [[_mm512_setzero_ps(); V]; Q];
     for (block, values) in chunk.values.iter().enumerate().take(tokens.div_ceil(BLOCK_TOKENS)) {
         for token in 0..BLOCK_TOKENS.min(tokens - block * BLOCK_TOKENS) {
@@ -181,6 +181,7 @@ fn add_values<const Q: usize, const V: usize>(
             }
             let values: &[[f16; 16]; V] = parts(&values[at..]);
             let wide = values.map(|values| widen(&values));
+            // By index: the compiler unrolls that, and keeps all lanes in registers.
             for query in 0..Q {
                 let weight = _mm512_set1_ps(weights[query].0[block * BLOCK_TOKENS + token]);
                 for v in 0..V {
