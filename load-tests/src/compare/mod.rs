@@ -140,7 +140,7 @@ fn cells(args: &Args, formats: &[(&str, PathBuf)], threads: &[usize]) -> Vec<Cel
                 let all_cores = Some(threads) == most;
                 let is_main = |group: &Group| match group {
                     Group::Short => true,
-                    Group::Deep => all_cores || index == 0,
+                    Group::Deep => all_cores && index == 0,
                     Group::Batch => all_cores,
                     Group::Crowd => all_cores && index == 0 && *level == Level::Native,
                 };
