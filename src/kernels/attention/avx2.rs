@@ -183,13 +183,14 @@ pub(super) fn add_values<const Q: usize, const V: usize>(
     let mut lanes = [[_mm256_setzero_ps(); V]; Q];
     for (block, values) in chunk.values.iter().enumerate().take(tokens.div_ceil(BLOCK_TOKENS)) {
         for token in 0..BLOCK_TOKENS.min(tokens - block * BLOCK_TOKENS) {
-            let at = token * dim + d;
+            let (at, of_token) = (token * dim + d, block * BLOCK_TOKENS + token);
+            assert!(of_token < CHUNK_TOKENS);
             prefetch(ahead.values[block], at);
             let values: &[[f16; 8]; V] = parts(&values[at..]);
             let wide = values.map(|values| widen(&values));
             // By index: the compiler unrolls that, and keeps all lanes in registers.
             for query in 0..Q {
-                let weight = _mm256_set1_ps(weights[query].0[block * BLOCK_TOKENS + token]);
+                let weight = _mm256_set1_ps(weights[query].0[of_token]);
                 for v in 0..V {
                     lanes[query][v] = _mm256_fmadd_ps(wide[v], weight, lanes[query][v]);
                 }

@@ -175,7 +175,8 @@ fn add_values<const Q: usize, const V: usize>(
     let mut lanes = [[_mm512_setzero_ps(); V]; Q];
     for (block, values) in chunk.values.iter().enumerate().take(tokens.div_ceil(BLOCK_TOKENS)) {
         for token in 0..BLOCK_TOKENS.min(tokens - block * BLOCK_TOKENS) {
-            let at = token * dim + d;
+            let (at, of_token) = (token * dim + d, block * BLOCK_TOKENS + token);
+            assert!(of_token < CHUNK_TOKENS);
             for line in (0..V * 16).step_by(32) {
                 prefetch(ahead.values[block], at + line);
             }
@@ -183,7 +184,7 @@ fn add_values<const Q: usize, const V: usize>(
             let wide = values.map(|values| widen(&values));
             // By index: the compiler unrolls that, and keeps all lanes in registers.
             for query in 0..Q {
-                let weight = _mm512_set1_ps(weights[query].0[block * BLOCK_TOKENS + token]);
+                let weight = _mm512_set1_ps(weights[query].0[of_token]);
                 for v in 0..V {
                     lanes[query][v] = _mm512_fmadd_ps(wide[v], weight, lanes[query][v]);
                 }
