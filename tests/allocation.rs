@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rekindle::engine::sampler::{Sampler, Sampling};
+use rekindle::engine::sampler::{Sampler, Sampling, Scratch};
 use rekindle::kernels::isa::Isa;
 use rekindle::kernels::memory::Arena;
 use rekindle::model::decoder::{BLOCK_SIZE, Compute, Decoder};
@@ -70,7 +70,7 @@ fn run(model: &mut Decoder, arena: &Arc<Arena>, tables: &[Vec<BlockId>], shapes:
     let batch = Batch { tokens: &memory.tokens, sequences: &sequences[..shapes.len()], sampled: &memory.sampled };
     model.forward(&batch, arena, &mut memory.logits).unwrap();
     for (row, sampler) in memory.samplers.iter_mut().enumerate().take(shapes.len()) {
-        sampler.sample(memory.logits.row(row), &[]);
+        sampler.sample(memory.logits.row_mut(row), &[], &mut memory.scratch);
     }
 }
 
@@ -80,6 +80,7 @@ struct Memory {
     sampled: Vec<usize>,
     logits: Logits,
     samplers: Vec<Sampler>,
+    scratch: Scratch,
 }
 
 #[test]
@@ -96,6 +97,7 @@ fn a_step_no_larger_than_one_before_it_allocates_nothing() {
         sampled: Vec::new(),
         logits: Logits::default(),
         samplers: (0..16).map(sampler).collect(),
+        scratch: Scratch::default(),
     };
     let prefill = [(100, 0), (17, 0), (1, 60), (1, 3)];
     let decode: Vec<Shape> = (0..16).map(|sequence| (1, 20 + sequence)).collect();
