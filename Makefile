@@ -13,7 +13,7 @@ model := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: help
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # What the program is made of: where none of it is newer than the program, not even cargo is asked.
 program := $(target_dir)/release/rekindle
@@ -61,6 +61,13 @@ compare: ## Measure the model and the server beside llama.cpp, built here; ARGS 
 	@$(MAKE) --no-print-directory $(program)
 	@test -f $(model) || $(program) pull
 	$(target_dir)/release/load-tests compare $(ARGS)
+
+.PHONY: perplexity
+perplexity: ## Hold the model's perplexity in ten formats to llama.cpp's, built here; ARGS are those of `perplexity`
+	@scripts/setup compare
+	@$(MAKE) --no-print-directory $(program)
+	@test -f $(model) || $(program) pull
+	$(target_dir)/release/load-tests perplexity $(ARGS)
 
 .PHONY: soak
 soak: ## The system and simulation tests, for much longer

@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use rekindle::engine::sampler::{Sampler, Sampling, Scratch, logprob};
+use rekindle::kernels::isa::Isa;
 use rekindle::kernels::memory::Arena;
-use rekindle::model::decoder::{BLOCK_SIZE, Decoder};
+use rekindle::model::decoder::{BLOCK_SIZE, Compute, Decoder};
 use rekindle::model::tokenizer::Tokenizer;
 use rekindle::model::weights::WeightFile;
 use rekindle::model::{Batch, Logits, Model, SequenceRows};
@@ -33,7 +34,8 @@ fn rows() -> (Vec<TokenId>, Vec<Vec<f32>>) {
     let tokenizer = Tokenizer::from_metadata(file.metadata()).expect("a tokenizer");
     let tokens = tokenizer.tokenize(TEXT, &[], 0).into_iter().map(|(token, _)| token);
     let tokens: Vec<_> = tokens.take(CONTEXT + ROWS).collect();
-    let mut model = Decoder::load(&path(), &mut |_, _| {}).expect("a model");
+    let compute = Compute { threads: 1, isa: Isa::best() };
+    let mut model = Decoder::load(&path(), compute, &mut |_, _| {}).expect("a model");
     let blocks = TokenCount((CONTEXT + ROWS) as u32).blocks(BLOCK_SIZE).0;
     let arena = Arena::new(blocks as usize, model.spec().kv.block_bytes(BLOCK_SIZE)).expect("memory for the bench");
     let table: Vec<_> = (0..blocks).map(BlockId).collect();

@@ -8,6 +8,7 @@ mod compare;
 mod idle;
 mod numbers;
 mod overhead;
+mod perplexity;
 mod process;
 mod report;
 mod server;
@@ -61,6 +62,8 @@ enum Command {
     Idle(idle::Args),
     /// The model and the server beside llama.cpp, which is fetched and built for it
     Compare(compare::Args),
+    /// How well the model predicts a text in each format, here and in llama.cpp
+    Perplexity(perplexity::Args),
     /// Fetch and build llama.cpp, as `compare` does by itself, and make files of other formats with it
     Peer(compare::peer::Args),
     /// Our side of `compare`: the model alone, in a process of its own
@@ -96,6 +99,7 @@ fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Overhead(args) => keep(overhead::measure(&args)),
         Command::Idle(args) => keep(runtime.block_on(idle::measure(common, &args))),
         Command::Compare(args) => keep(compare::measure(common, &args, &runtime)),
+        Command::Perplexity(args) => keep(perplexity::measure(&common.model, &args)),
         Command::Peer(args) => compare::peer::set_up(&common.model, &args).map(|()| true),
         Command::Step(args) => compare::step::measure(&common.model, &args).map(|()| true),
         Command::Bench => {

@@ -172,6 +172,11 @@ impl Sampling {
     /// Leaves in `scratch.head` the tokens that may be drawn, by id.
     fn keep(&self, logits: &[f32], curve: Curve, scratch: &mut Scratch) {
         let Scratch { odds, head, ranked, .. } = scratch;
+        // For the flattest row there may be, so that none that is flatter than those before has to wait for memory.
+        head.clear();
+        head.reserve(logits.len());
+        ranked.clear();
+        ranked.reserve(logits.len());
         let unlikeliest = if self.min_p > 0.0 { curve.logit_at(-self.min_p.log2()) } else { f32::NEG_INFINITY };
         let last = if self.top_k > 0 {
             let kept = self.top_k as usize;

@@ -11,6 +11,8 @@ use super::*;
 use crate::model::SequenceRows;
 use crate::types::BlockId;
 
+mod exactness;
+
 /// The small published model that the tests share.
 fn real_model_path() -> PathBuf {
     let path = std::env::var_os("REKINDLE_TEST_MODEL").map_or_else(
