@@ -65,12 +65,12 @@ fn sampling(c: &mut Criterion) {
     let mut measure = |name: &str, rows: &mut [Vec<f32>], sampling: &Sampling| {
         // New samplers each time: one that sees the same row again and again penalises its likely tokens until none is.
         let samplers = || (0..ROWS).map(|_| Sampler::new(sampling.clone(), &prompt)).collect::<Vec<_>>();
-        let choose = |samplers: &mut Vec<Sampler>| {
+        let mut choose = |samplers: &mut Vec<Sampler>| {
             for (sampler, row) in samplers.iter_mut().zip(&mut *rows) {
                 std::hint::black_box(sampler.sample(row, &[], &mut scratch));
             }
         };
-        group.bench_function(name, |b| b.iter_batched_ref(samplers, choose, BatchSize::SmallInput));
+        group.bench_function(name, |b| b.iter_batched_ref(samplers, &mut choose, BatchSize::SmallInput));
     };
     measure("greedy", &mut real, &Sampling::default());
     measure("temperature 0.8, top-p 0.95, penalties", &mut real, &penalised(0.8));
