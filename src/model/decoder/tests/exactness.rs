@@ -13,8 +13,7 @@ use super::*;
 struct Bounds {
     /// Of any logit. They are between -30 and 30.
     worst: f64,
-    /// Root of the mean square over the logits of a position, at the worst position. Most of it is a shift that all logits
-    /// share, which changes no probability.
+    /// Root of the mean square over the logits of a position, at the worst position.
     rms: f64,
     /// Kullback-Leibler divergence of our distribution from the exact one at the worst position, in nats.
     divergence: f64,
