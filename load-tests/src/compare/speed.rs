@@ -3,7 +3,7 @@
 //! Both run in turn, in short processes of their own, several rounds, and the fastest of each side counts: what disturbs a
 //! measurement only ever makes it slower. llama.cpp is tried with flash attention and without; the better one counts.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail};
@@ -176,7 +176,7 @@ impl Runs {
         }
         eprintln!("[compare]   {}: {} tokens/s", self.side.name(), said.join(", "));
         self.usage += usage;
-        self.command = format!("{command:?}").replace('"', "");
+        self.command = without_folders(&command);
         Ok(usage)
     }
 
@@ -191,6 +191,13 @@ impl Runs {
             "others_cpu_s": self.usage.others_s, "command": self.command,
         })
     }
+}
+
+/// A command as it may be kept: of paths the last part, since the others are this machine's.
+fn without_folders(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let words = words.map(|word| Path::new(word).file_name().unwrap_or(word).to_string_lossy().into_owned());
+    words.collect::<Vec<_>>().join(" ")
 }
 
 fn ours(cell: &Cell) -> anyhow::Result<Command> {
@@ -296,6 +303,13 @@ mod tests {
         assert_eq!(rows.each_ref().map(|row| row.flash), [false, true]);
         assert_eq!(rows[0].ours_busy, 1.5);
         assert_eq!(rows[0].cell.name(), "Q4_1, native, 2 threads");
+    }
+
+    #[test]
+    fn a_kept_command_names_no_folder_of_this_machine() {
+        let mut command = Command::new("/somewhere/bin/llama-bench");
+        command.args(["-m", "/elsewhere/model.gguf", "-t", "2"]);
+        assert_eq!(without_folders(&command), "llama-bench -m model.gguf -t 2");
     }
 
     #[test]
