@@ -1,20 +1,19 @@
-//! What happens to each row between the matrix products: norms, rotary positions, SwiGLU, and the exponential they share.
+//! What happens to each row between the matrix products: norms, rotary positions and SwiGLU.
 //!
 //! Every function works row by row, so a row's result doesn't depend on what else is in the batch.
 
 use super::isa::{Isa, vectorised};
 
 /// Below this, `exp` is as good as zero, and its result would leave the range of normal floats.
-pub(super) const EXP_LOWEST: f32 = -87.0;
+const EXP_LOWEST: f32 = -87.0;
 /// Above this, `exp` would overflow.
-pub(super) const EXP_HIGHEST: f32 = 88.0;
+const EXP_HIGHEST: f32 = 88.0;
 /// Coefficients of 2^f for f in -0.5..=0.5, highest power first: `ln(2)^n / n!`. Relative error below 2e-7.
-pub(super) const EXP2: [f32; 7] =
-    [1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, 6.931_472e-1, 1.0];
+const EXP2: [f32; 7] = [1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, 6.931_472e-1, 1.0];
 
-/// `e^x`, clamped to the range of normal floats. The AVX2 kernels do the same operations, eight lanes at a time.
+/// `e^x`, clamped to the range of normal floats.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+fn exp(x: f32) -> f32 {
     let scaled = x.clamp(EXP_LOWEST, EXP_HIGHEST) * std::f32::consts::LOG2_E;
     let whole = scaled.round_ties_even();
     let fraction = scaled - whole;

@@ -58,15 +58,6 @@ impl Matrix {
             Self::BF16(panels) => panels.panels(),
         }
     }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Quantised(panels) => panels.bytes(),
-            Self::F32(panels) => panels.bytes(),
-            Self::F16(panels) => panels.bytes(),
-            Self::BF16(panels) => panels.bytes(),
-        }
-    }
 }
 
 /// What becomes of a product.
@@ -117,11 +108,6 @@ impl Linear {
 
     pub fn outputs(&self) -> usize {
         self.outputs
-    }
-
-    /// Bytes that the weights take.
-    pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|(_, matrix)| matrix.bytes()).sum()
     }
 
     /// Whether the scales of all quantised weights are numbers.

@@ -59,11 +59,6 @@ impl<W: Weight> Panels<W> {
         self.outputs.div_ceil(PANEL)
     }
 
-    /// Bytes that the weights take.
-    pub fn bytes(&self) -> usize {
-        size_of_val(self.panels.as_slice())
-    }
-
     /// Writes row `row` to `out`.
     pub fn copy_row(&self, row: usize, out: &mut [f32]) {
         let (first, lane) = (row / PANEL * self.inputs, row % PANEL);

@@ -172,11 +172,6 @@ impl Panels {
         self.outputs.div_ceil(PANEL)
     }
 
-    /// Bytes that the weights take.
-    pub fn bytes(&self) -> usize {
-        size_of_val(self.quants.as_slice()) + size_of_val(self.scales.as_slice()) + size_of_val(self.mins.as_slice())
-    }
-
     /// Writes row `row`, dequantised, to `out`.
     pub fn copy_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.outputs && out.len() == self.blocks * BLOCK, "row {row} of {}", self.outputs);
