@@ -53,6 +53,7 @@ pub struct Config {
     pub kv: Kv,
     pub engine: Engine,
     pub sessions: Sessions,
+    pub store: Store,
     pub api: Api,
     pub log: Log,
 }
@@ -113,6 +114,13 @@ pub struct Sessions {
     pub queue_depth: usize,
     pub idle_s: u64,
     pub max_live: usize,
+    pub recalled_tokens: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Store {
+    pub response_ttl_s: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -120,7 +128,15 @@ pub struct Sessions {
 pub struct Api {
     pub default_max_tokens: u32,
     pub unknown_fields: UnknownFields,
+    pub bare_paths: bool,
+    pub cors: Cors,
     pub limits: Limits,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cors {
+    pub allow_origins: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -181,7 +197,7 @@ impl Layers {
     }
 
     fn check(&self, config: &Config) -> Result<(), ConfigError> {
-        let Config { server, model, kv, engine, sessions, api, log } = config;
+        let Config { server, model, kv, engine, sessions, store, api, log } = config;
         if !server.listen.ip().is_loopback() {
             let reason = format!(
                 "{} can be reached from other machines, and without API keys anyone there could use the server; listen \
@@ -210,6 +226,15 @@ impl Layers {
         self.range("sessions.queue_depth", sessions.queue_depth, 0..=1024)?;
         self.range("sessions.idle_s", sessions.idle_s, 1..=86_400)?;
         self.range("sessions.max_live", sessions.max_live, 1..=1_000_000)?;
+        self.range("sessions.recalled_tokens", sessions.recalled_tokens, 0..=1_000_000_000)?;
+        self.range("store.response_ttl_s", store.response_ttl_s, 60..=315_360_000)?;
+        for origin in &api.cors.allow_origins {
+            let scheme = ["http://", "https://"].iter().find_map(|scheme| origin.strip_prefix(scheme));
+            if scheme.is_none_or(|host| host.is_empty() || host.contains(['/', '*', ' '])) {
+                let reason = format!("`{origin}` is no origin; write for example https://app.example, without a path");
+                return Err(self.impossible("api.cors.allow_origins", &reason));
+            }
+        }
         self.range("api.default_max_tokens", api.default_max_tokens, 1..=1_000_000)?;
         let limits = &api.limits;
         self.range("api.limits.body_bytes", limits.body_bytes, Bytes(1 << 10)..=Bytes(1 << 30))?;

@@ -97,6 +97,7 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     let (engine, engine_ended) = watch(engine);
     print(&capacity(&config, &spec, engine.window()));
 
+    let longest_token_bytes = language.longest_token_bytes();
     let sessions = Sessions::new(
         engine.clone(),
         Arc::new(language),
@@ -104,16 +105,18 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
         session_settings(&config),
     );
     let readiness = Arc::new(Readiness::new(engine.clone(), Arc::clone(&store) as Arc<dyn Store>));
-    let settings = api_settings(&config, &spec, engine.window(), tick_zero_us);
+    let settings = api_settings(&config, &spec, engine.window(), longest_token_bytes, tick_zero_us);
     let state = web::Data::new(api_state(settings, &engine, &sessions, &readiness, &metrics));
     tokio::spawn(keep_up(metrics));
 
+    let bare_paths = config.api.bare_paths;
     let app = move || {
         App::new()
             .app_data(state.clone())
             .wrap(NormalizePath::new(TrailingSlash::Trim))
+            .wrap(from_fn(api::idempotency::once::<actix_web::body::BoxBody>))
             .wrap(from_fn(api::edge::edge::<actix_web::body::BoxBody>))
-            .configure(api::routes)
+            .configure(|app| api::routes(app, bare_paths))
     };
     // A client that goes away ends its request at once, which cancels its turn; a half-closed connection counts as that.
     let server = HttpServer::new(app)
@@ -227,10 +230,19 @@ fn session_settings(config: &Config) -> SessionSettings {
         idle: Duration::from_secs(config.sessions.idle_s),
         max_live: config.sessions.max_live as u64,
         default_max_tokens: TokenCount(config.api.default_max_tokens),
+        max_items: config.api.limits.conversation_items,
+        response_ttl_s: i64::try_from(config.store.response_ttl_s).unwrap_or(i64::MAX),
+        recalled_tokens: config.sessions.recalled_tokens,
     }
 }
 
-fn api_settings(config: &Config, spec: &ModelSpec, window: TokenCount, tick_zero_us: i64) -> ApiSettings {
+fn api_settings(
+    config: &Config,
+    spec: &ModelSpec,
+    window: TokenCount,
+    longest_token_bytes: usize,
+    tick_zero_us: i64,
+) -> ApiSettings {
     let limits = &config.api.limits;
     let bytes = |bytes: config::Bytes| usize::try_from(bytes.0).unwrap_or(usize::MAX);
     ApiSettings {
@@ -245,10 +257,13 @@ fn api_settings(config: &Config, spec: &ModelSpec, window: TokenCount, tick_zero
             config::UnknownFields::Ignore => UnknownFields::Ignore,
             config::UnknownFields::Refuse => UnknownFields::Refuse,
         },
+        cors: Arc::new(api::cors::Cors { allow_origins: config.api.cors.allow_origins.clone() }),
         limits: Limits {
             body_bytes: bytes(limits.body_bytes),
             header_bytes: HEADER_BYTES,
             text_bytes: bytes(limits.text_bytes),
+            longest_token_bytes,
+            window,
             json_depth: limits.json_depth,
             messages: limits.messages,
             input_items: limits.input_items,

@@ -4,19 +4,26 @@
 //! that the client gets the answer instead of a broken connection.
 #![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
+use std::time::Duration;
+
 use actix_web::HttpRequest;
-use actix_web::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
+use actix_web::error::PayloadError;
+use actix_web::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use actix_web::{HttpResponse, web};
-use bytes::BytesMut;
-use futures_util::StreamExt;
+use bytes::{Bytes, BytesMut};
+use futures_util::{Stream, StreamExt};
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use super::fields::{self, Fields};
 use super::{ApiSettings, Limits, UnknownFields};
 
+/// A client's own name for a request.
+pub const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// How much of a body that is too large is read and thrown away.
 const DRAIN_MAX_BYTES: usize = 256 << 20;
+/// How long the next piece of it is waited for.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 /// How many ignored names, and how long each, fit the header.
 const NAMED_MAX: usize = 16;
 const NAME_MAX_CHARS: usize = 64;
@@ -27,19 +34,55 @@ pub async fn object(
     payload: web::Payload,
     limits: &Limits,
 ) -> Result<Map<String, Value>, ApiError> {
-    let read = tokio::time::timeout(limits.body_timeout, bytes(request, payload, limits.body_bytes));
-    let body = read.await.map_err(|_| ApiError::body_timeout(limits.body_timeout))??;
+    Ok(object_and_digest(request, payload, limits).await?.0)
+}
+
+/// A body as one JSON object, and a digest by which a retry is known: of its bytes, and of the key that names it.
+pub async fn object_and_digest(
+    request: &HttpRequest,
+    payload: web::Payload,
+    limits: &Limits,
+) -> Result<(Map<String, Value>, [u8; 32]), ApiError> {
+    let body = whole(request, payload, limits).await?;
     if !body.is_empty() {
         check_media_type(request)?;
     }
-    fields::parse_object(&body, limits.json_depth)
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&body);
+    if let Some(key) = request.headers().get(IDEMPOTENCY_KEY) {
+        hasher.update(key.as_bytes());
+    }
+    Ok((fields::parse_object(&body, limits.json_depth)?, *hasher.finalize().as_bytes()))
 }
 
-async fn bytes(request: &HttpRequest, mut payload: web::Payload, limit: usize) -> Result<BytesMut, ApiError> {
+/// Whether the client may have sent this request before: it counts its tries, or names the request.
+pub fn may_be_a_retry(headers: &HeaderMap) -> bool {
+    let tries = headers.get("x-stainless-retry-count").and_then(|value| value.to_str().ok()?.parse::<u32>().ok());
+    tries.is_some_and(|tries| tries > 0) || headers.contains_key(IDEMPOTENCY_KEY)
+}
+
+/// The bytes of a body, within the bounds of size and time.
+pub async fn whole(
+    request: &HttpRequest,
+    payload: impl Stream<Item = Result<Bytes, PayloadError>> + Unpin,
+    limits: &Limits,
+) -> Result<BytesMut, ApiError> {
+    let read = tokio::time::timeout(limits.body_timeout, bytes(request, payload, limits.body_bytes));
+    read.await.map_err(|_| ApiError::body_timeout(limits.body_timeout))?
+}
+
+async fn bytes(
+    request: &HttpRequest,
+    mut payload: impl Stream<Item = Result<Bytes, PayloadError>> + Unpin,
+    limit: usize,
+) -> Result<BytesMut, ApiError> {
     let declared = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
     let mut too_large = declared.is_some_and(|length| length > limit);
     let (mut body, mut seen) = (BytesMut::new(), 0_usize);
-    while let Some(piece) = payload.next().await {
+    loop {
+        // A client that is not sending waits for the answer already.
+        let patience = if too_large { DRAIN_PATIENCE } else { Duration::MAX };
+        let Ok(Some(piece)) = tokio::time::timeout(patience, payload.next()).await else { break };
         let piece = piece.map_err(|error| ApiError::body_broken(&error.to_string()))?;
         seen = seen.saturating_add(piece.len());
         too_large |= seen > limit;

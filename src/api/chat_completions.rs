@@ -3,14 +3,19 @@
 //! The client sends all messages; whatever prefix of them the tenant has in a tier is used, unasked.
 #![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
+use std::time::Duration;
+
 use actix_web::{HttpRequest, HttpResponse, web};
+use futures_util::future::join_all;
+use futures_util::{Stream, StreamExt, stream};
 use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::fields::Fields;
-use super::sse::{self, Narrator};
+use super::sse;
 use super::{ApiSettings, ApiState, body, ids, input, items, queue_deadline, unix_now, usage};
-use crate::sessions::messages::{Complete, FinishReason, TokenLogprob, TurnDone, TurnError};
+use crate::sessions::TurnStream;
+use crate::sessions::messages::{Complete, FinishReason, TokenLogprob, TurnDone, TurnError, TurnUpdate};
 
 /// POST `/v1/chat/completions`.
 pub async fn create(
@@ -31,12 +36,17 @@ pub async fn create(
         system_fingerprint: settings.system_fingerprint.clone(),
         logprobs: turn.limits.logprobs.is_some(),
     };
-    let turn = state.sessions.complete(&state.tenant, turn).await?;
+    let mut choices = state.sessions.complete(&state.tenant, turn).await?;
     let response = match stream {
         Some(StreamOptions { include_usage }) => {
-            sse::respond(turn, Chunks { head, include_usage, told_logprobs: 0 }, settings.keep_alive)
+            let chunks = Chunks::new(head, include_usage, choices.len());
+            sse::respond(tell(choices, chunks), settings.keep_alive)
         }
-        None => HttpResponse::Ok().json(head.completion(&sse::finish(turn).await?)?),
+        None => {
+            let ends = join_all(choices.iter_mut().map(sse::finish)).await;
+            let done: Vec<_> = ends.into_iter().collect::<Result<_, TurnError>>()?;
+            HttpResponse::Ok().json(head.completion(&done)?)
+        }
     };
     Ok(body::answer_naming(response, ignored))
 }
@@ -48,7 +58,7 @@ struct StreamOptions {
 fn parse(
     fields: &mut Fields<'_>,
     settings: &ApiSettings,
-    deadline: std::time::Duration,
+    deadline: Duration,
 ) -> Result<(Complete, Option<StreamOptions>), ApiError> {
     input::model(fields, settings, true)?;
     let messages = input::messages(fields, &settings.limits)?;
@@ -70,9 +80,7 @@ fn parse(
     }
     limits.logprobs = wants_logprobs.then_some(top.unwrap_or(0));
 
-    if fields.integer_in("n", 1..=8)?.is_some_and(|n| n > 1) {
-        return Err(ApiError::unsupported_value("n", "more than one choice is not supported yet; ask `n` times"));
-    }
+    let choices = fields.integer_in("n", 1..=8)?.and_then(|n| u8::try_from(n).ok()).unwrap_or(1);
     input::no_tools(fields, false)?;
     input::text_format_only(fields.object("response_format")?)?;
     if let Some(modalities) = fields.array("modalities")?
@@ -82,7 +90,7 @@ fn parse(
     }
     fields.refuse(&["audio", "functions", "function_call", "web_search_options", "moderation"])?;
     fields.metadata()?;
-    fields.string("reasoning_effort")?;
+    input::thinking(fields.string("reasoning_effort")?, &mut limits);
     fields.string("service_tier")?;
     fields.boolean("store")?;
     fields.accept(&[
@@ -96,7 +104,7 @@ fn parse(
         "verbosity",
     ]);
     let stream = stream(fields)?;
-    Ok((Complete { messages, limits }, stream))
+    Ok((Complete { messages, limits, choices }, stream))
 }
 
 /// `stream_options` without `stream: true` is ignored.
@@ -132,16 +140,25 @@ impl Head {
         object
     }
 
-    fn completion(&self, done: &TurnDone) -> Result<Value, ApiError> {
-        let finish_reason = finish_reason(done.finish)?;
-        let logprobs = if self.logprobs { logprobs(&done.logprobs) } else { Value::Null };
+    fn completion(&self, choices: &[TurnDone]) -> Result<Value, ApiError> {
+        let choice = |(index, done): (usize, &TurnDone)| {
+            let finish_reason = finish_reason(done.finish)?;
+            let logprobs = if self.logprobs { logprobs(&done.logprobs) } else { Value::Null };
+            let message = json!({"role": "assistant", "content": done.text, "refusal": null, "annotations": []});
+            Ok(json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}))
+        };
         let mut object = self.object("chat.completion");
-        let message = json!({"role": "assistant", "content": done.text, "refusal": null, "annotations": []});
-        let choice = json!({"index": 0, "message": message, "logprobs": logprobs, "finish_reason": finish_reason});
-        object.insert("choices".into(), json!([choice]));
-        object.insert("usage".into(), usage::of_chat(done));
+        let told: Result<Vec<Value>, ApiError> = choices.iter().enumerate().map(choice).collect();
+        object.insert("choices".into(), Value::from(told?));
+        object.insert("usage".into(), usage(choices));
         Ok(Value::Object(object))
     }
+}
+
+/// The prompt counts once, each generated token as well.
+fn usage(choices: &[TurnDone]) -> Value {
+    let generated = choices.iter().map(|done| done.usage.generated.0).sum();
+    choices.first().map_or(Value::Null, |first| usage::of_chat(first, generated))
 }
 
 /// A turn is cancelled under a client that still listens only when the server drains.
@@ -157,16 +174,58 @@ fn logprobs(tokens: &[TokenLogprob]) -> Value {
     json!({"content": items::logprobs(tokens), "refusal": null})
 }
 
+/// The choices' updates as chunks, each as it comes.
+fn tell(choices: Vec<TurnStream>, mut chunks: Chunks) -> impl Stream<Item = String> {
+    let updates = choices.into_iter().enumerate().map(|(index, turn)| {
+        stream::unfold(Some(turn), move |turn| async move {
+            let mut turn = turn?;
+            let update = turn.next().await.unwrap_or_else(|| TurnUpdate::Failed(sse::cut_short()));
+            let goes_on = matches!(update, TurnUpdate::Started { .. } | TurnUpdate::Text { .. });
+            Some(((index, update), goes_on.then_some(turn)))
+        })
+        .boxed_local()
+    });
+    let opening = chunks.open();
+    let updates = stream::select_all(updates);
+    let rest = stream::unfold((updates, Some(chunks)), |(mut updates, chunks)| async move {
+        let mut chunks = chunks?;
+        let (index, update) = updates.next().await?;
+        let events = match update {
+            TurnUpdate::Started { .. } => String::new(),
+            TurnUpdate::Text { delta, logprobs } => chunks.text(index, &delta, &logprobs),
+            TurnUpdate::Done(done) => chunks.done(index, done),
+            TurnUpdate::Failed(error) => chunks.failed(&error.into()),
+        };
+        let goes_on = !chunks.ended;
+        Some((events, (updates, goes_on.then_some(chunks))))
+    });
+    stream::once(async { opening }).chain(rest)
+}
+
 /// The chunks of one completion, in the order that clients rely on.
 struct Chunks {
     head: Head,
     include_usage: bool,
+    choices: Vec<Choice>,
+    /// Nothing comes any more.
+    ended: bool,
+}
+
+/// How far a choice is.
+#[derive(Default)]
+struct Choice {
     told_logprobs: usize,
+    done: Option<TurnDone>,
 }
 
 impl Chunks {
-    fn chunk(&self, delta: &Value, logprobs: &Value, finish_reason: Option<&str>) -> String {
-        let choice = json!({"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason});
+    fn new(head: Head, include_usage: bool, choices: usize) -> Self {
+        let choices = (0..choices).map(|_| Choice::default()).collect();
+        Self { head, include_usage, choices, ended: false }
+    }
+
+    fn chunk(&self, index: usize, delta: &Value, logprobs: &Value, finish_reason: Option<&str>) -> String {
+        let choice = json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason});
         self.with_choices(json!([choice]), Value::Null)
     }
 
@@ -179,9 +238,53 @@ impl Chunks {
         data(&Value::Object(object))
     }
 
-    fn told(&mut self, tokens: &[TokenLogprob]) -> Value {
-        self.told_logprobs += tokens.len();
+    fn told(&mut self, index: usize, tokens: &[TokenLogprob]) -> Value {
+        if let Some(choice) = self.choices.get_mut(index) {
+            choice.told_logprobs += tokens.len();
+        }
         if self.head.logprobs && !tokens.is_empty() { logprobs(tokens) } else { Value::Null }
+    }
+
+    /// All roles, so that choices are seen for the first time in their order.
+    fn open(&mut self) -> String {
+        let role = json!({"role": "assistant", "content": ""});
+        (0..self.choices.len()).map(|index| self.chunk(index, &role, &Value::Null, None)).collect()
+    }
+
+    fn text(&mut self, index: usize, delta: &str, tokens: &[TokenLogprob]) -> String {
+        let logprobs = self.told(index, tokens);
+        if delta.is_empty() && logprobs.is_null() {
+            return String::new();
+        }
+        self.chunk(index, &json!({"content": delta}), &logprobs, None)
+    }
+
+    fn done(&mut self, index: usize, done: TurnDone) -> String {
+        let finish_reason = match finish_reason(done.finish) {
+            Ok(reason) => reason,
+            Err(error) => return self.failed(&error),
+        };
+        // Tokens whose text was never sent, such as the end token's: none is lost.
+        let told = self.choices.get(index).map(|choice| choice.told_logprobs).unwrap_or_default();
+        let rest = self.told(index, done.logprobs.get(told..).unwrap_or_default());
+        let mut events = self.chunk(index, &json!({}), &rest, Some(finish_reason));
+        if let Some(choice) = self.choices.get_mut(index) {
+            choice.done = Some(done);
+        }
+        let ended: Option<Vec<TurnDone>> = self.choices.iter().map(|choice| choice.done.clone()).collect();
+        if let Some(ended) = ended {
+            if self.include_usage {
+                events += &self.with_choices(json!([]), usage(&ended));
+            }
+            events += LAST;
+            self.ended = true;
+        }
+        events
+    }
+
+    fn failed(&mut self, error: &ApiError) -> String {
+        self.ended = true;
+        data(&error.body()) + LAST
     }
 }
 
@@ -191,42 +294,8 @@ fn data(value: &Value) -> String {
 
 const LAST: &str = "data: [DONE]\n\n";
 
-impl Narrator for Chunks {
-    fn open(&mut self) -> String {
-        self.chunk(&json!({"role": "assistant", "content": ""}), &Value::Null, None)
-    }
-
-    fn text(&mut self, delta: &str, tokens: &[TokenLogprob]) -> String {
-        let logprobs = self.told(tokens);
-        if delta.is_empty() && logprobs.is_null() {
-            return String::new();
-        }
-        self.chunk(&json!({"content": delta}), &logprobs, None)
-    }
-
-    fn done(&mut self, done: TurnDone) -> String {
-        let finish_reason = match finish_reason(done.finish) {
-            Ok(reason) => reason,
-            Err(error) => return self.failed(error),
-        };
-        // Tokens whose text was never sent, such as the end token's: none is lost.
-        let rest = self.told(done.logprobs.get(self.told_logprobs..).unwrap_or_default());
-        let mut events = self.chunk(&json!({}), &rest, Some(finish_reason));
-        if self.include_usage {
-            events += &self.with_choices(json!([]), usage::of_chat(&done));
-        }
-        events + LAST
-    }
-
-    fn failed(&mut self, error: ApiError) -> String {
-        data(&error.body()) + LAST
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::super::fields::parse_object;
     use super::super::tests::settings;
     use super::super::usage::tests::done;
@@ -257,8 +326,9 @@ mod tests {
     }
 
     fn told(include_usage: bool) -> Vec<Value> {
-        let mut narrator = Chunks { head: head(false), include_usage, told_logprobs: 0 };
-        let events = [narrator.open(), narrator.text("Hel", &[]), narrator.text("lo!", &[]), narrator.done(done())];
+        let mut narrator = Chunks::new(head(false), include_usage, 1);
+        let events =
+            [narrator.open(), narrator.text(0, "Hel", &[]), narrator.text(0, "lo!", &[]), narrator.done(0, done())];
         chunks(&events.concat())
     }
 
@@ -286,13 +356,13 @@ mod tests {
     #[test]
     fn streamed_log_probabilities_are_those_of_the_plain_answer() {
         let done = TurnDone { logprobs: vec![token("Hel"), token("lo!"), token("")], ..done() };
-        let plain = head(true).completion(&done).unwrap();
-        let mut narrator = Chunks { head: head(true), include_usage: false, told_logprobs: 0 };
+        let plain = head(true).completion(std::slice::from_ref(&done)).unwrap();
+        let mut narrator = Chunks::new(head(true), false, 1);
         let events = [
             narrator.open(),
-            narrator.text("Hel", &[token("Hel")]),
-            narrator.text("lo!", &[token("lo!")]),
-            narrator.done(done),
+            narrator.text(0, "Hel", &[token("Hel")]),
+            narrator.text(0, "lo!", &[token("lo!")]),
+            narrator.done(0, done),
         ];
         let streamed: Vec<_> = chunks(&events.concat())
             .iter()
@@ -305,18 +375,18 @@ mod tests {
 
     #[test]
     fn a_failure_after_the_first_byte_is_an_error_and_an_end() {
-        let mut narrator = Chunks { head: head(false), include_usage: true, told_logprobs: 0 };
-        let chunks = chunks(&(narrator.open() + &narrator.failed(ApiError::internal())));
+        let mut narrator = Chunks::new(head(false), true, 1);
+        let chunks = chunks(&(narrator.open() + &narrator.failed(&ApiError::internal())));
         assert_eq!(chunks[1]["error"]["code"], "internal_error");
         let cancelled = TurnDone { finish: FinishReason::Cancelled, ..done() };
-        assert!(narrator.done(cancelled).contains("\"draining\""));
+        assert!(narrator.done(0, cancelled).contains("\"draining\""));
     }
 
     #[test]
     fn a_bad_request_is_refused_by_its_field() {
         let table = [
             (r#""temperature":0"#, "", ""),
-            (r#""n":2"#, "unsupported_value", "n"),
+            (r#""n":8"#, "", ""),
             (r#""n":9"#, "invalid_value", "n"),
             (r#""n":"1""#, "invalid_type", "n"),
             (r#""max_tokens":0"#, "invalid_value", "max_tokens"),

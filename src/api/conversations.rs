@@ -5,14 +5,15 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Value, json};
 
 use super::error::ApiError;
-use super::fields::Fields;
+use super::fields::{Fields, METADATA_PAIRS};
 use super::items::{self, Page};
 use super::{ApiSettings, ApiState, Limits, body, ids, input};
 use crate::engine::status::{ResidencyState, TierShare};
 use crate::sessions::messages::{
-    Conversation, ConversationId, ConversationResidency, NewItem, OffloadTo, Predicted, ReturnPath,
+    Conversation, ConversationId, ConversationQuery, ConversationResidency, ListedConversation, NewItem, OffloadTo,
+    Predicted, Residency, ReturnPath,
 };
-use crate::types::{TenantId, Tick};
+use crate::types::{TenantId, Tick, TokenCount};
 
 fn id(path: &str) -> Result<ConversationId, ApiError> {
     ids::parse_conversation(path).ok_or_else(ApiError::conversation_not_found)
@@ -44,6 +45,68 @@ pub async fn create(
     let ignored = body::unknown(&fields, &state.settings)?;
     let conversation = state.sessions.create(&state.tenant, metadata, items).await?;
     Ok(body::answer_naming(HttpResponse::Ok().json(object(&conversation)), ignored))
+}
+
+/// GET `/v1/conversations`: those whose metadata has all the asked-for pairs, and whose KV is in the asked-for state.
+pub async fn list(request: HttpRequest, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
+    let page = Page::parse(request.query_string())?;
+    let Filters { metadata, state: wanted } = filters(request.query_string())?;
+    let after = page.after.as_deref();
+    let mut after = after.map(|text| ids::parse_conversation(text).ok_or_else(unknown_after)).transpose()?;
+    let mut found: Vec<Value> = Vec::new();
+    // What state a conversation is in, the store doesn't know: pages are read until one is full, and one more is seen.
+    loop {
+        let limit = LIST_STEP.max(page.limit + 1);
+        let query = ConversationQuery { newest_first: page.newest_first, after, limit, metadata: metadata.clone() };
+        let read = state.sessions.list(&state.tenant, query).await?.ok_or_else(unknown_after)?;
+        let is_last = read.len() < limit;
+        after = read.last().map(|last| last.conversation.id);
+        let matches = |found: &&ListedConversation| {
+            wanted.as_deref().is_none_or(|wanted| wanted == state_word(found.residency.as_ref(), found.tokens))
+        };
+        found.extend(read.iter().filter(matches).map(|found| object(&found.conversation)));
+        if is_last || found.len() > page.limit {
+            break;
+        }
+    }
+    let has_more = found.len() > page.limit;
+    found.truncate(page.limit);
+    Ok(HttpResponse::Ok().json(items::list(found, has_more)))
+}
+
+/// Conversations that a list reads at a time.
+const LIST_STEP: usize = 256;
+const STATES: [&str; 7] = ["empty", "running", "resident", "partial", "reloading", "offloaded", "none"];
+
+fn unknown_after() -> ApiError {
+    ApiError::conversation_not_found().about("after")
+}
+
+/// What the conversations of a list must have.
+#[derive(Debug, Default)]
+struct Filters {
+    metadata: Vec<(String, String)>,
+    state: Option<String>,
+}
+
+/// `metadata[k]=v`, any number of them, and `state=`.
+fn filters(query: &str) -> Result<Filters, ApiError> {
+    let Filters { mut metadata, mut state } = Filters::default();
+    for (key, value) in items::pairs(query)? {
+        if let Some(name) = key.strip_prefix("metadata[").and_then(|name| name.strip_suffix(']')) {
+            metadata.push((name.to_owned(), value));
+        } else if key == "state" {
+            if !STATES.contains(&value.as_str()) {
+                let message = format!("`state` must be one of {}", STATES.join(", "));
+                return Err(ApiError::invalid_value("state", message));
+            }
+            state = Some(value);
+        }
+    }
+    if metadata.len() > METADATA_PAIRS {
+        return Err(ApiError::array_too_long("metadata", metadata.len(), METADATA_PAIRS));
+    }
+    Ok(Filters { metadata, state })
 }
 
 /// GET `/v1/conversations/{id}`.
@@ -178,15 +241,7 @@ pub async fn residency(path: web::Path<String>, state: web::Data<ApiState>) -> R
 
 fn residency_object(id: ConversationId, of: &ConversationResidency, tenant: TenantId, settings: &ApiSettings) -> Value {
     let now = of.residency.as_ref();
-    let state = match now.map(|now| now.state) {
-        None if of.tokens.0 == 0 => "empty",
-        None => "none",
-        Some(ResidencyState::Running) => "running",
-        Some(ResidencyState::Reloading) => "reloading",
-        Some(ResidencyState::Resident) => "resident",
-        Some(ResidencyState::Partial) => "partial",
-        Some(ResidencyState::Offloaded) => "offloaded",
-    };
+    let state = state_word(now, of.tokens);
     let last_eviction = now.and_then(|now| now.last_eviction.as_ref()).map(|eviction| {
         json!({
             "id": format!("jrn_{:032x}", eviction.journal),
@@ -215,6 +270,19 @@ fn residency_object(id: ConversationId, of: &ConversationResidency, tenant: Tena
     })
 }
 
+/// In one word, where a conversation's KV is.
+fn state_word(now: Option<&Residency>, tokens: TokenCount) -> &'static str {
+    match now.map(|now| now.state) {
+        None if tokens.0 == 0 => "empty",
+        None => "none",
+        Some(ResidencyState::Running) => "running",
+        Some(ResidencyState::Reloading) => "reloading",
+        Some(ResidencyState::Resident) => "resident",
+        Some(ResidencyState::Partial) => "partial",
+        Some(ResidencyState::Offloaded) => "offloaded",
+    }
+}
+
 fn tier(share: TierShare) -> Value {
     json!({"tokens": share.tokens.0, "bytes_private": share.bytes_private, "bytes_shared": share.bytes_shared})
 }
@@ -240,8 +308,8 @@ fn unix_seconds(tick: Tick, settings: &ApiSettings) -> i64 {
 mod tests {
     use super::super::tests::settings;
     use super::*;
-    use crate::engine::status::{LastEviction, Residency};
-    use crate::types::{Tier, TokenCount};
+    use crate::engine::status::LastEviction;
+    use crate::types::Tier;
 
     #[test]
     fn residency_has_every_key_of_the_contract_and_no_tenants_name() {
@@ -291,6 +359,15 @@ mod tests {
         assert_eq!(shown["last_eviction"]["at"], 1_790_000_003);
         assert_eq!(shown["last_eviction"]["for_tenant"], "other");
         assert_eq!(shown["last_eviction"]["id"], format!("jrn_{:032x}", 7));
+    }
+
+    #[test]
+    fn a_list_is_filtered_by_metadata_and_state() {
+        let Filters { metadata, state } =
+            filters("metadata[topic]=a%20b&metadata%5Bx%5D=&state=offloaded&limit=3").unwrap();
+        assert_eq!(metadata, [("topic".to_owned(), "a b".to_owned()), ("x".to_owned(), String::new())]);
+        assert_eq!(state.as_deref(), Some("offloaded"));
+        assert_eq!(filters("state=asleep").unwrap_err().param(), Some("state"));
     }
 
     #[test]

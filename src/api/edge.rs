@@ -4,6 +4,7 @@
 #![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 use std::time::Instant;
 
 use actix_web::body::{BoxBody, MessageBody};
@@ -15,6 +16,7 @@ use actix_web::{Error, HttpResponse, ResponseError, web};
 use futures_util::FutureExt;
 use tracing::Instrument;
 
+use super::cors::Cors;
 use super::error::ApiError;
 use super::{ApiState, ids};
 
@@ -31,7 +33,8 @@ pub async fn edge<B: MessageBody + 'static>(
 ) -> Result<ServiceResponse<BoxBody>, Error> {
     let started = Instant::now();
     let client_id = request.headers().get(CLIENT_REQUEST_ID).filter(|value| is_plain(value)).cloned();
-    let about = About { id: ids::new("req_"), client_id, started };
+    let origin = state.settings.cors.allowed(request.headers());
+    let about = About { id: ids::new("req_"), client_id, started, origin, cors: state.settings.cors.clone() };
     let span = tracing::info_span!(
         "request",
         request = about.id,
@@ -44,6 +47,9 @@ pub async fn edge<B: MessageBody + 'static>(
     if header_bytes > state.settings.limits.header_bytes {
         let error = ApiError::headers_too_large(state.settings.limits.header_bytes);
         return Ok(request.into_response(about.mark(error.error_response())));
+    }
+    if let Some(response) = state.settings.cors.preflight(request.method(), request.headers()) {
+        return Ok(request.into_response(about.mark(response)));
     }
     let answered = AssertUnwindSafe(next.call(request)).catch_unwind().instrument(span.clone()).await;
     let _entered = span.entered();
@@ -73,6 +79,9 @@ struct About {
     id: String,
     client_id: Option<HeaderValue>,
     started: Instant,
+    /// The page that asks, if it may.
+    origin: Option<HeaderValue>,
+    cors: Arc<Cors>,
 }
 
 impl About {
@@ -88,6 +97,7 @@ impl About {
         if let Some(id) = &self.client_id {
             headers.insert(CLIENT_REQUEST_ID, id.clone());
         }
+        self.cors.mark(self.origin.as_ref(), headers);
         let ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         headers.insert(PROCESSING_MS, HeaderValue::from(ms));
     }

@@ -115,7 +115,22 @@ impl ApiError {
     }
 
     pub fn response_not_found() -> Self {
-        Self::not_found("response_not_found", None, "no such response: this server does not keep responses yet")
+        Self::not_found(
+            "response_not_found",
+            None,
+            "no such response: it never was, was deleted or not stored, or is forgotten",
+        )
+    }
+
+    pub fn idempotency_in_progress() -> Self {
+        let message = "the request with this `Idempotency-Key` is running; retry in a moment for its result";
+        let error = Self::new(StatusCode::CONFLICT, "conflict_error", "idempotency_in_progress", message);
+        Self { retry_after: Some(Duration::from_secs(1)), should_retry: Some(true), ..error }
+    }
+
+    pub fn idempotency_key_reused() -> Self {
+        let message = "another request had this `Idempotency-Key`; a key names one request, with one body";
+        Self::bad_request("idempotency_key_reused", Some("Idempotency-Key"), message)
     }
 
     pub fn unknown_url(method: &str, path: &str) -> Self {
@@ -188,6 +203,11 @@ impl ApiError {
         self
     }
 
+    /// The same, said of a field.
+    pub fn about(self, param: &str) -> Self {
+        Self { param: Some(param.to_owned()), ..self }
+    }
+
     pub fn code(&self) -> &'static str {
         self.code
     }
@@ -255,6 +275,10 @@ impl From<TurnError> for ApiError {
         let message = error.to_string();
         match error {
             TurnError::NoConversation => Self { param: Some("conversation".into()), ..Self::conversation_not_found() },
+            TurnError::NoPrevious => {
+                Self::bad_request("previous_response_not_found", Some("previous_response_id"), message)
+            }
+            TurnError::TooManyItems { .. } => Self::bad_request("array_above_max_length", Some("input"), message),
             TurnError::Locked { .. } => Self {
                 retry_after: Some(Duration::from_secs(1)),
                 ..Self::bad_request("conversation_locked", Some("conversation"), message)
@@ -274,6 +298,7 @@ impl From<TurnError> for ApiError {
             TurnError::QueueTimeout(_) => Self::unavailable("queue_timeout", message, Duration::from_secs(5)),
             TurnError::Store(reason) => Self::store_unavailable(&reason),
             TurnError::Draining => Self::unavailable("draining", message, Duration::from_secs(5)),
+            TurnError::Lost(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER_ERROR, "internal_error", message),
             TurnError::Internal(reason) => {
                 tracing::error!(reason, "a turn failed inside");
                 Self::internal()
@@ -287,6 +312,8 @@ impl From<SessionError> for ApiError {
         let message = error.to_string();
         match error {
             SessionError::NoConversation => Self::conversation_not_found(),
+            SessionError::NoResponse => Self::response_not_found(),
+            SessionError::TooManyItems { .. } => Self::bad_request("array_above_max_length", Some("items"), message),
             SessionError::NoItem(_) => Self::item_not_found(None),
             SessionError::DuplicateItem(_) => Self::bad_request("duplicate_item", Some("items"), message),
             SessionError::Busy => Self {
@@ -328,6 +355,9 @@ mod tests {
         let (prompt, window) = (TokenCount(5120), TokenCount(4096));
         let table: Vec<(TurnError, u16, &str, Option<&str>)> = vec![
             (TurnError::NoConversation, 404, "conversation_not_found", Some("conversation")),
+            (TurnError::NoPrevious, 400, "previous_response_not_found", Some("previous_response_id")),
+            (TurnError::TooManyItems { items: 9, most: 8 }, 400, "array_above_max_length", Some("input")),
+            (TurnError::Lost("cut".into()), 500, "internal_error", None),
             (TurnError::Locked { waiting: 4 }, 400, "conversation_locked", Some("conversation")),
             (TurnError::DuplicateItem("msg_1".into()), 400, "duplicate_item", Some("input")),
             (TurnError::NothingToAnswer, 400, "missing_required_parameter", Some("input")),

@@ -11,7 +11,8 @@ use serde_json::{Map, Value};
 
 use super::error::ApiError;
 
-const METADATA_PAIRS: usize = 16;
+/// Pairs that metadata may have.
+pub const METADATA_PAIRS: usize = 16;
 const METADATA_KEY_CHARS: usize = 64;
 const METADATA_VALUE_CHARS: usize = 512;
 

@@ -4,9 +4,10 @@
 //! like any other that never was.
 #![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
-use crate::sessions::messages::ConversationId;
+use crate::sessions::messages::{ConversationId, ResponseId};
 
 const CONVERSATION: &str = "conv_";
+const RESPONSE: &str = "resp_";
 const CLIENT_ID_MAX: usize = 128;
 
 /// A new id with this prefix, such as `req_`.
@@ -18,11 +19,24 @@ pub fn conversation(id: ConversationId) -> String {
     format!("{CONVERSATION}{:032x}", id.0)
 }
 
+pub fn response(id: ResponseId) -> String {
+    format!("{RESPONSE}{:032x}", id.0)
+}
+
 /// Reads a conversation's id, exactly as it is written.
 pub fn parse_conversation(text: &str) -> Option<ConversationId> {
-    let digits = text.strip_prefix(CONVERSATION)?;
+    number(text, CONVERSATION).map(ConversationId)
+}
+
+/// Reads a response's id, exactly as it is written.
+pub fn parse_response(text: &str) -> Option<ResponseId> {
+    number(text, RESPONSE).map(ResponseId)
+}
+
+fn number(text: &str, prefix: &str) -> Option<u128> {
+    let digits = text.strip_prefix(prefix)?;
     let exact = digits.len() == 32 && digits.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-    exact.then(|| u128::from_str_radix(digits, 16).ok().map(ConversationId))?
+    exact.then(|| u128::from_str_radix(digits, 16).ok())?
 }
 
 /// Whether an id that a client gave for an item is kept.
@@ -41,6 +55,7 @@ mod tests {
         let text = conversation(id);
         assert_eq!(text, "conv_000000000000000000000000000000ab");
         assert_eq!(parse_conversation(&text), Some(id));
+        assert_eq!(parse_response(&text), None);
         for wrong in
             ["", "conv_", "conv_ab", "000000000000000000000000000000ab", "conv_+00000000000000000000000000000ab"]
         {

@@ -10,12 +10,16 @@ use serde_json::Value;
 use super::error::ApiError;
 use super::fields::{Fields, number, wrong_type};
 use super::{ApiSettings, Limits, ids};
-use crate::sessions::messages::{Message, NewItem, Part, Role, Sampling, TurnLimits};
+use crate::sessions::messages::{
+    Argument, Message, NewItem, Part, RESERVED, Role, Sampling, ToolCall, TurnError, TurnLimits,
+};
 use crate::types::{TokenCount, TokenId};
 
 const STOPS_MAX: usize = 16;
 const STOP_MAX_BYTES: usize = 256;
 const BIASES_MAX: usize = 1024;
+/// Values for the chat template.
+const ARGUMENTS_MAX: usize = 64;
 
 /// `messages` of a chat completion.
 pub fn messages(fields: &mut Fields<'_>, limits: &Limits) -> Result<Vec<Message>, ApiError> {
@@ -32,11 +36,12 @@ pub fn messages(fields: &mut Fields<'_>, limits: &Limits) -> Result<Vec<Message>
 fn chat_message(path: String, value: &Value, limits: &Limits) -> Result<Message, ApiError> {
     let mut fields = Fields::at(path, value)?;
     let role = role(&mut fields)?;
-    if role == Role::Tool {
-        let path = fields.path("role");
-        return Err(ApiError::unsupported_value(&path, "messages of role `tool` are not supported with this model"));
-    }
-    fields.refuse(&["tool_calls", "function_call", "audio"])?;
+    fields.refuse(&["function_call", "audio"])?;
+    let calls = tool_calls(&mut fields, role)?;
+    let call_id = match role {
+        Role::Tool => Some(fields.required_string("tool_call_id")?.to_owned()),
+        Role::System | Role::Developer | Role::User | Role::Assistant => None,
+    };
     let name = fields.string("name")?.map(str::to_owned);
     let refusal = fields.string("refusal")?;
     let path = fields.path("content");
@@ -49,7 +54,29 @@ fn chat_message(path: String, value: &Value, limits: &Limits) -> Result<Message,
     if let (true, Some(refusal)) = (content.is_empty(), refusal) {
         content.push(Part::Refusal(refusal.to_owned()));
     }
-    Ok(Message { role, name, content })
+    Ok(Message { role, name, content, calls, call_id })
+}
+
+/// What an assistant's message called, in a history: whether it can be rendered is the template's to say.
+fn tool_calls(fields: &mut Fields<'_>, role: Role) -> Result<Vec<ToolCall>, ApiError> {
+    let path = fields.path("tool_calls");
+    let list = fields.array("tool_calls")?.unwrap_or_default();
+    if !list.is_empty() && role != Role::Assistant {
+        return Err(ApiError::invalid_value(&path, "only messages of the assistant have `tool_calls`"));
+    }
+    let call = |(index, value): (usize, &Value)| {
+        let mut call = Fields::at(format!("{path}[{index}]"), value)?;
+        let type_path = call.path("type");
+        if call.string("type")?.unwrap_or("function") != "function" {
+            return Err(ApiError::unsupported_value(&type_path, "calls of this type are not supported"));
+        }
+        let id = call.required_string("id")?.to_owned();
+        let function_path = call.path("function");
+        let mut function = call.object("function")?.ok_or_else(|| ApiError::missing(&function_path))?;
+        let name = function.required_string("name")?.to_owned();
+        Ok(ToolCall { id, name, arguments: function.required_string("arguments")?.to_owned() })
+    };
+    list.iter().enumerate().map(call).collect()
 }
 
 fn role(fields: &mut Fields<'_>) -> Result<Role, ApiError> {
@@ -92,6 +119,11 @@ fn part(path: String, value: &Value, types: &[&str], limits: &Limits) -> Result<
 }
 
 fn bounded(path: &str, text: &str, limits: &Limits) -> Result<String, ApiError> {
+    let fewest = TokenCount(u32::try_from(text.len() / limits.longest_token_bytes.max(1)).unwrap_or(u32::MAX));
+    if text.len() > limits.text_bytes && fewest >= limits.window {
+        // Whatever it says: clients know what to do about this one.
+        return Err(TurnError::ContextLength { prompt: fewest, window: limits.window }.into());
+    }
     if text.len() > limits.text_bytes {
         let (length, most) = (text.len(), limits.text_bytes);
         let message = format!("`{path}` has {length} bytes, at most {most} are allowed in one text");
@@ -100,21 +132,43 @@ fn bounded(path: &str, text: &str, limits: &Limits) -> Result<String, ApiError> 
     Ok(text.to_owned())
 }
 
+/// One item of a request.
+#[derive(Debug)]
+pub enum Given {
+    Item(NewItem),
+    /// The id of one that the tenant has, and where the request names it.
+    Reference {
+        id: String,
+        path: String,
+    },
+}
+
 /// `input` of a response: a string, or items.
-pub fn input(fields: &mut Fields<'_>, limits: &Limits) -> Result<Option<Vec<NewItem>>, ApiError> {
+pub fn input(fields: &mut Fields<'_>, limits: &Limits) -> Result<Option<Vec<Given>>, ApiError> {
     match fields.value("input") {
         None => Ok(None),
         Some(Value::String(text)) => {
             let content = vec![Part::Text(bounded("input", text, limits)?)];
-            Ok(Some(vec![NewItem { id: None, message: Message { role: Role::User, name: None, content } }]))
+            Ok(Some(vec![Given::Item(NewItem { id: None, message: Message::new(Role::User, content) })]))
         }
-        Some(Value::Array(list)) => items("input", list, limits.input_items, limits).map(Some),
+        Some(Value::Array(list)) => given("input", list, limits.input_items, limits).map(Some),
         Some(other) => Err(wrong_type("input", "a string or an array of items", other)),
     }
 }
 
-/// Items of `path`. Reasoning is dropped: no template that is served here renders it.
+/// Items of `path`, none of them a reference.
 pub fn items(path: &str, list: &[Value], most: usize, limits: &Limits) -> Result<Vec<NewItem>, ApiError> {
+    let item = |given| match given {
+        Given::Item(item) => Ok(item),
+        Given::Reference { path, .. } => {
+            Err(ApiError::unsupported_value(&path, "references to items are for `input`; give the item itself"))
+        }
+    };
+    given(path, list, most, limits)?.into_iter().map(item).collect()
+}
+
+/// Items of `path`. Reasoning is dropped: no template that is served here renders it.
+fn given(path: &str, list: &[Value], most: usize, limits: &Limits) -> Result<Vec<Given>, ApiError> {
     if list.len() > most {
         return Err(ApiError::array_too_long(path, list.len(), most));
     }
@@ -123,16 +177,21 @@ pub fn items(path: &str, list: &[Value], most: usize, limits: &Limits) -> Result
     Ok(items?.into_iter().flatten().collect())
 }
 
-fn item(path: String, value: &Value, limits: &Limits) -> Result<Option<NewItem>, ApiError> {
+fn item(path: String, value: &Value, limits: &Limits) -> Result<Option<Given>, ApiError> {
     let mut fields = Fields::at(path, value)?;
     let type_path = fields.path("type");
     match fields.string("type")? {
         None | Some("message") => {}
         Some("reasoning") => return Ok(None),
+        Some("item_reference") => {
+            let path = fields.path("id");
+            return Ok(Some(Given::Reference { id: fields.required_string("id")?.to_owned(), path }));
+        }
         Some(kind) => {
             let kind: String = kind.chars().take(64).collect();
-            let message =
-                format!("items of type `{kind}` are not supported; `{type_path}` may be message or reasoning");
+            let message = format!(
+                "items of type `{kind}` are not supported; `{type_path}` may be message, reasoning or item_reference"
+            );
             return Err(ApiError::unsupported_value(&type_path, message));
         }
     }
@@ -145,7 +204,7 @@ fn item(path: String, value: &Value, limits: &Limits) -> Result<Option<NewItem>,
     let value = fields.value("content").ok_or_else(|| ApiError::missing(&path))?;
     let content = parts(&path, value, &["input_text", "output_text", "text", "refusal"], limits)?;
     let id = fields.string("id")?.filter(|id| ids::is_usable_item_id(id)).map(str::to_owned);
-    Ok(Some(NewItem { id, message: Message { role, name: None, content } }))
+    Ok(Some(Given::Item(NewItem { id, message: Message::new(role, content) })))
 }
 
 /// `instructions`: one system message, for this response only.
@@ -179,14 +238,44 @@ pub fn limits(fields: &mut Fields<'_>, settings: &ApiSettings, deadline: Duratio
         min_tokens: fields.count("min_tokens", 0)?.unwrap_or(0),
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
     };
-    if let Some(kwargs) = fields.object("chat_template_kwargs")?
-        && kwargs.count_all() > 0
-    {
-        let message = "arguments to the chat template are not supported yet; leave them out, or give {}";
-        return Err(ApiError::unsupported_value("chat_template_kwargs", message));
-    }
+    let arguments = template_arguments(fields)?;
     let stop = stop(fields)?;
-    Ok(TurnLimits { sampling, max_tokens: None, stop, queue_deadline: deadline, logprobs: None })
+    Ok(TurnLimits { sampling, max_tokens: None, stop, queue_deadline: deadline, logprobs: None, arguments })
+}
+
+/// `chat_template_kwargs`: plain values for variables of the template's own.
+fn template_arguments(fields: &mut Fields<'_>) -> Result<Vec<(String, Argument)>, ApiError> {
+    let Some(given) = fields.object("chat_template_kwargs")? else { return Ok(Vec::new()) };
+    if given.count_all() > ARGUMENTS_MAX {
+        return Err(ApiError::array_too_long("chat_template_kwargs", given.count_all(), ARGUMENTS_MAX));
+    }
+    let argument = |(name, value): (&String, &Value)| {
+        let shown: String = name.chars().take(64).collect();
+        let path = format!("chat_template_kwargs.{shown}");
+        if RESERVED.contains(&name.as_str()) {
+            return Err(ApiError::invalid_value(&path, format!("`{path}` is the server's own to give")));
+        }
+        let value = match value {
+            Value::Bool(value) => Argument::Bool(*value),
+            Value::String(text) => Argument::Text(text.clone()),
+            Value::Number(number) => match (number.as_i64(), number.as_f64()) {
+                (Some(number), _) => Argument::Integer(number),
+                (None, Some(number)) => Argument::Number(number),
+                (None, None) => return Err(ApiError::invalid_value(&path, format!("`{path}` is no usable number"))),
+            },
+            other => return Err(wrong_type(&path, "a boolean, a number or a string", other)),
+        };
+        Ok((name.clone(), value))
+    };
+    given.pairs().filter(|(_, value)| !value.is_null()).map(argument).collect()
+}
+
+/// An effort of `none` turns thinking off where the template can; any other leaves it on.
+pub fn thinking(effort: Option<&str>, limits: &mut TurnLimits) {
+    const SWITCH: &str = "enable_thinking";
+    if effort == Some("none") && limits.arguments.iter().all(|(name, _)| name != SWITCH) {
+        limits.arguments.push((SWITCH.to_owned(), Argument::Bool(false)));
+    }
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "sampling is done in f32, and the ranges are small")]
@@ -344,10 +433,19 @@ mod tests {
                 "missing_required_parameter",
                 "messages[0].content[0].text",
             ),
-            (r#"{"messages":[{"role":"tool","content":"a"}]}"#, "unsupported_value", "messages[0].role"),
             (
-                r#"{"messages":[{"role":"assistant","content":null,"tool_calls":[{}]}]}"#,
-                "unsupported_parameter",
+                r#"{"messages":[{"role":"tool","content":"a"}]}"#,
+                "missing_required_parameter",
+                "messages[0].tool_call_id",
+            ),
+            (
+                r#"{"messages":[{"role":"assistant","content":null,"tool_calls":[{"id":"c"}]}]}"#,
+                "missing_required_parameter",
+                "messages[0].tool_calls[0].function",
+            ),
+            (
+                r#"{"messages":[{"role":"user","content":"","tool_calls":[{"id":"c"}]}]}"#,
+                "invalid_value",
                 "messages[0].tool_calls",
             ),
         ];
@@ -364,7 +462,7 @@ mod tests {
         let body = parse_object(json.as_bytes(), 64).unwrap();
         let messages = messages(&mut Fields::of(&body), &LIMITS).unwrap();
         let text = |text: &str| Part::Text(text.into());
-        assert_eq!(messages[0], Message { role: Role::Developer, name: None, content: vec![text("")] });
+        assert_eq!(messages[0], Message::new(Role::Developer, vec![text("")]));
         assert_eq!(messages[1].content, []);
         assert_eq!(messages[2].content, [Part::Refusal("no".into())]);
         assert_eq!(messages[3].name.as_deref(), Some("ann"));
@@ -377,7 +475,7 @@ mod tests {
             (r#"{"input":7}"#, "invalid_type", "input"),
             (r#"{"input":[{"role":"user"}]}"#, "missing_required_parameter", "input[0].content"),
             (r#"{"input":[{"role":"tool","content":""}]}"#, "invalid_value", "input[0].role"),
-            (r#"{"input":[{"type":"item_reference","id":"a"}]}"#, "unsupported_value", "input[0].type"),
+            (r#"{"input":[{"type":"item_reference"}]}"#, "missing_required_parameter", "input[0].id"),
             (r#"{"input":[{"type":"function_call_output"}]}"#, "unsupported_value", "input[0].type"),
             (
                 r#"{"input":[{"role":"user","content":[{"type":"input_text","text":"a"},{"type":"input_image"}]}]}"#,
@@ -400,10 +498,16 @@ mod tests {
     fn items_as_we_return_them_are_accepted_back() {
         let json = r#"{"input":[{"id":"msg_1","type":"message","role":"assistant","status":"completed","phase":"x",
             "content":[{"type":"output_text","text":"a","annotations":[],"logprobs":[]}]},
-            {"type":"reasoning","id":"rs_1","summary":[]},{"role":"user","id":"not usable!","content":"b"}]}"#;
+            {"type":"reasoning","id":"rs_1","summary":[]},{"role":"user","id":"not usable!","content":"b"},
+            {"type":"item_reference","id":"msg_9"}]}"#;
         let body = parse_object(json.as_bytes(), 64).unwrap();
         let items = input(&mut Fields::of(&body), &LIMITS).unwrap().unwrap();
-        assert_eq!(items.iter().map(|item| item.id.as_deref()).collect::<Vec<_>>(), [Some("msg_1"), None]);
+        let id = |given: &Given| match given {
+            Given::Item(item) => item.id.clone(),
+            Given::Reference { id, path } => Some(format!("{id} at {path}")),
+        };
+        let ids: Vec<_> = items.iter().map(id).collect();
+        assert_eq!(ids, [Some("msg_1".into()), None, Some("msg_9 at input[3].id".into())]);
     }
 
     #[test]

@@ -52,27 +52,32 @@ pub fn whole_list(data: Vec<Value>) -> Value {
     list(data, false)
 }
 
-fn list(data: Vec<Value>, has_more: bool) -> Value {
+pub fn list(data: Vec<Value>, has_more: bool) -> Value {
     let id = |item: Option<&Value>| item.and_then(|item| item.get("id")).cloned().unwrap_or_default();
     let (first_id, last_id) = (id(data.first()), id(data.last()));
     json!({"object": "list", "data": data, "first_id": first_id, "last_id": last_id, "has_more": has_more})
 }
 
+/// The pairs of a query string.
+pub fn pairs(query: &str) -> Result<Vec<(String, String)>, ApiError> {
+    let pairs = actix_web::web::Query::<Vec<(String, String)>>::from_query(query);
+    let pairs = pairs.map_err(|_| ApiError::invalid_value("query", "the query string can't be read"))?;
+    Ok(pairs.into_inner())
+}
+
 /// Which page of a list the client wants.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Page {
-    limit: usize,
-    newest_first: bool,
-    after: Option<String>,
+    pub limit: usize,
+    pub newest_first: bool,
+    pub after: Option<String>,
 }
 
 impl Page {
     /// Reads `limit`, `order` and `after` of a query string.
     pub fn parse(query: &str) -> Result<Self, ApiError> {
-        let pairs = actix_web::web::Query::<Vec<(String, String)>>::from_query(query);
-        let pairs = pairs.map_err(|_| ApiError::invalid_value("query", "the query string can't be read"))?;
         let mut page = Self { limit: PAGE_DEFAULT, newest_first: true, after: None };
-        for (key, value) in pairs.into_inner() {
+        for (key, value) in pairs(query)? {
             match key.as_str() {
                 "limit" => {
                     let limit = value.parse().ok().filter(|limit| (1..=PAGE_MAX).contains(limit));
@@ -120,7 +125,7 @@ mod tests {
     use crate::sessions::messages::Message;
 
     fn conversation(count: usize) -> Vec<Arc<Item>> {
-        let message = |i| Message { role: Role::User, name: None, content: vec![Part::Text(format!("n{i}"))] };
+        let message = |i| Message::new(Role::User, vec![Part::Text(format!("n{i}"))]);
         (0..count)
             .map(|i| Arc::new(Item { id: format!("msg_{i}"), message: message(i), status: ItemStatus::Completed }))
             .collect()
@@ -178,7 +183,7 @@ mod tests {
     fn answers_have_output_text_and_questions_input_text() {
         let mut one = Item {
             id: "msg_1".into(),
-            message: Message { role: Role::Assistant, name: None, content: vec![Part::Text("a".into())] },
+            message: Message::new(Role::Assistant, vec![Part::Text("a".into())]),
             status: ItemStatus::Incomplete,
         };
         let expected = json!({"id": "msg_1", "type": "message", "role": "assistant", "status": "incomplete",

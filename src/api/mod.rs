@@ -5,9 +5,11 @@
 pub mod body;
 pub mod chat_completions;
 pub mod conversations;
+pub mod cors;
 pub mod edge;
 pub mod error;
 pub mod fields;
+pub mod idempotency;
 pub mod ids;
 pub mod input;
 pub mod items;
@@ -48,6 +50,10 @@ pub struct Limits {
     pub header_bytes: usize,
     /// One text part, or `instructions`.
     pub text_bytes: usize,
+    /// Bytes of the vocabulary's longest token: no text has fewer tokens than it fills.
+    pub longest_token_bytes: usize,
+    /// The longest sequence that can run here.
+    pub window: TokenCount,
     /// Nesting of arrays and objects.
     pub json_depth: usize,
     pub messages: usize,
@@ -76,6 +82,7 @@ pub struct ApiSettings {
     /// When the engine's tick was 0, microseconds since 1970.
     pub tick_zero_us: i64,
     pub unknown_fields: UnknownFields,
+    pub cors: Arc<cors::Cors>,
     pub limits: Limits,
     pub queue_deadline: Duration,
     /// Silence on a stream after which a comment is sent.
@@ -98,7 +105,7 @@ pub struct ApiState {
 }
 
 macro_rules! resource {
-    ($config:expr, $path:literal, $allow:literal, $($route:expr),+) => {
+    ($config:expr, $path:expr, $allow:literal, $($route:expr),+) => {
         $config.service(web::resource($path)$(.route($route))+.default_service(web::to(|request: HttpRequest| async move {
             Err::<actix_web::HttpResponse, _>(ApiError::method_not_allowed(request.method().as_str(), $allow))
         })))
@@ -109,29 +116,50 @@ async fn unknown_url(request: HttpRequest) -> Result<actix_web::HttpResponse, Ap
     Err(ApiError::unknown_url(request.method().as_str(), request.path()))
 }
 
-/// Adds every route to an app whose data has an `ApiState`.
-pub fn routes(config: &mut ServiceConfig) {
-    resource!(config, "/v1/chat/completions", "POST", web::post().to(chat_completions::create));
+/// Adds every route to an app whose data has an `ApiState`. `bare_paths`: those under `/v1` answer without it too.
+pub fn routes(config: &mut ServiceConfig, bare_paths: bool) {
+    routes_under(config, "/v1");
+    resource!(config, "/healthz", "GET, HEAD", web::get().to(ops::healthz), web::head().to(ops::healthz));
+    resource!(config, "/readyz", "GET, HEAD", web::get().to(ops::readyz), web::head().to(ops::readyz));
+    resource!(config, "/metrics", "GET", web::get().to(ops::metrics));
+    if bare_paths {
+        routes_under(config, "");
+    }
+    config.default_service(web::to(unknown_url));
+}
+
+fn routes_under(config: &mut ServiceConfig, root: &str) {
+    let under = |path: &str| format!("{root}{path}");
+    resource!(config, under("/chat/completions"), "POST", web::post().to(chat_completions::create));
     resource!(
         config,
-        "/v1/responses",
+        under("/responses"),
         "GET, POST",
         web::post().to(responses::create),
         web::get().to(responses::upgrade)
     );
-    // Words that are no ids: their routes are not there yet.
-    config.service(web::resource(["/v1/responses/input_tokens", "/v1/responses/compact"]).to(unknown_url));
+    resource!(config, under("/responses/input_tokens"), "POST", web::post().to(responses::count));
+    // A word that is no id: its route is not there.
+    config.service(web::resource(under("/responses/compact")).to(unknown_url));
     resource!(
         config,
-        "/v1/responses/{id}",
+        under("/responses/{id}"),
         "GET, DELETE",
         web::get().to(responses::get),
-        web::delete().to(responses::get)
+        web::delete().to(responses::delete)
     );
-    resource!(config, "/v1/conversations", "POST", web::post().to(conversations::create));
+    resource!(config, under("/responses/{id}/cancel"), "POST", web::post().to(responses::cancel));
+    resource!(config, under("/responses/{id}/input_items"), "GET", web::get().to(responses::input_items));
     resource!(
         config,
-        "/v1/conversations/{id}",
+        under("/conversations"),
+        "GET, POST",
+        web::get().to(conversations::list),
+        web::post().to(conversations::create)
+    );
+    resource!(
+        config,
+        under("/conversations/{id}"),
         "GET, POST, DELETE",
         web::get().to(conversations::get),
         web::post().to(conversations::set_metadata),
@@ -139,26 +167,22 @@ pub fn routes(config: &mut ServiceConfig) {
     );
     resource!(
         config,
-        "/v1/conversations/{id}/items",
+        under("/conversations/{id}/items"),
         "GET, POST",
         web::get().to(conversations::list_items),
         web::post().to(conversations::add_items)
     );
     resource!(
         config,
-        "/v1/conversations/{id}/items/{item}",
+        under("/conversations/{id}/items/{item}"),
         "GET, DELETE",
         web::get().to(conversations::get_item),
         web::delete().to(conversations::delete_item)
     );
-    resource!(config, "/v1/conversations/{id}/residency", "GET", web::get().to(conversations::residency));
-    resource!(config, "/v1/conversations/{id}/offload", "POST", web::post().to(conversations::offload));
-    resource!(config, "/v1/models", "GET", web::get().to(ops::models));
-    resource!(config, "/v1/models/{id:.+}", "GET", web::get().to(ops::model));
-    resource!(config, "/healthz", "GET, HEAD", web::get().to(ops::healthz), web::head().to(ops::healthz));
-    resource!(config, "/readyz", "GET, HEAD", web::get().to(ops::readyz), web::head().to(ops::readyz));
-    resource!(config, "/metrics", "GET", web::get().to(ops::metrics));
-    config.default_service(web::to(unknown_url));
+    resource!(config, under("/conversations/{id}/residency"), "GET", web::get().to(conversations::residency));
+    resource!(config, under("/conversations/{id}/offload"), "POST", web::post().to(conversations::offload));
+    resource!(config, under("/models"), "GET", web::get().to(ops::models));
+    resource!(config, under("/models/{id:.+}"), "GET", web::get().to(ops::model));
 }
 
 /// How long a request may queue: the server's deadline, or the client's own patience where that is shorter.
@@ -182,6 +206,8 @@ mod tests {
         body_bytes: 8 << 20,
         header_bytes: 32 << 10,
         text_bytes: 1 << 20,
+        longest_token_bytes: 64,
+        window: TokenCount(4096),
         json_depth: 64,
         messages: 4096,
         input_items: 1024,
@@ -200,6 +226,7 @@ mod tests {
             created_at: 1_790_000_000,
             tick_zero_us: 1_790_000_000_000_000,
             unknown_fields: UnknownFields::Ignore,
+            cors: Arc::default(),
             limits: LIMITS,
             queue_deadline: Duration::from_secs(60),
             keep_alive: Duration::from_secs(15),

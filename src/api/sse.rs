@@ -1,7 +1,7 @@
-//! How does a turn become server-sent events?
+//! How do events become a body of server-sent events?
 //!
-//! A `Narrator` knows a protocol's events and their order; `respond` sends what it tells. Dropping the body drops the
-//! turn, which cancels it. The client's pace is the stream's: while nobody reads, nobody asks the turn for more.
+//! Dropping the body drops the events' source, and with it the turn, which cancels it. The client's pace is the stream's:
+//! while nobody reads, nobody asks the turn for more.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -11,49 +11,19 @@ use std::time::Duration;
 use actix_web::HttpResponse;
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt, stream};
+use futures_util::{Stream, StreamExt};
 use tokio::time::{Instant, Sleep};
 
-use super::error::ApiError;
 use crate::sessions::TurnStream;
-use crate::sessions::messages::{TokenLogprob, TurnDone, TurnError, TurnUpdate};
+use crate::sessions::messages::{TurnDone, TurnError, TurnUpdate};
 
-/// Tells a turn in the events of one protocol. Each call gives whole events, ready to send.
-pub trait Narrator {
-    /// Before anything: the turn is admitted.
-    fn open(&mut self) -> String;
-    fn text(&mut self, delta: &str, logprobs: &[TokenLogprob]) -> String;
-    /// The last events, after a turn that ended by itself or was cancelled.
-    fn done(&mut self, done: TurnDone) -> String;
-    /// The last events, after a turn that failed.
-    fn failed(&mut self, error: ApiError) -> String;
-}
-
-/// The answer: headers now, events as they come.
-pub fn respond(turn: TurnStream, narrator: impl Narrator + 'static, keep_alive: Duration) -> HttpResponse {
+/// The answer: headers now, whole events as they come.
+pub fn respond(events: impl Stream<Item = String> + 'static, keep_alive: Duration) -> HttpResponse {
     HttpResponse::Ok()
         .insert_header((CONTENT_TYPE, "text/event-stream; charset=utf-8"))
         .insert_header((CACHE_CONTROL, "no-cache"))
         .insert_header(("x-accel-buffering", "no"))
-        .streaming(KeepAlive::new(narrate(turn, narrator), keep_alive))
-}
-
-fn narrate(turn: TurnStream, mut narrator: impl Narrator + 'static) -> impl Stream<Item = Bytes> {
-    let opening = Bytes::from(narrator.open());
-    let rest = stream::unfold(Some((turn, narrator)), |state| async move {
-        let (mut turn, mut narrator) = state?;
-        let (events, goes_on) = loop {
-            break match turn.next().await {
-                Some(TurnUpdate::Started { .. }) => continue,
-                Some(TurnUpdate::Text { delta, logprobs }) => (narrator.text(&delta, &logprobs), true),
-                Some(TurnUpdate::Done(done)) => (narrator.done(done), false),
-                Some(TurnUpdate::Failed(error)) => (narrator.failed(error.into()), false),
-                None => (narrator.failed(cut_short().into()), false),
-            };
-        };
-        Some((Bytes::from(events), goes_on.then_some((turn, narrator))))
-    });
-    stream::once(async { opening }).chain(rest)
+        .streaming(KeepAlive::new(events.map(Bytes::from), keep_alive))
 }
 
 /// A turn whose updates end without a last word: the session went away under it.
@@ -62,14 +32,12 @@ pub fn cut_short() -> TurnError {
 }
 
 /// Waits for a turn's end, for answers that come in one piece.
-pub async fn finish(mut turn: TurnStream) -> Result<TurnDone, TurnError> {
-    loop {
-        match turn.next().await {
-            Some(TurnUpdate::Started { .. } | TurnUpdate::Text { .. }) => {}
-            Some(TurnUpdate::Done(done)) => return Ok(done),
-            Some(TurnUpdate::Failed(error)) => return Err(error),
-            None => return Err(cut_short()),
-        }
+pub async fn finish(turn: &mut TurnStream) -> Result<TurnDone, TurnError> {
+    turn.finished().await;
+    match turn.end() {
+        Some(TurnUpdate::Done(done)) => Ok(done),
+        Some(TurnUpdate::Failed(error)) => Err(error),
+        Some(TurnUpdate::Started { .. } | TurnUpdate::Text { .. }) | None => Err(cut_short()),
     }
 }
 
@@ -111,6 +79,8 @@ impl Stream for KeepAlive {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::stream;
+
     use super::*;
 
     #[actix_web::test]

@@ -6,9 +6,9 @@ use serde_json::{Value, json};
 
 use crate::sessions::messages::{TurnDone, TurnUsage};
 
-/// The `usage` of a chat completion.
-pub fn of_chat(done: &TurnDone) -> Value {
-    let (prompt, generated) = (done.prompt_tokens.0, done.usage.generated.0);
+/// The `usage` of a chat completion, of its first choice and the tokens that all of them generated.
+pub fn of_chat(done: &TurnDone, generated: u32) -> Value {
+    let prompt = done.prompt_tokens.0;
     json!({
         "prompt_tokens": prompt,
         "completion_tokens": generated,
@@ -17,7 +17,7 @@ pub fn of_chat(done: &TurnDone) -> Value {
             "cached_tokens": done.usage.prompt.cached().0, "cache_write_tokens": done.usage.prompt.encoded.0
         },
         "completion_tokens_details": {"reasoning_tokens": 0},
-        "rekindle": ours(&done.usage),
+        "rekindle": ours(done),
     })
 }
 
@@ -32,12 +32,12 @@ pub fn of_response(done: &TurnDone) -> Value {
         "output_tokens": generated,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt + generated,
-        "rekindle": ours(&done.usage),
+        "rekindle": ours(done),
     })
 }
 
-fn ours(usage: &TurnUsage) -> Value {
-    let prompt = &usage.prompt;
+fn ours(done: &TurnDone) -> Value {
+    let (usage, prompt) = (&done.usage, &done.usage.prompt);
     json!({
         "resident_tokens": prompt.resident.0,
         "shared_tokens": prompt.shared.0,
@@ -51,7 +51,7 @@ fn ours(usage: &TurnUsage) -> Value {
         "prefill_ms": prompt.prefill_ms,
         "ttft_ms": usage.ttft_ms,
         "decode_ms": usage.decode_ms,
-        "dropped_items": 0,
+        "dropped_items": done.dropped_items,
     })
 }
 
@@ -71,7 +71,7 @@ fn decision(usage: &TurnUsage) -> &'static str {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::sessions::messages::FinishReason;
+    use crate::sessions::messages::{FinishReason, Goal};
     use crate::types::TokenCount;
 
     /// A turn of 40 prompt tokens, 3 of them new, that said "Hello!".
@@ -87,6 +87,9 @@ pub mod tests {
             usage,
             item_id: "msg_1".into(),
             logprobs: Vec::new(),
+            goal: Goal::Answer,
+            dropped_items: 0,
+            ended_at: 1_790_000_000,
         }
     }
 
@@ -99,7 +102,7 @@ pub mod tests {
         assert_eq!(usage["input_tokens"].as_u64().unwrap(), sum);
         assert_eq!(usage["total_tokens"], 43);
         assert_eq!(usage["input_tokens_details"]["cached_tokens"], 37);
-        assert_eq!(of_chat(&done())["total_tokens"], 43);
+        assert_eq!(of_chat(&done(), 3)["total_tokens"], 43);
     }
 
     #[test]

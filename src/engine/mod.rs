@@ -20,7 +20,9 @@ pub use sampler::Sampling;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use crate::model::language::{ChatMessage, Language, Rendered, TemplateError, TextDecoder};
+pub use crate::model::language::{
+    Argument, ChatMessage, Language, RESERVED, Rendered, TemplateError, TextDecoder, ToolCall,
+};
 use crate::types::{TokenCount, TokenId};
 
 /// A turn as the engine takes it: the whole prompt in tokens, and how to answer.

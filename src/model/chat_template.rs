@@ -7,6 +7,7 @@
 //! Invariant: no system or tool message is dropped in silence.
 #![deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::value::{Kwargs, ValueKind};
@@ -39,12 +40,37 @@ pub enum TemplateError {
 }
 
 /// A message as templates see it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct TemplateMessage {
     pub role: String,
     pub name: Option<String>,
     pub content: String,
+    /// Functions that an assistant's message calls.
+    pub calls: Vec<ToolCall>,
+    /// The call that a tool's message answers.
+    pub call_id: Option<String>,
 }
+
+/// A call of a function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ToolCall {
+    pub id: String,
+    pub name: String,
+    /// A JSON text.
+    pub arguments: String,
+}
+
+/// A value for a variable of the template's own, such as `enable_thinking`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Argument {
+    Bool(bool),
+    Integer(i64),
+    Number(f64),
+    Text(String),
+}
+
+/// The variables that every template gets, which are not a client's to set.
+pub const RESERVED: [&str; 6] = ["messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"];
 
 /// How a template reads a message's content.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -87,10 +113,11 @@ impl ChatTemplate {
 
     /// Text reaches most templates as a string; those that show only lists of parts are found by trying.
     fn probe_shape(&mut self) -> ContentShape {
-        let probe = TemplateMessage { role: "user".to_owned(), name: None, content: "rekindle".to_owned() };
+        let (role, content) = ("user".to_owned(), "rekindle".to_owned());
+        let probe = TemplateMessage { role, content, ..TemplateMessage::default() };
         let mut shows = |shape| {
             self.shape = shape;
-            self.run(std::slice::from_ref(&probe), true).is_ok_and(|text| text.contains("rekindle"))
+            self.run(std::slice::from_ref(&probe), true, &[]).is_ok_and(|text| text.contains("rekindle"))
         };
         if !shows(ContentShape::Text) && shows(ContentShape::Parts) { ContentShape::Parts } else { ContentShape::Text }
     }
@@ -100,13 +127,14 @@ impl ChatTemplate {
         &self,
         mut messages: Vec<TemplateMessage>,
         add_generation_prompt: bool,
+        arguments: &[(String, Argument)],
     ) -> Result<String, TemplateError> {
         for message in &mut messages {
             if message.role == "developer" && !self.knows_developer {
                 "system".clone_into(&mut message.role);
             }
         }
-        let mut refused = match self.offer(&messages, add_generation_prompt) {
+        let mut refused = match self.offer(&messages, add_generation_prompt, arguments) {
             Err(error @ TemplateError::OutOfFuel { .. }) => return Err(error),
             Err(error) => error,
             text => return text,
@@ -117,7 +145,7 @@ impl ChatTemplate {
             if messages == before {
                 continue;
             }
-            match self.offer(&messages, add_generation_prompt) {
+            match self.offer(&messages, add_generation_prompt, arguments) {
                 Ok(text) => return Ok(text),
                 // What a template raises says more than that it dropped something.
                 Err(error @ TemplateError::Raised(_)) if !matches!(refused, TemplateError::Raised(_)) => {
@@ -130,8 +158,18 @@ impl ChatTemplate {
     }
 
     /// Renders the messages in this form, and makes sure that none was dropped.
-    fn offer(&self, messages: &[TemplateMessage], add_generation_prompt: bool) -> Result<String, TemplateError> {
-        let text = self.run(messages, add_generation_prompt)?;
+    fn offer(
+        &self,
+        messages: &[TemplateMessage],
+        add_generation_prompt: bool,
+        arguments: &[(String, Argument)],
+    ) -> Result<String, TemplateError> {
+        let text = self.run(messages, add_generation_prompt, arguments)?;
+        let mut rest = text.as_str();
+        for call in messages.iter().flat_map(|message| &message.calls) {
+            rest = after_content(rest, &call.name)
+                .ok_or_else(|| TemplateError::Dropped { role: "assistant, with its tool calls".to_owned() })?;
+        }
         for role in ["system", "developer", "tool"] {
             let mut rest = text.as_str();
             for message in messages.iter().filter(|message| message.role == role) {
@@ -142,22 +180,38 @@ impl ChatTemplate {
         Ok(text)
     }
 
-    fn run(&self, messages: &[TemplateMessage], add_generation_prompt: bool) -> Result<String, TemplateError> {
+    fn run(
+        &self,
+        messages: &[TemplateMessage],
+        add_generation_prompt: bool,
+        arguments: &[(String, Argument)],
+    ) -> Result<String, TemplateError> {
         let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
         let fuel = FUEL + FUEL_A_MESSAGE * messages.len() as u64 + FUEL_A_CHUNK * (bytes as u64 / 64);
         let messages: Vec<Value> = messages.iter().map(|message| context_message(message, self.shape)).collect();
-        let context = Value::from_pairs([
+        let argument = |(name, value): &(String, Argument)| {
+            let value = match value {
+                Argument::Bool(value) => Value::from(*value),
+                Argument::Integer(value) => Value::from(*value),
+                Argument::Number(value) => Value::from(*value),
+                Argument::Text(value) => Value::from(value.as_str()),
+            };
+            (name.clone(), value)
+        };
+        let given = [
             ("messages", Value::from(messages)),
             ("add_generation_prompt", Value::from(add_generation_prompt)),
             ("bos_token", Value::from(self.bos.as_str())),
             ("eos_token", Value::from(self.eos.as_str())),
             ("tools", Value::from(())),
             ("documents", Value::from(())),
-        ]);
+        ];
+        let given = given.into_iter().map(|(name, value)| (name.to_owned(), value));
+        let context: BTreeMap<String, Value> = arguments.iter().map(argument).chain(given).collect();
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(fuel));
         let template = environment.get_template("chat").map_err(failure)?;
-        template.render(context).map_err(|error| match failure(error) {
+        template.render(Value::from(context)).map_err(|error| match failure(error) {
             TemplateError::OutOfFuel { .. } => TemplateError::OutOfFuel { fuel },
             error => error,
         })
@@ -174,7 +228,20 @@ fn context_message(message: &TemplateMessage, shape: ContentShape) -> Value {
     };
     let role_and_content = [("role", Value::from(message.role.as_str())), ("content", content)];
     let name = message.name.as_deref().map(|name| ("name", Value::from(name)));
-    Value::from_pairs(role_and_content.into_iter().chain(name))
+    let call_id = message.call_id.as_deref().map(|id| ("tool_call_id", Value::from(id)));
+    let calls: Vec<_> = message.calls.iter().map(context_call).collect();
+    let calls = (!calls.is_empty()).then(|| ("tool_calls", Value::from(calls)));
+    Value::from_pairs(role_and_content.into_iter().chain(name).chain(call_id).chain(calls))
+}
+
+/// A call as OpenAI's messages have it.
+fn context_call(call: &ToolCall) -> Value {
+    let function = Value::from_pairs([
+        ("name", Value::from(call.name.as_str())),
+        ("arguments", Value::from(call.arguments.as_str())),
+    ]);
+    let (id, kind) = (Value::from(call.id.as_str()), Value::from("function"));
+    Value::from_pairs([("id", id), ("type", kind), ("function", function)])
 }
 
 fn is_system(message: &TemplateMessage) -> bool {
@@ -192,7 +259,8 @@ fn merge_neighbours(messages: Vec<TemplateMessage>) -> Vec<TemplateMessage> {
     let mut merged: Vec<TemplateMessage> = Vec::new();
     for message in messages {
         match merged.pop() {
-            Some(last) if last.role == message.role => merged.push(join(last, message)),
+            // Each result of a tool answers a call of its own.
+            Some(last) if last.role == message.role && last.call_id.is_none() => merged.push(join(last, message)),
             last => merged.extend(last.into_iter().chain([message])),
         }
     }
@@ -219,6 +287,7 @@ fn join(mut first: TemplateMessage, second: TemplateMessage) -> TemplateMessage 
     }
     first.content.push_str(&second.content);
     first.name = first.name.or(second.name);
+    first.calls.extend(second.calls);
     first
 }
 
@@ -510,14 +579,14 @@ mod tests {
     fn messages(said: &[(&str, &str)]) -> Vec<TemplateMessage> {
         let message = |(role, content): &(&str, &str)| TemplateMessage {
             role: role.to_string(),
-            name: None,
             content: content.to_string(),
+            ..TemplateMessage::default()
         };
         said.iter().map(message).collect()
     }
 
     fn render(source: &str, said: &[(&str, &str)]) -> Result<String, TemplateError> {
-        template(source).render(messages(said), false)
+        template(source).render(messages(said), false, &[])
     }
 
     const EACH: &str = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}";
@@ -634,6 +703,36 @@ mod tests {
         let long = "word <b> ".repeat(1000);
         let said: Vec<(&str, &str)> = [("user", long.as_str()), ("assistant", "yes")].repeat(2048);
         assert!(render(STRICT, &said).is_ok());
+    }
+
+    #[test]
+    fn calls_are_rendered_or_refused_and_never_dropped() {
+        let call = ToolCall { id: "call_1".into(), name: "weather".into(), arguments: r#"{"c":"Paris"}"#.into() };
+        let asked = TemplateMessage { role: "assistant".into(), calls: vec![call], ..TemplateMessage::default() };
+        let told = TemplateMessage {
+            role: "tool".into(),
+            content: "Sunny".into(),
+            call_id: Some("call_1".into()),
+            ..TemplateMessage::default()
+        };
+        let refused = template(EACH).render(vec![asked.clone(), told.clone()], false, &[]);
+        assert!(matches!(refused, Err(TemplateError::Dropped { .. })), "{refused:?}");
+        let knows = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments }}\
+                     {% endfor %}{{ m.tool_call_id }}:{{ m.content }};{% endfor %}";
+        let text = template(knows).render(vec![asked, told], false, &[]).unwrap();
+        assert_eq!(text, r#"weather{"c":"Paris"}:;call_1:Sunny;"#);
+    }
+
+    #[test]
+    fn arguments_are_variables_and_take_no_message_away() {
+        let source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ style }}{{ n }}{% if not enable_thinking %}!{% endif %}";
+        let arguments = [
+            ("style".to_owned(), Argument::Text("brief".into())),
+            ("n".to_owned(), Argument::Integer(3)),
+            ("enable_thinking".to_owned(), Argument::Bool(false)),
+            ("messages".to_owned(), Argument::Bool(true)),
+        ];
+        assert_eq!(template(source).render(messages(&[("user", "u")]), false, &arguments).unwrap(), "ubrief3!");
     }
 
     #[test]

@@ -11,13 +11,19 @@ use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler,
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::command::{Command, Description, Passivate, QueuedTurn, Refusal, Reply, answer};
-use super::messages::{Deleted, Item, NewItem, OffloadTo, Offloaded, OnConflict, SessionError, TurnError, TurnLimits};
+use super::command::{Command, Description, Follows, Passivate, QueuedTurn, Refusal, Reply, Taken, answer};
+use super::kept::Kept;
+use super::live::Running;
+use super::messages::{
+    Audience, Deleted, Goal, Item, NewItem, OffloadTo, Offloaded, OnConflict, SessionError, TurnError, TurnLimits,
+};
 use super::registry::Identity;
-use super::stream::{TurnStream, turn_stream};
-use super::transcript::{Prompt, Transcript};
-use super::turn::start;
-use super::work::{Closing, Started, Work, close, commit_items, delete, load, new_items, open, remove};
+use super::stream::turn_stream;
+use super::transcript::Transcript;
+use super::turn::{PromptRules, start};
+use super::work::{
+    Closing, Opened, Opening, Outcome, Started, Work, close, commit_items, delete, load, new_items, open, remove,
+};
 use super::{Shared, new_item_id, unix_now};
 use crate::engine::KvHandle;
 use crate::types::KvKey;
@@ -32,6 +38,8 @@ pub(super) struct Session {
     phase: Phase,
     transcript: Arc<Transcript>,
     waiting: VecDeque<Command>,
+    /// The digest of the newest turn's request, if this actor has seen it.
+    newest: Option<[u8; 32]>,
 }
 
 enum Phase {
@@ -48,7 +56,13 @@ enum Phase {
 
 impl Session {
     pub fn new(shared: Arc<Shared>, who: Identity) -> Self {
-        Self { shared, who, phase: Phase::Loading, transcript: Arc::default(), waiting: VecDeque::new() }
+        let (transcript, waiting) = (Arc::default(), VecDeque::new());
+        Self { shared, who, phase: Phase::Loading, transcript, waiting, newest: None }
+    }
+
+    /// One whose history is not in the store yet.
+    pub fn newborn(shared: Arc<Shared>, who: Identity, transcript: Transcript) -> Self {
+        Self { transcript: Arc::new(transcript), ..Self::new(shared, who) }
     }
 }
 
@@ -56,6 +70,9 @@ impl Actor for Session {
     type Context = Context<Self>;
 
     fn started(&mut self, context: &mut Context<Self>) {
+        if self.transcript.unborn.is_some() {
+            return self.rest(self.claim(), context);
+        }
         let loaded = load(self.work()).into_actor(self).map(|loaded, session, context| match loaded {
             Ok(transcript) => {
                 session.transcript = Arc::new(transcript);
@@ -94,7 +111,10 @@ impl Handler<Command> for Session {
                 let turns = usize::from(matches!(phase, Phase::Working { turn: Some(_) }));
                 self.phase = phase;
                 match command {
-                    Command::Items { .. } | Command::Describe { .. } => self.tell(command),
+                    Command::Items { .. } | Command::Copy { .. } | Command::Describe { .. } => self.tell(command),
+                    Command::Respond(queued) if queued.follows.tip().is_some() && turns + self.turns_waiting() > 0 => {
+                        answer(queued.reply, Ok(Taken::NotTip));
+                    }
                     Command::Offload { reply, .. } if turns + self.turns_waiting() > 0 => {
                         answer(reply, Err(SessionError::Busy));
                     }
@@ -204,7 +224,7 @@ impl Session {
             Command::DeleteItem { item, reply } => self.delete_item(item, reply, kv, context),
             Command::Offload { to, reply } => self.offload(to, reply, kv, context),
             Command::Delete { reply } => self.delete(reply, kv, context),
-            Command::Items { .. } | Command::Describe { .. } => {
+            Command::Items { .. } | Command::Copy { .. } | Command::Describe { .. } => {
                 self.tell(command);
                 self.rest(kv, context);
             }
@@ -215,6 +235,7 @@ impl Session {
     fn tell(&self, command: Command) {
         match command {
             Command::Items { reply } => answer(reply, Ok(self.transcript.items.clone())),
+            Command::Copy { up_to, reply } => answer(reply, Ok(self.transcript.up_to(&up_to))),
             Command::Describe { reply } => {
                 let Transcript { log, last_used_at, .. } = &*self.transcript;
                 let turns = self.transcript.turns();
@@ -229,70 +250,118 @@ impl Session {
     }
 
     fn respond(&mut self, queued: QueuedTurn, kv: KvHandle, context: &mut Context<Self>) {
-        let QueuedTurn { turn, deadline, reply } = queued;
+        let QueuedTurn { mut turn, previous, follows, deadline, reply } = queued;
         if deadline <= Instant::now() {
             answer(reply, Err(waited_too_long()));
-            return self.rest(kv, context);
+            return self.settle(kv, context);
+        }
+        let moved_on = follows.tip().is_some_and(|tip| tip != self.transcript.tip());
+        let repeats = turn.response.is_retry && self.newest == Some(turn.response.request);
+        if moved_on || (repeats && matches!(follows, Follows::Anything)) {
+            answer(reply, Ok(if moved_on { Taken::NotTip } else { Taken::Repeats }));
+            return self.settle(kv, context);
+        }
+        // One more for the answer.
+        if let Err((items, most)) = self.room_for(turn.input.len() + 1) {
+            answer(reply, Err(TurnError::TooManyItems { items, most }));
+            return self.settle(kv, context);
         }
         let pass = match self.shared.gate.enter() {
             Ok(pass) => pass,
             Err(draining) => {
                 answer(reply, Err(draining));
-                return self.rest(kv, context);
+                return self.settle(kv, context);
             }
         };
         let (cancel, cancelled) = watch::channel(false);
         self.phase = Phase::Working { turn: Some(cancel) };
-        let opening = open(self.work(), Arc::clone(&self.transcript), new_items(turn.input), turn.instructions);
-        let starting = Starting { kv, limits: turn.limits, deadline, reply, cancelled };
+        let rules = PromptRules::of(&self.shared, &mut turn);
+        let mut response = Kept::new(turn.response, previous.map(|id| id.0), self.shared.settings.response_ttl_s);
+        let (input, replaces, transcript) = match follows {
+            Follows::Anything | Follows::Tip(_) => (new_items(turn.input), None, Arc::clone(&self.transcript)),
+            Follows::Broken { answer: said, input, .. } => {
+                response.body.input = input;
+                let history = said.as_deref().map(|said| Arc::new(self.transcript.without(said)));
+                (Vec::new(), said, history.unwrap_or_else(|| Arc::clone(&self.transcript)))
+            }
+        };
+        let opening = open(self.work(), Opening { transcript, input, rules, replaces, response });
+        let (limits, goal, audience) = (turn.limits, turn.goal, turn.audience);
+        let starting = Starting { kv, limits, goal, audience, deadline, reply, cancelled };
         let whole = opening
             .into_actor(self)
             .map(move |opened, session, _| session.start(opened, starting))
-            .then(|(kv, started), session, _| close(session.work(), kv, started).into_actor(session))
+            .then(|(kv, outcome), session, _| close(session.work(), kv, outcome).into_actor(session))
             .map(move |(kv, closing), session, context| {
                 if let Some(closing) = closing {
                     session.close(closing);
                 }
                 drop(pass);
-                session.rest(kv, context);
+                session.settle(kv, context);
             });
         context.spawn(whole);
     }
 
+    /// Rests, unless the conversation never came to be: then nobody knows of it.
+    fn settle(&mut self, kv: KvHandle, context: &mut Context<Self>) {
+        if self.transcript.unborn.is_some() {
+            self.retire(&Refusal::NoConversation, context);
+        } else {
+            self.rest(kv, context);
+        }
+    }
+
+    /// Whether as many more items fit; else how many there would be, and the bound.
+    fn room_for(&self, more: usize) -> Result<(), (usize, usize)> {
+        let (items, most) = (self.transcript.items.len() + more, self.shared.settings.max_items);
+        if items > most { Err((items, most)) } else { Ok(()) }
+    }
+
     /// Keeps the input, which is durable by now, gives the engine the turn, and answers whoever asked for it.
-    fn start(
-        &mut self,
-        opened: Result<(Vec<Arc<Item>>, Prompt), TurnError>,
-        starting: Starting,
-    ) -> (KvHandle, Option<Started>) {
-        let Starting { mut kv, limits, deadline, reply, cancelled } = starting;
-        let started = opened.and_then(|(input, prompt)| {
-            self.keep(input);
-            let running = start(&self.shared, &mut kv, &prompt, limits, deadline)?;
-            Ok((running, prompt))
-        });
-        match started {
-            Ok((running, prompt)) => {
-                let item_id = new_item_id();
-                let (writer, stream) = turn_stream(Some(self.who.id), item_id.clone());
-                // A caller that has gone away drops the stream here, which cancels the turn.
-                answer(reply, Ok(stream));
-                (kv, Some(Started { running, prompt, item_id, writer, cancelled }))
-            }
+    fn start(&mut self, opened: Result<Opened, TurnError>, starting: Starting) -> (KvHandle, Outcome) {
+        let Starting { mut kv, limits, goal, audience, deadline, reply, cancelled } = starting;
+        let Opened { input, replaces, prompt, response } = match opened {
+            Ok(opened) => opened,
             Err(error) => {
                 answer(reply, Err(error));
-                (kv, None)
+                return (kv, Outcome::Refused);
+            }
+        };
+        if let Some(replaced) = replaces {
+            self.transcript = Arc::new(self.transcript.without(&replaced));
+        }
+        Arc::make_mut(&mut self.transcript).unborn = None;
+        self.newest = Some(response.request());
+        self.keep(input);
+        match start(&self.shared, &mut kv, &prompt, limits, goal, deadline) {
+            Ok(running) => {
+                let item_id = new_item_id();
+                let (writer, stream) = turn_stream(item_id.clone(), audience);
+                let (id, about) = (response.id(), response.body.about.as_str().into());
+                let alive = Running { id, about, log: writer.log(), kept: response.is_kept() };
+                let turn = alive.turn(stream);
+                let presence = self.shared.live.enter(self.who.tenant.id, alive);
+                // A caller that has gone away drops the stream here, which cancels the turn.
+                answer(reply, Ok(Taken::Runs(turn)));
+                let started = Started { running, prompt, response, item_id, writer, cancelled, presence };
+                (kv, Outcome::Started(Box::new(started)))
+            }
+            Err(error) => {
+                answer(reply, Err(error.clone()));
+                (kv, Outcome::Unstarted(Box::new(response), error))
             }
         }
     }
 
     /// Takes what is durable by now into the transcript, then tells the client.
     fn close(&mut self, closing: Closing) {
-        if let Some(kept) = closing.kept {
-            self.keep(kept.item);
-            Arc::make_mut(&mut self.transcript).log = kept.log;
+        let Closing { writer, end, left, presence } = closing;
+        if let Some(left) = left {
+            self.keep(left.item);
+            Arc::make_mut(&mut self.transcript).log = left.log;
         }
-        closing.writer.end(closing.end);
+        writer.end(end);
+        drop(presence);
     }
 
     fn append(
@@ -302,6 +371,10 @@ impl Session {
         kv: KvHandle,
         context: &mut Context<Self>,
     ) {
+        if let Err((items, most)) = self.room_for(items.len()) {
+            answer(reply, Err(SessionError::TooManyItems { items, most }));
+            return self.rest(kv, context);
+        }
         let (work, items) = (self.work(), new_items(items));
         let committing = async move { commit_items(&work, &items).await.map(|()| items) };
         context.spawn(committing.into_actor(self).map(move |committed, session, context| {
@@ -372,8 +445,10 @@ impl Session {
 struct Starting {
     kv: KvHandle,
     limits: TurnLimits,
+    goal: Goal,
+    audience: Audience,
     deadline: Instant,
-    reply: Reply<TurnStream, TurnError>,
+    reply: Reply<Taken, TurnError>,
     cancelled: watch::Receiver<bool>,
 }
 

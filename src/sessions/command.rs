@@ -9,8 +9,9 @@ use actix::Message;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::messages::{Deleted, Item, NewItem, OffloadTo, Offloaded, Respond, SessionError, TurnError};
-use super::stream::TurnStream;
+use super::live::Turn;
+use super::messages::{Deleted, Item, NewItem, OffloadTo, Offloaded, Respond, ResponseId, SessionError, TurnError};
+use super::transcript::Transcript;
 use crate::engine::SubmitError;
 use crate::store::StoreError;
 
@@ -21,12 +22,32 @@ pub(super) type Reply<T, E> = oneshot::Sender<Result<T, E>>;
 #[rtype(result = "()")]
 pub(super) enum Command {
     Respond(Box<QueuedTurn>),
-    Append { items: Vec<NewItem>, reply: Reply<Vec<Arc<Item>>, SessionError> },
-    DeleteItem { item: String, reply: Reply<(), SessionError> },
-    Items { reply: Reply<Vec<Arc<Item>>, SessionError> },
-    Describe { reply: Reply<Description, SessionError> },
-    Offload { to: OffloadTo, reply: Reply<Offloaded, SessionError> },
-    Delete { reply: Reply<Deleted, SessionError> },
+    Append {
+        items: Vec<NewItem>,
+        reply: Reply<Vec<Arc<Item>>, SessionError>,
+    },
+    DeleteItem {
+        item: String,
+        reply: Reply<(), SessionError>,
+    },
+    Items {
+        reply: Reply<Vec<Arc<Item>>, SessionError>,
+    },
+    /// The history up to an item.
+    Copy {
+        up_to: String,
+        reply: Reply<Option<Transcript>, SessionError>,
+    },
+    Describe {
+        reply: Reply<Description, SessionError>,
+    },
+    Offload {
+        to: OffloadTo,
+        reply: Reply<Offloaded, SessionError>,
+    },
+    Delete {
+        reply: Reply<Deleted, SessionError>,
+    },
 }
 
 /// Asks an idle session to give up its actor. One that works stays.
@@ -37,9 +58,42 @@ pub(super) struct Passivate;
 /// A turn that waits for its place in the conversation.
 pub(super) struct QueuedTurn {
     pub turn: Respond,
+    /// The response that it continues.
+    pub previous: Option<ResponseId>,
+    pub follows: Follows,
     /// When it must have started.
     pub deadline: Instant,
-    pub reply: Reply<TurnStream, TurnError>,
+    pub reply: Reply<Taken, TurnError>,
+}
+
+/// What a turn comes behind.
+#[derive(Clone, Debug)]
+pub(super) enum Follows {
+    /// Whatever is there by then.
+    Anything,
+    /// This item, which must be the last.
+    Tip(Option<String>),
+    /// The same turn, whose answer was broken off: `answer` is what was said, `input` is in the conversation already.
+    Broken { tip: Option<String>, answer: Option<String>, input: Vec<String> },
+}
+
+impl Follows {
+    /// The item that must be the last; `None`: any may be.
+    pub fn tip(&self) -> Option<Option<&str>> {
+        match self {
+            Follows::Anything => None,
+            Follows::Tip(tip) | Follows::Broken { tip, .. } => Some(tip.as_deref()),
+        }
+    }
+}
+
+/// What became of a turn that was asked for.
+pub(super) enum Taken {
+    Runs(Turn),
+    /// The conversation has gone on, or goes on now, from where the turn was to begin.
+    NotTip,
+    /// It is a retry of the newest turn, which had not begun when it was looked for.
+    Repeats,
 }
 
 /// What a session says of itself.
@@ -67,6 +121,7 @@ impl Command {
             Command::Respond(queued) => refuse(queued.reply, refusal),
             Command::Append { reply, .. } | Command::Items { reply } => refuse(reply, refusal),
             Command::DeleteItem { reply, .. } => refuse(reply, refusal),
+            Command::Copy { reply, .. } => refuse(reply, refusal),
             Command::Describe { reply } => refuse(reply, refusal),
             Command::Offload { reply, .. } => refuse(reply, refusal),
             Command::Delete { reply } => refuse(reply, refusal),
@@ -79,6 +134,7 @@ impl Command {
             Command::Respond(queued) => queued.reply.is_closed(),
             Command::Append { reply, .. } | Command::Items { reply } => reply.is_closed(),
             Command::DeleteItem { reply, .. } => reply.is_closed(),
+            Command::Copy { reply, .. } => reply.is_closed(),
             Command::Describe { reply } => reply.is_closed(),
             Command::Offload { reply, .. } => reply.is_closed(),
             Command::Delete { reply } => reply.is_closed(),

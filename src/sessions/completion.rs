@@ -1,7 +1,8 @@
 //! How is a turn answered that belongs to no stored conversation?
 //!
 //! The client sends all messages; nothing is stored. Its KV has a key that nobody else knows and ends with the turn: its
-//! blocks are the first to go, and serve as shared prefixes until then.
+//! blocks are the first to go, and serve as shared prefixes until then. Several choices share the prompt's blocks: the
+//! first encodes it, the others begin when it is there.
 
 use std::sync::Arc;
 
@@ -9,37 +10,151 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Shared;
-use super::messages::{Message, TurnError, TurnLimits, TurnUpdate};
-use super::stream::{TurnStream, turn_stream};
-use super::turn::{Ended, prepare, start};
+use super::gate::Pass;
+use super::live::{Presence, Running, Turn};
+use super::messages::{
+    Audience, Complete, Goal, Message, NewResponse, Overflow, Respond, TurnError, TurnLimits, TurnUpdate,
+};
+use super::stream::{TurnStream, TurnWriter, turn_stream};
+use super::transcript::Prompt;
+use super::turn::{Ended, PromptRules, RunningTurn, prepare, start};
+use crate::engine::KvHandle;
 use crate::tenants::Tenant;
 use crate::types::KvKey;
 
-/// Starts a stateless turn. It runs as a task of its own, and ends when the stream is dropped.
+/// What a stateless answer is made of, before it runs.
+struct Asked {
+    shared: Arc<Shared>,
+    tenant: Tenant,
+    prompt: Arc<Prompt>,
+    limits: TurnLimits,
+    goal: Goal,
+    deadline: Instant,
+    pass: Arc<Pass>,
+}
+
+/// A response that nobody keeps.
+pub(super) async fn respond(shared: &Arc<Shared>, tenant: &Tenant, mut turn: Respond) -> Result<Turn, TurnError> {
+    let rules = PromptRules::of(shared, &mut turn);
+    let messages: Vec<Message> = turn.input.into_iter().map(|item| item.message).collect();
+    let asked = ask(shared, tenant, messages, rules, turn.limits).await?;
+    let item_id = super::new_item_id();
+    let (writer, stream) = turn_stream(item_id.clone(), turn.audience);
+    let NewResponse { id, about, .. } = turn.response;
+    let alive = Running { id, about: about.into(), log: writer.log(), kept: false };
+    let turn = alive.turn(stream);
+    let presence = shared.live.enter(tenant.id, alive);
+    let begun = asked.begin(asked.limits.clone())?;
+    tokio::spawn(asked.run(begun, writer, item_id, Some(presence)));
+    Ok(turn)
+}
+
+/// The choices of a chat completion, in their order. Resolves when the engine has taken the first.
 pub(super) async fn complete(
     shared: &Arc<Shared>,
     tenant: &Tenant,
-    messages: Vec<Message>,
-    instructions: Option<String>,
-    limits: TurnLimits,
-) -> Result<TurnStream, TurnError> {
-    let deadline = Instant::now() + limits.queue_deadline;
-    let pass = shared.gate.enter()?;
-    let prompt = prepare(shared, Arc::default(), messages.into(), instructions).await?;
-    let mut kv = shared.engine.kv(tenant.id, tenant.key, KvKey(rand::random()));
-    let running = start(shared, &mut kv, &prompt, limits, deadline)?;
+    mut turn: Complete,
+) -> Result<Vec<TurnStream>, TurnError> {
+    let rules = PromptRules {
+        instructions: None,
+        overflow: Overflow::Refuse,
+        goal: Goal::Answer,
+        answer: turn.limits.max_tokens.unwrap_or(shared.settings.default_max_tokens),
+        arguments: std::mem::take(&mut turn.limits.arguments),
+    };
+    let asked = ask(shared, tenant, turn.messages, rules, turn.limits).await?;
     let item_id = super::new_item_id();
-    let (mut writer, stream) = turn_stream(None, item_id.clone());
-    let shared = Arc::clone(shared);
-    tokio::spawn(async move {
+    let (writer, first) = turn_stream(item_id.clone(), Audience::Readers);
+    let log = writer.log();
+    let begun = asked.begin(asked.limits.clone())?;
+    let (mut others, mut streams) = (Vec::new(), vec![first]);
+    for choice in 1..turn.choices {
+        let (writer, stream) = turn_stream(item_id.clone(), Audience::Readers);
+        others.push((choice, writer));
+        streams.push(stream);
+    }
+    let later: Vec<_> =
+        others.into_iter().map(|(choice, writer)| asked.later(choice, writer, item_id.clone())).collect();
+    if !later.is_empty() {
+        let mut first = log.join();
+        tokio::spawn(async move {
+            // Its prompt is encoded, or never will be.
+            first.next().await;
+            drop(first);
+            for (asked, limits, writer, item_id) in later {
+                match asked.begin(limits) {
+                    Ok(begun) => drop(tokio::spawn(asked.run(begun, writer, item_id, None))),
+                    Err(error) => writer.end(TurnUpdate::Failed(error)),
+                }
+            }
+        });
+    }
+    tokio::spawn(asked.run(begun, writer, item_id, None));
+    Ok(streams)
+}
+
+async fn ask(
+    shared: &Arc<Shared>,
+    tenant: &Tenant,
+    messages: Vec<Message>,
+    rules: PromptRules,
+    limits: TurnLimits,
+) -> Result<Asked, TurnError> {
+    let deadline = Instant::now() + limits.queue_deadline;
+    let pass = Arc::new(shared.gate.enter()?);
+    let goal = rules.goal;
+    let prompt = Arc::new(prepare(shared, tenant, Arc::default(), messages.into(), rules).await?);
+    Ok(Asked { shared: Arc::clone(shared), tenant: tenant.clone(), prompt, limits, goal, deadline, pass })
+}
+
+impl Asked {
+    /// Gives the engine the turn.
+    fn begin(&self, limits: TurnLimits) -> Result<(KvHandle, RunningTurn), TurnError> {
+        let mut kv = self.shared.engine.kv(self.tenant.id, self.tenant.key, KvKey(rand::random()));
+        let running = start(&self.shared, &mut kv, &self.prompt, limits, self.goal, self.deadline)?;
+        Ok((kv, running))
+    }
+
+    /// Another choice of the same: it draws other numbers, in a way that repeats.
+    fn later(&self, choice: u8, writer: TurnWriter, item_id: String) -> (Self, TurnLimits, TurnWriter, String) {
+        let mut limits = self.limits.clone();
+        limits.sampling.seed = limits.sampling.seed.wrapping_add(u64::from(choice));
+        let (shared, prompt, pass) = (Arc::clone(&self.shared), Arc::clone(&self.prompt), Arc::clone(&self.pass));
+        let asked = Self {
+            shared,
+            tenant: self.tenant.clone(),
+            prompt,
+            limits: limits.clone(),
+            goal: self.goal,
+            deadline: self.deadline,
+            pass,
+        };
+        (asked, limits, writer, item_id)
+    }
+
+    /// Follows the turn to its end, as a task of its own.
+    async fn run(
+        self,
+        (kv, running): (KvHandle, RunningTurn),
+        mut writer: TurnWriter,
+        item_id: String,
+        presence: Option<Presence>,
+    ) {
         let (_never, uncancelled) = watch::channel(false);
-        let ended = running.follow(&shared, &mut writer, uncancelled).await;
+        let key = kv.key();
+        let ended = running.follow(&self.shared, &mut writer, uncancelled).await;
         kv.end();
         writer.end(match ended {
-            Ended::Answered(answered) => answered.done(item_id),
+            Ended::Answered(answered) => {
+                if answered.encoded && !answered.is_silent() {
+                    let conversation = self.prompt.conversation.clone().answered(&answered.said.text);
+                    let log = self.prompt.after(&answered.said);
+                    self.shared.recall.keep(self.tenant.id, key, conversation, log);
+                }
+                TurnUpdate::Done(answered.done(item_id))
+            }
             Ended::Failed(error) => TurnUpdate::Failed(error),
         });
-        drop(pass);
-    });
-    Ok(stream)
+        drop((presence, self.pass));
+    }
 }

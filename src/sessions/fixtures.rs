@@ -11,7 +11,8 @@ pub fn language() -> Language {
 
 /// The tokens of a text as an answer might have them.
 pub fn tokens_of(language: &Language, text: &str) -> Vec<TokenId> {
-    let rendered = language.render(&[ChatMessage { role: "user", name: None, content: text }], false).unwrap();
+    let message = ChatMessage { role: "user", name: None, content: text, calls: &[], call_id: None };
+    let rendered = language.render(&[message], false, &[]).unwrap();
     let start = rendered.text.find('\n').unwrap() + 1;
     let mut left = text.len();
     let tokens = language.tokenize(&rendered, start).into_iter();
@@ -28,5 +29,5 @@ pub fn token(id: TokenId) -> Token {
 }
 
 pub fn message(role: Role, text: &str) -> Message {
-    Message { role, name: None, content: vec![Part::Text(text.into())] }
+    Message::new(role, vec![Part::Text(text.into())])
 }

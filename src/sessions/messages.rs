@@ -6,7 +6,7 @@ use std::time::Duration;
 
 pub use crate::engine::handle::{OffloadTo, Offloaded};
 pub use crate::engine::status::Residency;
-pub use crate::engine::{FinishReason, Sampling, TurnUsage};
+pub use crate::engine::{Argument, FinishReason, RESERVED, Sampling, ToolCall, TurnUsage};
 use crate::types::{TokenCount, TokenId};
 
 /// A conversation's id: `conv_` and 32 hex digits at the API.
@@ -16,6 +16,16 @@ pub struct ConversationId(pub u128);
 impl fmt::Display for ConversationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "conv_{:032x}", self.0)
+    }
+}
+
+/// A response's id: `resp_` and 32 hex digits at the API.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ResponseId(pub u128);
+
+impl fmt::Display for ResponseId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "resp_{:032x}", self.0)
     }
 }
 
@@ -54,6 +64,17 @@ pub struct Message {
     pub role: Role,
     pub name: Option<String>,
     pub content: Vec<Part>,
+    /// Functions that an assistant's message calls.
+    pub calls: Vec<ToolCall>,
+    /// The call that a tool's message answers.
+    pub call_id: Option<String>,
+}
+
+impl Message {
+    /// One that says something, and no more.
+    pub fn new(role: Role, content: Vec<Part>) -> Self {
+        Self { role, name: None, content, calls: Vec::new(), call_id: None }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -104,18 +125,74 @@ pub struct TurnLimits {
     pub queue_deadline: Duration,
     /// Alternatives to report with each token; `None`: no log probabilities.
     pub logprobs: Option<u8>,
+    /// Values for variables of the chat template.
+    pub arguments: Vec<(String, Argument)>,
 }
 
-/// A turn of a stored conversation.
+/// Where a turn's history is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// Nowhere: what is said is forgotten at the end.
+    Alone,
+    /// In a chain that begins with this turn.
+    NewChain,
+    /// Behind this response, which other turns may have continued already.
+    After(ResponseId),
+    Conversation(ConversationId),
+}
+
+/// What a turn is known by, and what is kept of its request.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NewResponse {
+    pub id: ResponseId,
+    /// Whatever the asker wants back with the response, as a JSON text; opaque here.
+    pub about: String,
+    /// Whether it can be retrieved later.
+    pub kept: bool,
+    /// A digest of the request: a retry has the same.
+    pub request: [u8; 32],
+    /// Whether the client may have sent this request before.
+    pub is_retry: bool,
+}
+
+/// What to do when the prompt is longer than the window.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Overflow {
+    Refuse,
+    /// Leave out the oldest whole turns.
+    DropOldest,
+}
+
+/// What a turn is to bring.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Goal {
+    Answer,
+    /// Encode the input; say nothing.
+    Encode,
+}
+
+/// Who keeps a turn running.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Audience {
+    /// Its readers: when the last one goes, it ends.
+    Readers,
+    /// Nobody.
+    Background,
+}
+
+/// A turn.
 #[derive(Clone, Debug)]
 pub struct Respond {
-    /// `None`: a conversation of its own, that nobody can name, forgotten at the end.
-    pub conversation: Option<ConversationId>,
+    pub place: Place,
+    pub response: NewResponse,
     pub input: Vec<NewItem>,
     /// One system message before everything, for this turn only.
     pub instructions: Option<String>,
     pub limits: TurnLimits,
     pub on_conflict: OnConflict,
+    pub overflow: Overflow,
+    pub goal: Goal,
+    pub audience: Audience,
 }
 
 /// A stateless turn: the client sends all messages.
@@ -123,6 +200,8 @@ pub struct Respond {
 pub struct Complete {
     pub messages: Vec<Message>,
     pub limits: TurnLimits,
+    /// How many answers; they share the prompt.
+    pub choices: u8,
 }
 
 /// A generated token with its log probability, as clients see it.
@@ -141,7 +220,7 @@ pub enum TurnUpdate {
     Started {
         prompt_tokens: TokenCount,
     },
-    /// Whole characters only. Deltas add up to the answer exactly; a slow reader gets fewer, longer ones. Each token that is
+    /// Whole characters only. Deltas add up to the answer exactly, and are the same for every reader. Each token that is
     /// shown has its log probability with the first text that reaches past its beginning; control tokens have none.
     Text {
         delta: String,
@@ -161,6 +240,11 @@ pub struct TurnDone {
     /// The answer's item id (`msg_…`), durable by now where the conversation is stored.
     pub item_id: String,
     pub logprobs: Vec<TokenLogprob>,
+    pub goal: Goal,
+    /// Items of the history that were left out of the prompt.
+    pub dropped_items: usize,
+    /// Seconds since 1970.
+    pub ended_at: i64,
 }
 
 /// Why a turn was not done.
@@ -168,6 +252,10 @@ pub struct TurnDone {
 pub enum TurnError {
     #[error("no such conversation")]
     NoConversation,
+    #[error("there is no such response to continue: it never was, was deleted, or is forgotten")]
+    NoPrevious,
+    #[error("the conversation would have {items} items, and may have {most}; delete some, or start a new one")]
+    TooManyItems { items: usize, most: usize },
     #[error("a turn runs in this conversation and {waiting} wait; retry when it is done")]
     Locked { waiting: usize },
     #[error("item `{0}` is in the conversation already")]
@@ -186,6 +274,9 @@ pub enum TurnError {
     Store(String),
     #[error("the server is draining; retry on another node or later")]
     Draining,
+    /// As it is told later of a turn that failed, or that the server went down under.
+    #[error("{0}")]
+    Lost(String),
     #[error("{0}")]
     Internal(String),
 }
@@ -195,6 +286,10 @@ pub enum TurnError {
 pub enum SessionError {
     #[error("no such conversation")]
     NoConversation,
+    #[error("no such response")]
+    NoResponse,
+    #[error("the conversation would have {items} items, and may have {most}; delete some, or start a new one")]
+    TooManyItems { items: usize, most: usize },
     #[error("no item `{0}` in this conversation")]
     NoItem(String),
     #[error("item `{0}` is in the conversation already")]
@@ -207,6 +302,24 @@ pub enum SessionError {
     Store(String),
     #[error("{0}")]
     Internal(String),
+}
+
+/// Which conversations to list.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ConversationQuery {
+    pub newest_first: bool,
+    pub after: Option<ConversationId>,
+    pub limit: usize,
+    /// All of these pairs.
+    pub metadata: Vec<(String, String)>,
+}
+
+/// A conversation in a list, and where its KV is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ListedConversation {
+    pub conversation: Conversation,
+    pub tokens: TokenCount,
+    pub residency: Option<Residency>,
 }
 
 /// The proof of a deletion: what every tier gave back.

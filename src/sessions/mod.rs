@@ -9,8 +9,14 @@ mod completion;
 mod fixtures;
 mod forecast;
 mod gate;
+mod kept;
+mod listing;
+mod live;
 pub mod messages;
+mod once;
+mod recall;
 mod registry;
+mod responses;
 mod speech;
 mod stored;
 mod stream;
@@ -25,14 +31,17 @@ use std::time::{Duration, SystemTime};
 
 use actix::System;
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 
-use command::{Command, QueuedTurn, Refusal, Reply};
+use command::{Command, Refusal, Reply};
 use gate::Gate;
+use live::Live;
+pub use live::Turn;
 use messages::{
     Complete, Conversation, ConversationId, ConversationResidency, Deleted, Item, NewItem, OffloadTo, Offloaded,
-    Respond, SessionError, TurnError,
+    SessionError, TurnError,
 };
+pub use once::{Claim, Once};
+use recall::Recall;
 use registry::{Identity, Registry};
 pub use stream::TurnStream;
 
@@ -52,6 +61,12 @@ pub struct SessionSettings {
     pub max_live: u64,
     /// Most tokens of an answer whose request sets no limit.
     pub default_max_tokens: TokenCount,
+    /// Most items of a conversation.
+    pub max_items: usize,
+    /// How long a response can be retrieved and continued.
+    pub response_ttl_s: i64,
+    /// Tokens that are remembered for each tenant's clients that send their history as text.
+    pub recalled_tokens: usize,
 }
 
 /// What all sessions use.
@@ -62,6 +77,9 @@ struct Shared {
     settings: SessionSettings,
     gate: Arc<Gate>,
     registry: Registry,
+    live: Arc<Live>,
+    recall: Recall,
+    once: Arc<once::Running>,
 }
 
 /// All conversations, for those above. Cheap to clone; callable from any tokio task. The actors have a thread of their own,
@@ -82,8 +100,21 @@ impl Sessions {
     ) -> Self {
         let thread = ActorThread::start();
         let registry = Registry::new(thread.system.arbiter().clone(), &settings);
-        let shared = Arc::new(Shared { engine, language, store, settings, gate: Gate::open(), registry });
+        let shared = Arc::new(Shared {
+            engine,
+            language,
+            store,
+            settings,
+            gate: Gate::open(),
+            registry,
+            live: Arc::default(),
+            recall: Recall::new(settings.recalled_tokens),
+            once: Arc::default(),
+        });
         if !thread.system.arbiter().spawn(registry::tick(Arc::downgrade(&shared), settings.idle)) {
+            tracing::error!("the sessions' thread ended at its start");
+        }
+        if !thread.system.arbiter().spawn(listing::sweep(Arc::downgrade(&shared))) {
             tracing::error!("the sessions' thread ended at its start");
         }
         Self { shared, _thread: Arc::new(thread) }
@@ -96,14 +127,18 @@ impl Sessions {
         metadata: BTreeMap<String, String>,
         items: Vec<NewItem>,
     ) -> Result<Conversation, SessionError> {
+        let (most, items) = (self.shared.settings.max_items, work::rows(&work::new_items(items)));
+        if items.len() > most {
+            return Err(SessionError::TooManyItems { items: items.len(), most });
+        }
         let (id, now) = (rand::random(), unix_now());
-        let items = work::new_items(items).iter().map(|item| (item.id.clone(), stored::encode(item))).collect();
         let record = ConversationRecord {
             id,
             tenant: tenant.name.clone(),
             created_at: now,
             last_used_at: now,
             metadata: metadata.clone(),
+            chain: false,
         };
         self.shared.store.create(record, items).await?;
         Ok(Conversation { id: ConversationId(id), created_at: now, metadata })
@@ -159,25 +194,9 @@ impl Sessions {
         self.get(tenant, id).await
     }
 
-    /// Starts a turn. Resolves when the input is durable and the engine has taken the turn, so that whatever can be known
-    /// before generation is known by then.
-    pub async fn respond(&self, tenant: &Tenant, turn: Respond) -> Result<TurnStream, TurnError> {
-        match turn.conversation {
-            Some(id) => {
-                let deadline = Instant::now() + turn.limits.queue_deadline;
-                let queue = |reply| Command::Respond(Box::new(QueuedTurn { turn, deadline, reply }));
-                self.ask(tenant, id, queue).await
-            }
-            None => {
-                let messages = turn.input.into_iter().map(|item| item.message).collect();
-                completion::complete(&self.shared, tenant, messages, turn.instructions, turn.limits).await
-            }
-        }
-    }
-
-    /// Starts a stateless turn. Resolves when the engine has taken it.
-    pub async fn complete(&self, tenant: &Tenant, turn: Complete) -> Result<TurnStream, TurnError> {
-        completion::complete(&self.shared, tenant, turn.messages, None, turn.limits).await
+    /// Starts a stateless turn: a stream for each choice. Resolves when the engine has taken the first.
+    pub async fn complete(&self, tenant: &Tenant, turn: Complete) -> Result<Vec<TurnStream>, TurnError> {
+        completion::complete(&self.shared, tenant, turn).await
     }
 
     /// Where a conversation's KV is. Never waits for the engine.

@@ -17,6 +17,7 @@ use moka::policy::EvictionPolicy;
 use super::actor::Session;
 use super::command::{Command, Passivate, Refusal};
 use super::messages::ConversationId;
+use super::transcript::Transcript;
 use super::{SessionSettings, Shared};
 use crate::tenants::Tenant;
 use crate::types::TenantId;
@@ -91,6 +92,15 @@ impl Registry {
         }
     }
 
+    /// Makes the session of a conversation that the store doesn't have yet, and hands it its first command.
+    pub fn deliver_newborn(&self, shared: &Arc<Shared>, who: &Identity, history: Transcript, command: Command) {
+        let session = self.start(Session::newborn(Arc::clone(shared), who.clone(), history));
+        self.live.insert(who.key(), session.clone());
+        if let Err(SendError::Full(command) | SendError::Closed(command)) = session.try_send(command) {
+            command.refuse(Refusal::Lost);
+        }
+    }
+
     /// Forgets a session, unless another has taken its place.
     pub fn remove(&self, who: &Identity, session: &Addr<Session>) {
         self.live.remove_if(&who.key(), |_, live| live == session);
@@ -98,13 +108,7 @@ impl Registry {
 
     /// The conversation's session, locked in its place. One that has failed is replaced.
     fn session(&self, shared: &Arc<Shared>, who: &Identity) -> RefMut<'_, Key, Addr<Session>> {
-        let start = || {
-            let session = Session::new(Arc::clone(shared), who.clone());
-            Session::start_in_arbiter(&self.arbiter, move |context| {
-                context.set_mailbox_capacity(MAILBOX);
-                session
-            })
-        };
+        let start = || self.start(Session::new(Arc::clone(shared), who.clone()));
         match self.live.entry(who.key()) {
             Entry::Occupied(entry) if entry.get().connected() => entry.into_ref(),
             Entry::Occupied(mut entry) => {
@@ -114,6 +118,13 @@ impl Registry {
             }
             Entry::Vacant(entry) => entry.insert(start()),
         }
+    }
+
+    fn start(&self, session: Session) -> Addr<Session> {
+        Session::start_in_arbiter(&self.arbiter, move |context| {
+            context.set_mailbox_capacity(MAILBOX);
+            session
+        })
     }
 }
 

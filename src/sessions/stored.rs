@@ -82,7 +82,7 @@ pub(super) fn decode(id: String, body: &str) -> Result<Item, serde_json::Error> 
         StoredPart::Text(text) => Part::Text(text),
         StoredPart::Refusal(text) => Part::Refusal(text),
     });
-    let message = Message { role, name: body.name, content: content.collect() };
+    let message = Message { name: body.name, ..Message::new(role, content.collect()) };
     Ok(Item { id, message, status })
 }
 
@@ -113,7 +113,7 @@ mod tests {
         #[test]
         fn an_item_comes_back_as_it_was(texts in vec(any::<String>(), 0..4), name in any::<Option<String>>()) {
             let content = texts.into_iter().map(Part::Text).collect();
-            let message = Message { role: Role::User, name, content };
+            let message = Message { name, ..Message::new(Role::User, content) };
             let item = Item { id: "msg_1".into(), message, status: ItemStatus::Completed };
             prop_assert_eq!(decode("msg_1".into(), &encode(&item)).unwrap(), item);
         }

@@ -1,39 +1,60 @@
-//! How does a turn's text reach a client that reads at its own pace?
+//! How does a turn's text reach clients that read at their own pace?
 //!
-//! Through a box, not a queue: the writer adds to what lies there, the reader takes it all at once. A reader that keeps up
-//! gets a delta a token, a slow one fewer and longer ones; either way the writer never waits, and the box holds at most
-//! one answer. Dropping the reader tells the writer; dropping the writer before its end tells the reader.
+//! Through a log, not a queue: the writer adds to what was told, and each reader has its own place in it. Every reader
+//! gets the same deltas, however late it comes, so that events can be numbered and replayed; the writer never waits, and
+//! the log holds one answer. When the last reader goes, the writer is told; dropping the writer before its end tells the
+//! readers.
 
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::watch;
 
-use super::messages::{ConversationId, TokenLogprob, TurnError, TurnUpdate};
+use super::messages::{Audience, TokenLogprob, TurnError, TurnUpdate};
 use crate::types::TokenCount;
 
-/// What lies between the two ends.
+/// Where a delta ends: bytes of text, and log probabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cut {
+    pub text: usize,
+    pub logprobs: usize,
+}
+
+/// What was told so far.
 #[derive(Default)]
-struct Waiting {
+struct Told {
     started: Option<TokenCount>,
-    delta: String,
+    text: String,
     logprobs: Vec<TokenLogprob>,
+    cuts: Vec<Cut>,
     end: Option<TurnUpdate>,
-    reader_gone: bool,
+    readers: usize,
 }
 
-#[derive(Default)]
+/// Why a turn ends before its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// Nobody reads any more.
+    Abandoned,
+    Asked,
+}
+
 struct Shared {
-    waiting: Mutex<Waiting>,
-    written: Notify,
-    reader_gone: Notify,
+    told: Mutex<Told>,
+    audience: Audience,
+    item_id: String,
+    written: watch::Sender<()>,
+    stop: watch::Sender<Option<Stop>>,
 }
 
-/// A running turn as its client sees it. Dropping it cancels the turn.
+/// A turn as its client sees it. When the last one of a turn is dropped, the turn is cancelled, unless it runs in the
+/// background.
 pub struct TurnStream {
     shared: Arc<Shared>,
-    conversation: Option<ConversationId>,
-    item_id: String,
+    written: watch::Receiver<()>,
+    /// What this reader has had.
+    started: bool,
+    deltas: usize,
     ended: bool,
 }
 
@@ -43,45 +64,89 @@ pub(super) struct TurnWriter {
     ended: bool,
 }
 
+/// A turn that others may join, or stop.
+#[derive(Clone)]
+pub(super) struct TurnLog {
+    shared: Arc<Shared>,
+}
+
 /// Both ends of a turn's stream.
-pub(super) fn turn_stream(conversation: Option<ConversationId>, item_id: String) -> (TurnWriter, TurnStream) {
-    let shared = Arc::new(Shared::default());
+pub(super) fn turn_stream(item_id: String, audience: Audience) -> (TurnWriter, TurnStream) {
+    let shared = Arc::new(Shared {
+        told: Mutex::default(),
+        audience,
+        item_id,
+        written: watch::Sender::new(()),
+        stop: watch::Sender::new(None),
+    });
     let writer = TurnWriter { shared: Arc::clone(&shared), ended: false };
-    (writer, TurnStream { shared, conversation, item_id, ended: false })
+    (writer, TurnStream::of(&shared))
+}
+
+/// A turn that is over, as a late reader finds it.
+pub(super) fn told_stream(item_id: String, end: TurnUpdate, cuts: Vec<Cut>) -> TurnStream {
+    let (text, logprobs) = match &end {
+        TurnUpdate::Done(done) => (done.text.clone(), done.logprobs.clone()),
+        TurnUpdate::Started { .. } | TurnUpdate::Text { .. } | TurnUpdate::Failed(_) => Default::default(),
+    };
+    let (writer, stream) = turn_stream(item_id, Audience::Background);
+    {
+        let mut told = stream.shared.told.lock();
+        *told = Told { text, logprobs, cuts, ..std::mem::take(&mut *told) };
+    }
+    writer.end(end);
+    stream
 }
 
 impl TurnStream {
+    fn of(shared: &Arc<Shared>) -> Self {
+        shared.told.lock().readers += 1;
+        let written = shared.written.subscribe();
+        Self { shared: Arc::clone(shared), written, started: false, deltas: 0, ended: false }
+    }
+
     /// The next update; `None` after `Done` or `Failed`.
     pub async fn next(&mut self) -> Option<TurnUpdate> {
         while !self.ended {
             if let Some(update) = self.take() {
                 return Some(update);
             }
-            self.shared.written.notified().await;
+            // The sender lives as long as this does.
+            self.written.changed().await.ok()?;
         }
         None
     }
 
-    /// The conversation that the turn belongs to; `None` if it is one that nobody can name.
-    pub fn conversation(&self) -> Option<ConversationId> {
-        self.conversation
-    }
-
     /// The id that the answer has, or will have, as an item.
     pub fn item_id(&self) -> &str {
-        &self.item_id
+        &self.shared.item_id
+    }
+
+    /// How the turn ended, if it has; whatever this reader has had of it.
+    pub fn end(&self) -> Option<TurnUpdate> {
+        self.shared.told.lock().end.clone()
+    }
+
+    /// Waits for the end.
+    pub async fn finished(&mut self) {
+        while self.shared.told.lock().end.is_none() && self.written.changed().await.is_ok() {}
     }
 
     fn take(&mut self) -> Option<TurnUpdate> {
-        let mut waiting = self.shared.waiting.lock();
-        if let Some(prompt_tokens) = waiting.started.take() {
+        let told = self.shared.told.lock();
+        if let (false, Some(prompt_tokens)) = (self.started, told.started) {
+            self.started = true;
             return Some(TurnUpdate::Started { prompt_tokens });
         }
-        if !waiting.delta.is_empty() || !waiting.logprobs.is_empty() {
-            let delta = std::mem::take(&mut waiting.delta);
-            return Some(TurnUpdate::Text { delta, logprobs: std::mem::take(&mut waiting.logprobs) });
+        if let Some(cut) = told.cuts.get(self.deltas) {
+            let from = self.deltas.checked_sub(1).and_then(|last| told.cuts.get(last));
+            let from = from.copied().unwrap_or(Cut { text: 0, logprobs: 0 });
+            self.deltas += 1;
+            let delta = told.text.get(from.text..cut.text).unwrap_or_default().to_owned();
+            let logprobs = told.logprobs.get(from.logprobs..cut.logprobs).unwrap_or_default().to_vec();
+            return Some(TurnUpdate::Text { delta, logprobs });
         }
-        let end = waiting.end.take();
+        let end = told.end.clone();
         self.ended = end.is_some();
         end
     }
@@ -89,42 +154,72 @@ impl TurnStream {
 
 impl Drop for TurnStream {
     fn drop(&mut self) {
-        self.shared.waiting.lock().reader_gone = true;
-        self.shared.reader_gone.notify_one();
+        let mut told = self.shared.told.lock();
+        told.readers -= 1;
+        if told.readers == 0 && self.shared.audience == Audience::Readers {
+            self.shared.stop.send_if_modified(|stop| stop.replace(stop.unwrap_or(Stop::Abandoned)).is_none());
+        }
+    }
+}
+
+impl TurnLog {
+    /// One more reader, from the beginning. It does not bring back a turn that has been stopped.
+    pub fn join(&self) -> TurnStream {
+        TurnStream::of(&self.shared)
+    }
+
+    pub fn is_stopped(&self) -> bool {
+        self.shared.stop.borrow().is_some()
+    }
+
+    /// Ends the turn where it is.
+    pub fn stop(&self) {
+        self.shared.stop.send_if_modified(|stop| stop.replace(stop.unwrap_or(Stop::Asked)).is_none());
     }
 }
 
 impl TurnWriter {
+    /// What others reach the turn by.
+    pub fn log(&self) -> TurnLog {
+        TurnLog { shared: Arc::clone(&self.shared) }
+    }
+
     pub fn started(&mut self, prompt_tokens: TokenCount) {
-        self.write(|waiting| waiting.started = Some(prompt_tokens));
+        self.write(|told| told.started = Some(prompt_tokens));
     }
 
     /// Adds text and the log probabilities that belong to it; nothing at all is not an update.
     pub fn text(&mut self, delta: &str, logprobs: Vec<TokenLogprob>) {
         if !delta.is_empty() || !logprobs.is_empty() {
-            self.write(|waiting| {
-                waiting.delta.push_str(delta);
-                waiting.logprobs.extend(logprobs);
+            self.write(|told| {
+                told.text.push_str(delta);
+                told.logprobs.extend(logprobs);
+                told.cuts.push(Cut { text: told.text.len(), logprobs: told.logprobs.len() });
             });
         }
+    }
+
+    /// Where the deltas so far end.
+    pub fn cuts(&self) -> Vec<Cut> {
+        self.shared.told.lock().cuts.clone()
     }
 
     /// The last update: `Done` or `Failed`.
     pub fn end(mut self, end: TurnUpdate) {
         self.ended = true;
-        self.write(|waiting| waiting.end = Some(end));
+        self.write(|told| told.end = Some(end));
     }
 
-    /// Resolves when nobody reads any more.
-    pub async fn reader_gone(&self) {
-        while !self.shared.waiting.lock().reader_gone {
-            self.shared.reader_gone.notified().await;
-        }
+    /// Resolves when the turn must end before its time.
+    pub async fn stopped(&self) -> Stop {
+        let mut stop = self.shared.stop.subscribe();
+        let stopped = stop.wait_for(Option::is_some).await.map(|stop| *stop);
+        stopped.ok().flatten().unwrap_or(Stop::Abandoned)
     }
 
-    fn write(&self, change: impl FnOnce(&mut Waiting)) {
-        change(&mut self.shared.waiting.lock());
-        self.shared.written.notify_one();
+    fn write(&self, change: impl FnOnce(&mut Told)) {
+        change(&mut self.shared.told.lock());
+        self.shared.written.send_replace(());
     }
 }
 
@@ -132,7 +227,7 @@ impl Drop for TurnWriter {
     fn drop(&mut self) {
         if !self.ended {
             let lost = TurnError::Internal("the session failed in this turn; what was stored before is kept".into());
-            self.write(|waiting| waiting.end = Some(TurnUpdate::Failed(lost)));
+            self.write(|told| told.end = Some(TurnUpdate::Failed(lost)));
         }
     }
 }
@@ -141,32 +236,64 @@ impl Drop for TurnWriter {
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn a_slow_reader_gets_one_long_delta_and_holds_up_nobody() {
-        let (mut writer, mut stream) = turn_stream(None, "msg_1".into());
-        writer.started(TokenCount(5));
-        for _ in 0..10_000 {
-            writer.text("ab", Vec::new());
+    fn streams() -> (TurnWriter, TurnStream) {
+        turn_stream("msg_1".into(), Audience::Readers)
+    }
+
+    async fn deltas(stream: &mut TurnStream) -> Vec<String> {
+        let mut deltas = Vec::new();
+        while let Some(update) = stream.next().await {
+            if let TurnUpdate::Text { delta, .. } = update {
+                deltas.push(delta);
+            }
         }
-        writer.end(TurnUpdate::Failed(TurnError::Draining));
-        assert_eq!(stream.next().await, Some(TurnUpdate::Started { prompt_tokens: TokenCount(5) }));
-        let Some(TurnUpdate::Text { delta, .. }) = stream.next().await else { panic!("no text") };
-        assert_eq!(delta, "ab".repeat(10_000));
-        assert_eq!(stream.next().await, Some(TurnUpdate::Failed(TurnError::Draining)));
-        assert_eq!(stream.next().await, None);
+        deltas
     }
 
     #[tokio::test]
-    async fn a_reader_that_goes_away_is_noticed() {
-        let (writer, stream) = turn_stream(None, "msg_1".into());
-        let noticed = tokio::spawn(async move { writer.reader_gone().await });
+    async fn every_reader_gets_the_same_deltas_however_late_it_comes() {
+        let (mut writer, mut early) = streams();
+        let log = writer.log();
+        writer.started(TokenCount(5));
+        for delta in ["Hel", "", "lo"] {
+            writer.text(delta, Vec::new());
+        }
+        let mut late = log.join();
+        writer.text("!", Vec::new());
+        writer.end(TurnUpdate::Failed(TurnError::Draining));
+        assert_eq!(late.next().await, Some(TurnUpdate::Started { prompt_tokens: TokenCount(5) }));
+        assert_eq!(deltas(&mut late).await, ["Hel", "lo", "!"]);
+        assert_eq!(deltas(&mut early).await, ["Hel", "lo", "!"]);
+        assert_eq!(late.end(), Some(TurnUpdate::Failed(TurnError::Draining)));
+        assert_eq!(late.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn the_last_reader_that_goes_away_is_noticed_and_others_are_not() {
+        let (writer, stream) = streams();
+        let log = writer.log();
+        let second = log.join();
         drop(stream);
-        noticed.await.unwrap();
+        assert!(!log.is_stopped());
+        drop(second);
+        assert_eq!(writer.stopped().await, Stop::Abandoned);
+        log.stop();
+        assert_eq!(writer.stopped().await, Stop::Abandoned, "the first reason stays");
+    }
+
+    #[tokio::test]
+    async fn a_turn_in_the_background_needs_no_reader_and_ends_when_asked() {
+        let (writer, stream) = turn_stream("msg_1".into(), Audience::Background);
+        let log = writer.log();
+        drop(stream);
+        assert!(!log.is_stopped());
+        log.stop();
+        assert_eq!(writer.stopped().await, Stop::Asked);
     }
 
     #[tokio::test]
     async fn a_turn_whose_session_fails_says_so() {
-        let (mut writer, mut stream) = turn_stream(None, "msg_1".into());
+        let (mut writer, mut stream) = streams();
         writer.text("Hel", Vec::new());
         drop(writer);
         assert!(matches!(stream.next().await, Some(TurnUpdate::Text { .. })));

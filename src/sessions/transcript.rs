@@ -4,11 +4,14 @@
 //! and only what is new is tokenised. Invariant: a prompt's tokens stand for exactly the rendered text.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::messages::{Item, Message, Part, Role};
+use super::recall::Digests;
 use super::speech::Said;
-use crate::engine::{ChatMessage, Language, Rendered, TemplateError};
+use super::unix_now;
+use crate::engine::{Argument, ChatMessage, Language, Rendered, TemplateError};
 use crate::store::{LogToken, LogWrite};
 use crate::types::{TokenCount, TokenId};
 
@@ -19,9 +22,46 @@ pub(super) struct Transcript {
     pub log: TokenLog,
     /// Seconds since 1970.
     pub last_used_at: i64,
+    /// Made, but not in the store yet: its first turn puts it there, whole.
+    pub unborn: Option<Birth>,
+}
+
+/// What a conversation is made with.
+#[derive(Clone, Debug)]
+pub(super) struct Birth {
+    pub created_at: i64,
+    pub metadata: BTreeMap<String, String>,
+    pub chain: bool,
 }
 
 impl Transcript {
+    /// A conversation that the store doesn't have yet, with this history.
+    pub fn newborn(history: Transcript, metadata: BTreeMap<String, String>, chain: bool) -> Self {
+        let created_at = unix_now();
+        Self { unborn: Some(Birth { created_at, metadata, chain }), last_used_at: created_at, ..history }
+    }
+
+    /// The history up to this item, and the tokens that stand for it; `None` if there is no such item. The KV of them is
+    /// another conversation's, so none counts as encoded.
+    pub fn up_to(&self, item: &str) -> Option<Self> {
+        let end = self.items.iter().rposition(|known| known.id == item)? + 1;
+        let items = self.items.get(..end)?.to_vec();
+        let log = TokenLog { encoded: 0, ..self.log.clone() };
+        Some(Self { items, log, last_used_at: self.last_used_at, unborn: None })
+    }
+
+    /// The history without one of its items.
+    pub fn without(&self, item: &str) -> Self {
+        let mut rest = self.clone();
+        rest.items.retain(|known| known.id != item);
+        rest
+    }
+
+    /// The last item's id.
+    pub fn tip(&self) -> Option<&str> {
+        self.items.last().map(|item| item.id.as_str())
+    }
+
     /// Answers in the history.
     pub fn turns(&self) -> usize {
         self.items.iter().filter(|item| item.message.role == Role::Assistant).count()
@@ -44,6 +84,10 @@ pub(super) struct Prompt {
     kept: usize,
     /// Tokens at the front that an earlier turn of the conversation encoded.
     pub encoded_before: TokenCount,
+    /// Items of the history that are not in it.
+    pub dropped_items: usize,
+    /// What the messages of history and input are known by.
+    pub conversation: Digests,
 }
 
 impl TokenLog {
@@ -58,19 +102,40 @@ impl TokenLog {
         TokenCount(u32::try_from(self.tokens.len()).expect("the window bounds a log"))
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
     pub fn encoded(&self) -> usize {
         self.encoded
     }
 
-    /// The tokens of a rendered text: those of the log as far as they stand for its front, then new ones.
-    pub fn prompt(&self, language: &Language, rendered: &Rendered) -> Prompt {
-        let (reused, from_byte) = self.prefix_of(language, rendered);
+    /// All of it, for a store that has none of it.
+    pub fn whole(&self) -> LogWrite {
+        LogWrite { keep: 0, append: self.tokens.clone() }
+    }
+
+    /// The tokens of a rendered text: those of the log as far as they stand for its front, or those of a `remembered` one
+    /// where they stand for more of it; then new ones.
+    pub fn prompt(&self, language: &Language, rendered: &Rendered, remembered: Option<&TokenLog>) -> Prompt {
+        let own = (self, self.prefix_of(language, rendered));
+        let other = remembered.map(|log| (log, log.prefix_of(language, rendered)));
+        let (front, (reused, from_byte)) = match other {
+            Some(other) if other.1.1 > own.1.1 => other,
+            Some(_) | None => own,
+        };
         let fresh = language.tokenize(rendered, from_byte);
         let fresh = fresh.into_iter().map(|(id, bytes)| LogToken { id, bytes });
-        let tokens: Vec<LogToken> = self.tokens[..reused].iter().copied().chain(fresh).collect();
+        let tokens: Vec<LogToken> = front.tokens[..reused].iter().copied().chain(fresh).collect();
         let kept = tokens.iter().zip(&self.tokens).take_while(|(new, old)| new == old).count();
         let encoded_before = u32::try_from(kept.min(self.encoded)).expect("the window bounds a log");
-        Prompt { tokens, kept, encoded_before: TokenCount(encoded_before) }
+        Prompt {
+            tokens,
+            kept,
+            encoded_before: TokenCount(encoded_before),
+            dropped_items: 0,
+            conversation: Digests::default(),
+        }
     }
 
     /// Tokens at the front that stand for the front of `rendered`, and the byte of it where they end.
@@ -101,12 +166,17 @@ impl Prompt {
 
     /// The log after this prompt and what was said to it, and how it differs from the log before.
     pub fn answered(self, said: &Said) -> (TokenLog, LogWrite) {
-        let Prompt { mut tokens, kept, .. } = self;
+        let log = self.after(said);
+        let append = log.tokens[self.kept..].to_vec();
+        (log, LogWrite { keep: self.kept, append })
+    }
+
+    /// The log after this prompt and what was said to it.
+    pub fn after(&self, said: &Said) -> TokenLog {
+        let tokens = [self.tokens.as_slice(), said.tokens.as_slice()].concat();
         // The last token's KV would be computed with the token after it.
-        let encoded = tokens.len() + said.tokens.len().saturating_sub(1);
-        tokens.extend_from_slice(&said.tokens);
-        let append = tokens[kept..].to_vec();
-        (TokenLog { tokens, encoded }, LogWrite { keep: kept, append })
+        let encoded = self.tokens.len() + said.tokens.len().saturating_sub(1);
+        TokenLog { tokens, encoded }
     }
 }
 
@@ -116,20 +186,24 @@ pub(super) fn render<'a>(
     instructions: Option<&str>,
     messages: impl Iterator<Item = &'a Message>,
     to_be_answered: bool,
+    arguments: &[(String, Argument)],
 ) -> Result<Rendered, TemplateError> {
     let texts: Vec<(&Message, Cow<'_, str>)> = messages.map(|message| (message, text_of(message))).collect();
     let said = texts.iter().map(|(message, content)| ChatMessage {
         role: message.role.name(),
         name: message.name.as_deref(),
         content,
+        calls: &message.calls,
+        call_id: message.call_id.as_deref(),
     });
-    let first = instructions.map(|content| ChatMessage { role: "system", name: None, content });
+    let first =
+        instructions.map(|content| ChatMessage { role: "system", name: None, content, calls: &[], call_id: None });
     let all: Vec<ChatMessage<'_>> = first.into_iter().chain(said).collect();
-    language.render(&all, to_be_answered)
+    language.render(&all, to_be_answered, arguments)
 }
 
 /// A message's text; parts are lines.
-fn text_of(message: &Message) -> Cow<'_, str> {
+pub(super) fn text_of(message: &Message) -> Cow<'_, str> {
     let mut texts = message.content.iter().map(|part| match part {
         Part::Text(text) | Part::Refusal(text) => text.as_str(),
     });
@@ -149,7 +223,7 @@ mod tests {
     use crate::sessions::fixtures::{language, message, tokens_of};
 
     fn rendered(language: &Language, messages: &[Message]) -> Rendered {
-        render(language, None, messages.iter(), true).unwrap()
+        render(language, None, messages.iter(), true, &[]).unwrap()
     }
 
     /// What the model said: this text, and a stop token if it came to its end.
@@ -169,12 +243,12 @@ mod tests {
     fn the_next_turn_keeps_every_token_of_the_one_before() {
         let language = language();
         let mut messages = vec![message(Role::User, "Hi")];
-        let prompt = TokenLog::default().prompt(&language, &rendered(&language, &messages));
+        let prompt = TokenLog::default().prompt(&language, &rendered(&language, &messages), None);
         assert_eq!(prompt.encoded_before, TokenCount(0));
         let (log, write) = prompt.answered(&said(&language, "Hello", true));
         assert_eq!((write.keep, write.append.len()), (0, log.tokens.len()));
         messages.extend([message(Role::Assistant, "Hello"), message(Role::User, "More")]);
-        let next = log.prompt(&language, &rendered(&language, &messages));
+        let next = log.prompt(&language, &rendered(&language, &messages), None);
         assert_eq!(next.kept, log.tokens.len());
         // The stop token was sampled, and never fed.
         assert_eq!(next.encoded_before.get(), log.tokens.len() - 1);
@@ -184,22 +258,22 @@ mod tests {
     fn an_answer_whose_text_was_cut_is_kept_up_to_the_cut() {
         let language = language();
         let first = [message(Role::User, "Hi")];
-        let prompt = TokenLog::default().prompt(&language, &rendered(&language, &first));
+        let prompt = TokenLog::default().prompt(&language, &rendered(&language, &first), None);
         let before = prompt.tokens.len();
         let (log, _) = prompt.answered(&said(&language, "Hello STOP", false));
         let messages = [message(Role::User, "Hi"), message(Role::Assistant, "Hello "), message(Role::User, "More")];
-        let next = log.prompt(&language, &rendered(&language, &messages));
+        let next = log.prompt(&language, &rendered(&language, &messages), None);
         assert_eq!(next.kept, before + tokens_of(&language, "Hello ").len());
     }
 
     #[test]
     fn a_change_inside_a_character_keeps_only_what_is_before_it() {
         let language = language();
-        let prompt = TokenLog::default().prompt(&language, &rendered(&language, &[message(Role::User, "a😀")]));
+        let prompt = TokenLog::default().prompt(&language, &rendered(&language, &[message(Role::User, "a😀")]), None);
         let (log, _) = prompt.answered(&Said::default());
         // The two emoji share three bytes of four.
         let changed = rendered(&language, &[message(Role::User, "a😁")]);
-        let next = log.prompt(&language, &changed);
+        let next = log.prompt(&language, &changed, None);
         assert_eq!(text(&language, &next), changed.text);
         assert!(changed.text.is_char_boundary(log.prefix_of(&language, &changed).1));
     }
@@ -208,10 +282,10 @@ mod tests {
     fn instructions_of_one_turn_are_gone_in_the_next() {
         let language = language();
         let messages = [message(Role::User, "Hi")];
-        let instructed = render(&language, Some("Be brief"), messages.iter(), true).unwrap();
-        let (log, _) = TokenLog::default().prompt(&language, &instructed).answered(&Said::default());
+        let instructed = render(&language, Some("Be brief"), messages.iter(), true, &[]).unwrap();
+        let (log, _) = TokenLog::default().prompt(&language, &instructed, None).answered(&Said::default());
         let plain = rendered(&language, &messages);
-        let next = log.prompt(&language, &plain);
+        let next = log.prompt(&language, &plain, None);
         assert_eq!(text(&language, &next), plain.text);
         assert!(next.encoded_before < next.len());
     }
@@ -240,10 +314,10 @@ mod tests {
             for (new, old) in new.iter_mut().zip(&old).take(common) {
                 new.clone_from(old);
             }
-            let prompt = TokenLog::default().prompt(&language, &rendered(&language, &old));
+            let prompt = TokenLog::default().prompt(&language, &rendered(&language, &old), None);
             let (log, _) = prompt.answered(&said(&language, &answer, whole));
             let text_now = rendered(&language, &new);
-            let next = log.prompt(&language, &text_now);
+            let next = log.prompt(&language, &text_now, None);
             prop_assert_eq!(&text(&language, &next), &text_now.text);
             prop_assert!(next.encoded_before.get() <= next.kept);
             let (again, write) = next.answered(&Said::default());

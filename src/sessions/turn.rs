@@ -9,43 +9,139 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::Shared;
-use super::messages::{Message, TurnDone, TurnError, TurnLimits, TurnUpdate};
+use super::messages::{Argument, Goal, Item, Message, Overflow, Respond, Role, TurnDone, TurnError, TurnLimits};
 use super::speech::{Said, Speech};
-use super::stream::TurnWriter;
-use super::transcript::{Prompt, Transcript, render};
+use super::stream::{Stop, TurnWriter};
+use super::transcript::{Prompt, TokenLog, Transcript, render};
+use super::{Shared, unix_now};
 use crate::engine::{
-    FinishReason, KvHandle, SubmitError, TurnEvent, TurnEvents, TurnFailure, TurnHandle, TurnRequest, TurnUsage,
+    FinishReason, KvHandle, Language, SubmitError, TurnEvent, TurnEvents, TurnFailure, TurnHandle, TurnRequest,
+    TurnUsage,
 };
 use crate::telemetry::metrics;
+use crate::tenants::Tenant;
 use crate::types::TokenCount;
+
+/// How a prompt is to be made.
+#[derive(Clone, Debug)]
+pub(super) struct PromptRules {
+    pub instructions: Option<String>,
+    pub overflow: Overflow,
+    pub goal: Goal,
+    /// Tokens that the answer may have.
+    pub answer: TokenCount,
+    /// Values for variables of the chat template.
+    pub arguments: Vec<(String, Argument)>,
+}
+
+impl PromptRules {
+    /// Those of a turn.
+    pub fn of(shared: &Shared, turn: &mut Respond) -> Self {
+        Self {
+            instructions: turn.instructions.take(),
+            overflow: turn.overflow,
+            goal: turn.goal,
+            answer: turn.limits.max_tokens.unwrap_or(shared.settings.default_max_tokens),
+            arguments: std::mem::take(&mut turn.limits.arguments),
+        }
+    }
+}
 
 /// Makes the prompt of history and new messages, away from the actors' thread: a long history takes milliseconds.
 pub(super) async fn prepare(
     shared: &Arc<Shared>,
+    tenant: &Tenant,
     transcript: Arc<Transcript>,
     input: Arc<[Message]>,
-    instructions: Option<String>,
+    rules: PromptRules,
 ) -> Result<Prompt, TurnError> {
     if transcript.items.is_empty() && input.is_empty() {
         return Err(TurnError::NothingToAnswer);
     }
-    let (language, window) = (Arc::clone(&shared.language), shared.engine.window());
-    let made = tokio::task::spawn_blocking(move || {
-        let history = transcript.items.iter().map(|item| &item.message);
-        let rendered = render(&language, instructions.as_deref(), history.chain(input.iter()), true)
+    let (asker, tenant) = (Arc::clone(shared), tenant.clone());
+    let make = move || -> Result<Prompt, TurnError> {
+        let window = asker.engine.window();
+        let history = transcript.items.iter().map(|item| &item.message).chain(input.iter());
+        // A history that is new here may be one that a client has read from us and sends back.
+        let conversation = super::recall::Digests::of(&tenant.key, rules.instructions.as_deref(), history);
+        let remembered = transcript.log.is_empty().then(|| asker.recall.find(tenant.id, &conversation)).flatten();
+        let making = Making { language: &asker.language, transcript: &transcript, input: &input, rules: &rules };
+        let mut prompt = match rules.overflow {
+            Overflow::Refuse => making.prompt(0, remembered.as_deref(), window)?,
+            Overflow::DropOldest => making.shortened(remembered.as_deref(), window)?,
+        };
+        prompt.conversation = conversation;
+        Ok(prompt)
+    };
+    let made = tokio::task::spawn_blocking(make).await;
+    let prompt = made.map_err(|failed| TurnError::Internal(format!("the prompt could not be made: {failed}")))??;
+    shared.engine.admits(prompt.len())?;
+    Ok(prompt)
+}
+
+/// What a prompt is made of.
+struct Making<'a> {
+    language: &'a Language,
+    transcript: &'a Transcript,
+    input: &'a [Message],
+    rules: &'a PromptRules,
+}
+
+impl Making<'_> {
+    /// The prompt without the oldest `turns`; refused if it leaves no room in `limit` tokens.
+    fn prompt(&self, turns: usize, remembered: Option<&TokenLog>, limit: TokenCount) -> Result<Prompt, TurnError> {
+        let Self { language, transcript, input, rules } = self;
+        let kept: Vec<_> = without_oldest(&transcript.items, turns).collect();
+        let dropped_items = transcript.items.len() - kept.len();
+        let said = kept.into_iter().chain(input.iter());
+        let (instructions, is_answered) = (rules.instructions.as_deref(), rules.goal == Goal::Answer);
+        let rendered = render(language, instructions, said, is_answered, &rules.arguments)
             .map_err(|refused| TurnError::Template(refused.to_string()))?;
         // What is far too long is refused for what it has at least: counting it exactly would take seconds.
         let fewest = TokenCount(u32::try_from(language.fewest_tokens(rendered.text.len())).unwrap_or(u32::MAX));
-        if fewest >= window {
-            return Err(TurnError::ContextLength { prompt: fewest, window });
+        if fewest >= limit {
+            return Err(TurnError::ContextLength { prompt: fewest, window: limit });
         }
-        Ok(transcript.log.prompt(&language, &rendered))
-    });
-    let prompt =
-        made.await.map_err(|failed| TurnError::Internal(format!("the prompt could not be made: {failed}")))??;
-    shared.engine.admits(prompt.len())?;
-    Ok(prompt)
+        let mut prompt = transcript.log.prompt(language, &rendered, remembered);
+        if prompt.len() >= limit {
+            return Err(TurnError::ContextLength { prompt: prompt.len(), window: limit });
+        }
+        prompt.dropped_items = dropped_items;
+        Ok(prompt)
+    }
+
+    /// The prompt with as few of the oldest turns left out as give the answer room.
+    fn shortened(&self, remembered: Option<&TokenLog>, window: TokenCount) -> Result<Prompt, TurnError> {
+        let room = self.rules.answer.0.min(window.0 / 4);
+        let limit = TokenCount(window.0 - room);
+        let turns = self.transcript.items.iter().filter(|item| item.message.role == Role::User).count();
+        let (mut few, mut many) = (0, turns);
+        let mut found = None;
+        while few <= many {
+            let middle = few + (many - few) / 2;
+            match self.prompt(middle, remembered, limit) {
+                Ok(prompt) => {
+                    found = Some(prompt);
+                    let Some(fewer) = middle.checked_sub(1) else { break };
+                    many = fewer;
+                }
+                Err(TurnError::ContextLength { .. }) => few = middle + 1,
+                Err(error) => return Err(error),
+            }
+        }
+        // With nothing left to drop, the answer takes what room there is.
+        found.map_or_else(|| self.prompt(turns, remembered, window), Ok)
+    }
+}
+
+/// The messages without those of the oldest turns; what the system says stays. A turn goes from one user's message to the
+/// next.
+fn without_oldest(items: &[Arc<Item>], turns: usize) -> impl Iterator<Item = &Message> {
+    let mut begun = 0_usize;
+    items.iter().map(|item| &item.message).filter(move |message| {
+        begun += usize::from(message.role == Role::User);
+        begun.max(1) > turns || matches!(message.role, Role::System | Role::Developer)
+    })
 }
 
 /// A turn that the engine has taken.
@@ -54,6 +150,8 @@ pub(super) struct RunningTurn {
     events: TurnEvents,
     speech: Speech,
     prompt_tokens: TokenCount,
+    dropped_items: usize,
+    goal: Goal,
 }
 
 /// Gives the engine a turn. `deadline` is when it should have started.
@@ -62,10 +160,15 @@ pub(super) fn start(
     kv: &mut KvHandle,
     prompt: &Prompt,
     limits: TurnLimits,
+    goal: Goal,
     deadline: Instant,
 ) -> Result<RunningTurn, TurnError> {
     let room = shared.engine.window().0.saturating_sub(prompt.len().0);
-    let wanted = limits.max_tokens.unwrap_or(shared.settings.default_max_tokens).0;
+    let wanted = match goal {
+        Goal::Answer => limits.max_tokens.unwrap_or(shared.settings.default_max_tokens).0,
+        // The engine samples one token where a prompt ends; nobody is told.
+        Goal::Encode => 1,
+    };
     let request = TurnRequest {
         prompt: prompt.ids(),
         encoded_before: prompt.encoded_before,
@@ -76,7 +179,9 @@ pub(super) fn start(
         logprobs: limits.logprobs,
     };
     let (handle, events) = kv.start_turn(request)?;
-    Ok(RunningTurn { handle, events, speech: Speech::new(limits.stop), prompt_tokens: prompt.len() })
+    let speech = Speech::new(limits.stop);
+    let (prompt_tokens, dropped_items) = (prompt.len(), prompt.dropped_items);
+    Ok(RunningTurn { handle, events, speech, prompt_tokens, dropped_items, goal })
 }
 
 /// How a turn ended.
@@ -91,26 +196,33 @@ pub(super) struct Answered {
     pub finish: FinishReason,
     pub usage: TurnUsage,
     pub prompt_tokens: TokenCount,
+    pub dropped_items: usize,
+    pub goal: Goal,
+    /// Why it ended before its time, if it did.
+    pub stopped: Option<Stop>,
     /// False if the turn was cancelled before its prompt was encoded.
     pub encoded: bool,
 }
 
 impl Answered {
-    /// Nothing came of it: cancelled before the first character.
+    /// Nothing came of it: cancelled before the first character, or not meant to say anything.
     pub fn is_silent(&self) -> bool {
-        self.finish == FinishReason::Cancelled && self.said.text.is_empty()
+        self.goal == Goal::Encode || (self.finish == FinishReason::Cancelled && self.said.text.is_empty())
     }
 
     /// What the client is told at the end.
-    pub fn done(&self, item_id: String) -> TurnUpdate {
-        TurnUpdate::Done(TurnDone {
+    pub fn done(&self, item_id: String) -> TurnDone {
+        TurnDone {
             text: self.said.text.clone(),
             finish: self.finish,
             prompt_tokens: self.prompt_tokens,
             usage: self.usage,
             item_id,
             logprobs: self.said.logprobs.clone(),
-        })
+            goal: self.goal,
+            dropped_items: self.dropped_items,
+            ended_at: unix_now(),
+        }
     }
 }
 
@@ -118,14 +230,14 @@ impl Answered {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Cut {
     StopString,
-    Cancelled,
+    Cancelled(Stop),
 }
 
 impl RunningTurn {
     /// Follows the engine's events to the last, telling the client what is said. `cancelled`: one flag turning true ends
-    /// the turn, as does the client's going away.
+    /// the turn, as do its readers' going away and their asking.
     pub async fn follow(self, shared: &Shared, writer: &mut TurnWriter, cancelled: watch::Receiver<bool>) -> Ended {
-        let Self { handle, mut events, mut speech, prompt_tokens } = self;
+        let Self { handle, mut events, mut speech, prompt_tokens, dropped_items, goal } = self;
         let mut draining = shared.gate.cancelled();
         let mut handle = Some(handle);
         let (mut cut, mut encoded) = (None, false);
@@ -133,8 +245,8 @@ impl RunningTurn {
         let (reason, usage) = loop {
             let event = tokio::select! {
                 biased;
-                () = first_cancel(writer, &mut cancelled, &mut draining), if handle.is_some() => {
-                    cut = Some(Cut::Cancelled);
+                stop = first_cancel(writer, &mut cancelled, &mut draining), if handle.is_some() => {
+                    cut = Some(Cut::Cancelled(stop));
                     handle = None;
                     continue;
                 }
@@ -145,7 +257,7 @@ impl RunningTurn {
                     encoded = true;
                     writer.started(prompt_tokens);
                 }
-                Some(TurnEvent::Token(token)) if cut.is_none() => {
+                Some(TurnEvent::Token(token)) if cut.is_none() && goal == Goal::Answer => {
                     let delta = speech.push(&shared.language, token);
                     writer.text(&delta.text, delta.logprobs);
                     if delta.stopped {
@@ -153,7 +265,7 @@ impl RunningTurn {
                         handle = None;
                     }
                 }
-                // On its way when the turn was cut.
+                // On its way when the turn was cut, or where nothing is to be said.
                 Some(TurnEvent::Token(_)) => {}
                 Some(TurnEvent::Finished { reason, usage }) => break (reason, usage),
                 Some(TurnEvent::Failed(_)) if cut.is_some() => break (FinishReason::Cancelled, TurnUsage::default()),
@@ -168,7 +280,8 @@ impl RunningTurn {
         drop(handle);
         let (said, finish) = match cut {
             Some(Cut::StopString) => (speech.stopped(), FinishReason::Stop),
-            Some(Cut::Cancelled) => (last_words(speech, writer).0, FinishReason::Cancelled),
+            Some(Cut::Cancelled(_)) => (last_words(speech, writer).0, FinishReason::Cancelled),
+            None if goal == Goal::Encode => (Said::default(), FinishReason::Stop),
             None => {
                 let (said, stopped) = last_words(speech, writer);
                 (said, if stopped { FinishReason::Stop } else { reason })
@@ -176,7 +289,11 @@ impl RunningTurn {
         };
         let generated = TokenCount(u32::try_from(said.tokens.len()).expect("the window bounds an answer"));
         let usage = TurnUsage { generated, ..usage };
-        Ended::Answered(Answered { said, finish, usage, prompt_tokens, encoded })
+        let stopped = match cut {
+            Some(Cut::Cancelled(stop)) => Some(stop),
+            Some(Cut::StopString) | None => None,
+        };
+        Ended::Answered(Answered { said, finish, usage, prompt_tokens, dropped_items, goal, stopped, encoded })
     }
 }
 
@@ -187,12 +304,17 @@ fn last_words(speech: Speech, writer: &mut TurnWriter) -> (Said, bool) {
     (said, last.stopped)
 }
 
-/// Resolves when the client goes away, the conversation is deleted, or the server won't wait longer.
-async fn first_cancel(writer: &TurnWriter, turn: &mut watch::Receiver<bool>, server: &mut watch::Receiver<bool>) {
+/// Resolves when nobody reads any more or somebody asks for the end, the conversation is deleted, or the server won't wait
+/// longer.
+async fn first_cancel(
+    writer: &TurnWriter,
+    turn: &mut watch::Receiver<bool>,
+    server: &mut watch::Receiver<bool>,
+) -> Stop {
     tokio::select! {
-        () = writer.reader_gone() => {}
-        () = turned_true(turn) => {}
-        () = turned_true(server) => {}
+        stop = writer.stopped() => stop,
+        () = turned_true(turn) => Stop::Asked,
+        () = turned_true(server) => Stop::Asked,
     }
 }
 

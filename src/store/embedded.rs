@@ -8,6 +8,7 @@
 #![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 mod records;
+mod responses;
 mod schema;
 #[cfg(test)]
 mod tests;
@@ -24,7 +25,10 @@ use parking_lot::Mutex;
 use rusqlite::{Connection, ErrorCode};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Commit, ConversationRecord, Store, StoreError, StoreFuture, StoredConversation};
+use super::{
+    Commit, ConversationRecord, ItemRecord, ListQuery, Listed, NewestOf, ResultRecord, Store, StoreError, StoreFuture,
+    StoredConversation, StoredResponse,
+};
 use crate::telemetry::metrics;
 
 /// Requests that wait for a thread; callers beyond that wait for room.
@@ -114,6 +118,18 @@ impl Store for Embedded {
         Box::pin(self.write(Erases::Nothing, move |db| records::create(db, &conversation, &items)))
     }
 
+    fn begin(&self, conversation: ConversationRecord, commit: Commit) -> StoreFuture<'_, ()> {
+        Box::pin(self.write(Erases::Nothing, move |db| {
+            records::create(db, &conversation, &[])?;
+            records::append(db, conversation.id, &commit)
+        }))
+    }
+
+    fn conversations(&self, tenant: &str, query: ListQuery) -> StoreFuture<'_, Option<Vec<Listed>>> {
+        let tenant = tenant.to_owned();
+        Box::pin(self.read(move |db| records::list(db, &tenant, &query)))
+    }
+
     fn conversation(&self, tenant: &str, id: u128) -> StoreFuture<'_, Option<ConversationRecord>> {
         let tenant = tenant.to_owned();
         Box::pin(self.read(move |db| records::conversation(db, &tenant, id)))
@@ -131,7 +147,44 @@ impl Store for Embedded {
     }
 
     fn commit(&self, id: u128, commit: Commit) -> StoreFuture<'_, ()> {
-        Box::pin(self.write(Erases::Nothing, move |db| records::append(db, id, &commit)))
+        let erases = if commit.remove.is_some() { Erases::Old } else { Erases::Nothing };
+        Box::pin(self.write(erases, move |db| records::append(db, id, &commit)))
+    }
+
+    fn items(&self, conversation: u128, ids: Vec<String>) -> StoreFuture<'_, Vec<ItemRecord>> {
+        Box::pin(self.read(move |db| records::items(db, conversation, &ids)))
+    }
+
+    fn item(&self, tenant: &str, id: &str) -> StoreFuture<'_, Option<ItemRecord>> {
+        let (tenant, id) = (tenant.to_owned(), id.to_owned());
+        Box::pin(self.read(move |db| records::item(db, &tenant, &id)))
+    }
+
+    fn response(&self, tenant: &str, id: u128) -> StoreFuture<'_, Option<StoredResponse>> {
+        let tenant = tenant.to_owned();
+        Box::pin(self.read(move |db| responses::find(db, &tenant, id)))
+    }
+
+    fn newest_response(&self, tenant: &str, of: NewestOf) -> StoreFuture<'_, Option<StoredResponse>> {
+        let tenant = tenant.to_owned();
+        Box::pin(self.read(move |db| responses::newest(db, &tenant, of)))
+    }
+
+    fn delete_response(&self, tenant: &str, id: u128) -> StoreFuture<'_, bool> {
+        let tenant = tenant.to_owned();
+        Box::pin(self.write(Erases::Old, move |db| responses::delete(db, &tenant, id)))
+    }
+
+    fn result(&self, key: [u8; 32], since: i64) -> StoreFuture<'_, Option<ResultRecord>> {
+        Box::pin(self.read(move |db| responses::result(db, key, since)))
+    }
+
+    fn keep_result(&self, key: [u8; 32], at: i64, result: ResultRecord) -> StoreFuture<'_, ()> {
+        Box::pin(self.write(Erases::Nothing, move |db| responses::keep_result(db, key, at, &result)))
+    }
+
+    fn sweep(&self, now: i64, results_since: i64) -> StoreFuture<'_, Vec<(String, u128)>> {
+        Box::pin(self.write(Erases::Nothing, move |db| responses::sweep(db, now, results_since)))
     }
 
     fn delete_item(&self, id: u128, item: &str, log_keep: usize) -> StoreFuture<'_, bool> {

@@ -1,7 +1,8 @@
 //! What must survive the process, and in which shape does it lie there?
 //!
-//! Conversations, their items, and their token logs. The store knows neither JSON of the API nor blocks: an item's body
-//! is an opaque string, a log is token ids. Every write is durable when its future resolves.
+//! Conversations, their items and token logs, the responses made in them, and the results of requests that must not
+//! happen twice. The store knows neither JSON of the API nor blocks: the body of an item, a response or a result is
+//! opaque, a log is token ids. Every write is durable when its future resolves.
 
 pub mod embedded;
 
@@ -44,6 +45,8 @@ pub struct ConversationRecord {
     pub created_at: i64,
     pub last_used_at: i64,
     pub metadata: BTreeMap<String, String>,
+    /// Made for responses that continue each other: no client can name it, and it ends with the last of them.
+    pub chain: bool,
 }
 
 /// An item's row. `seq` orders a conversation's items and has no gaps that mean anything.
@@ -69,15 +72,84 @@ pub struct LogWrite {
     pub append: Vec<LogToken>,
 }
 
-/// What one commit adds to a conversation; all of it or nothing.
+/// A response's row: what a turn was asked, and what came of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResponseRecord {
+    pub id: u128,
+    /// Seconds since 1970.
+    pub created_at: i64,
+    /// When it is forgotten.
+    pub expires_at: i64,
+    /// False: nobody can retrieve it; it is known for a while, so that a retry is told from a new turn.
+    pub kept: bool,
+    /// A digest of the request.
+    pub request: [u8; 32],
+    /// The response that it continued.
+    pub previous: Option<u128>,
+    /// As `sessions` wrote it (JSON), opaque here.
+    pub body: String,
+    /// The answer's item. When that goes, `logprobs` go with it: they hold its text.
+    pub answer: Option<String>,
+    pub logprobs: Option<String>,
+}
+
+/// A response, and the conversation that its items are in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredResponse {
+    pub response: ResponseRecord,
+    pub conversation: u128,
+    /// Whether that is a chain.
+    pub chain: bool,
+}
+
+/// Where to look for the newest response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NewestOf {
+    Conversation(u128),
+    /// Of those that continued this response.
+    Continuations(u128),
+}
+
+/// Which conversations of a tenant to list.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ListQuery {
+    pub newest_first: bool,
+    /// Strictly after this one, in that order.
+    pub after: Option<u128>,
+    pub limit: usize,
+    /// All of these pairs.
+    pub metadata: Vec<(String, String)>,
+}
+
+/// A conversation in a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    pub conversation: ConversationRecord,
+    pub log_tokens: usize,
+}
+
+/// The result of a request that must not happen twice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResultRecord {
+    /// A digest of the request.
+    pub request: [u8; 32],
+    /// Opaque here.
+    pub body: Vec<u8>,
+}
+
+/// What one commit changes in a conversation; all of it or nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Commit {
+    /// An item that goes, before the others come.
+    pub remove: Option<String>,
     /// Appended in this order; the store gives them their `seq`.
     pub items: Vec<(String, String)>,
     pub log: Option<LogWrite>,
     /// Tokens at the log's front whose KV has been computed once; `None` leaves what is stored.
     pub encoded: Option<usize>,
     pub last_used_at: i64,
+    /// Added, or put in the place of the one with its id.
+    pub response: Option<ResponseRecord>,
 }
 
 /// A whole conversation, as an actor loads it.
@@ -92,7 +164,11 @@ pub struct StoredConversation {
 /// History that survives. Implementations are cheap to clone through an `Arc`, and safe to call from any task.
 pub trait Store: Send + Sync {
     fn create(&self, conversation: ConversationRecord, items: Vec<(String, String)>) -> StoreFuture<'_, ()>;
+    /// Makes a conversation with all that the commit brings, in one transaction.
+    fn begin(&self, conversation: ConversationRecord, commit: Commit) -> StoreFuture<'_, ()>;
     fn conversation(&self, tenant: &str, id: u128) -> StoreFuture<'_, Option<ConversationRecord>>;
+    /// A page of the conversations that clients can name; `None` if there is no `after`.
+    fn conversations(&self, tenant: &str, query: ListQuery) -> StoreFuture<'_, Option<Vec<Listed>>>;
     fn load(&self, tenant: &str, id: u128) -> StoreFuture<'_, Option<StoredConversation>>;
     /// Replaces the metadata; false if there is no such conversation.
     fn set_metadata(&self, tenant: &str, id: u128, metadata: BTreeMap<String, String>) -> StoreFuture<'_, bool>;
@@ -102,6 +178,20 @@ pub trait Store: Send + Sync {
     fn delete_item(&self, id: u128, item: &str, log_keep: usize) -> StoreFuture<'_, bool>;
     /// Removes a conversation and everything of it; false if there is none. Freed pages are overwritten.
     fn delete(&self, tenant: &str, id: u128) -> StoreFuture<'_, bool>;
+    /// Those of the items that are still there, in the order asked for.
+    fn items(&self, conversation: u128, ids: Vec<String>) -> StoreFuture<'_, Vec<ItemRecord>>;
+    /// The newest item of the tenant's conversations with this id.
+    fn item(&self, tenant: &str, id: &str) -> StoreFuture<'_, Option<ItemRecord>>;
+    fn response(&self, tenant: &str, id: u128) -> StoreFuture<'_, Option<StoredResponse>>;
+    fn newest_response(&self, tenant: &str, of: NewestOf) -> StoreFuture<'_, Option<StoredResponse>>;
+    /// Removes a response; its items stay. False if there is none. Freed pages are overwritten.
+    fn delete_response(&self, tenant: &str, id: u128) -> StoreFuture<'_, bool>;
+    /// The result kept under a key, if it is not older than `since`.
+    fn result(&self, key: [u8; 32], since: i64) -> StoreFuture<'_, Option<ResultRecord>>;
+    fn keep_result(&self, key: [u8; 32], at: i64, result: ResultRecord) -> StoreFuture<'_, ()>;
+    /// Forgets responses that expired before `now` and results from before `results_since`. What comes back are the
+    /// chains that have no response any more, and whose they are: their end is the caller's.
+    fn sweep(&self, now: i64, results_since: i64) -> StoreFuture<'_, Vec<(String, u128)>>;
     /// A cheap call that fails if the store can't be reached: for readiness.
     fn ping(&self) -> StoreFuture<'_, ()>;
 }

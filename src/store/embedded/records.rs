@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, params};
 
-use super::StoreError;
-use crate::store::{Commit, ConversationRecord, ItemRecord, LogToken, LogWrite, StoredConversation};
+use super::{StoreError, responses};
+use crate::store::{Commit, ConversationRecord, ItemRecord, ListQuery, Listed, LogToken, LogWrite, StoredConversation};
 use crate::types::TokenId;
 
 /// Tokens of a full chunk: 3 KiB, so that a turn's commit rewrites little and a long history is few rows.
@@ -23,13 +23,14 @@ pub(super) fn create(
     conversation: &ConversationRecord,
     items: &[(String, String)],
 ) -> Result<(), StoreError> {
-    let ConversationRecord { id, tenant, created_at, last_used_at, metadata } = conversation;
+    let ConversationRecord { id, tenant, created_at, last_used_at, metadata, chain } = conversation;
     let insert = db
         .prepare_cached(
-            "INSERT INTO conversations (id, tenant, created_at, last_used_at, metadata, next_seq, log_tokens, encoded)
-             VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 0)",
+            "INSERT INTO conversations
+                 (id, tenant, created_at, last_used_at, metadata, next_seq, log_tokens, encoded, chain)
+             VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 0, ?6)",
         )?
-        .insert(params![id.to_be_bytes(), tenant, created_at, last_used_at, to_json(metadata)?]);
+        .insert(params![id.to_be_bytes(), tenant, created_at, last_used_at, to_json(metadata)?, chain]);
     let row = insert.map_err(|error| match error.sqlite_error_code() {
         Some(ErrorCode::ConstraintViolation) => StoreError::Failed(format!("conversation {id:032x} is there already")),
         _ => error.into(),
@@ -71,6 +72,9 @@ pub(super) fn set_metadata(
 
 pub(super) fn append(db: &Connection, id: u128, commit: &Commit) -> Result<(), StoreError> {
     let mut head = head(db, id)?.ok_or(StoreError::NoConversation)?;
+    if let Some(item) = &commit.remove {
+        remove_item(db, &head, item)?;
+    }
     let next_seq = insert_items(db, head.row, head.next_seq, &commit.items)?;
     if let Some(write) = &commit.log {
         write_log(db, &mut head, write)?;
@@ -83,13 +87,15 @@ pub(super) fn append(db: &Connection, id: u128, commit: &Commit) -> Result<(), S
         "UPDATE conversations SET last_used_at = ?2, next_seq = ?3, log_tokens = ?4, encoded = ?5 WHERE row = ?1",
     )?
     .execute(params![head.row, commit.last_used_at, next_seq, head.log_tokens, encoded])?;
+    if let Some(response) = &commit.response {
+        responses::put(db, head.row, response)?;
+    }
     Ok(())
 }
 
 pub(super) fn delete_item(db: &Connection, id: u128, item: &str, log_keep: usize) -> Result<bool, StoreError> {
     let Some(mut head) = head(db, id)? else { return Ok(false) };
-    let sql = "DELETE FROM items WHERE conversation = ?1 AND id = ?2";
-    if db.prepare_cached(sql)?.execute(params![head.row, item])? == 0 {
+    if !remove_item(db, &head, item)? {
         return Ok(false);
     }
     let keep = log_keep.min(head.log_tokens as usize);
@@ -137,19 +143,103 @@ fn head(db: &Connection, id: u128) -> Result<Option<Head>, StoreError> {
 }
 
 fn find(db: &Connection, tenant: &str, id: u128) -> Result<Option<(Head, ConversationRecord)>, StoreError> {
-    let sql = format!(
-        "SELECT {HEAD_COLUMNS}, created_at, last_used_at, metadata FROM conversations WHERE id = ?1 AND tenant = ?2"
-    );
+    let sql = format!("SELECT {HEAD_COLUMNS}, {RECORD_COLUMNS} FROM conversations WHERE id = ?1 AND tenant = ?2");
     let found = db
         .prepare_cached(&sql)?
-        .query_row(params![id.to_be_bytes(), tenant], |row| {
-            let metadata: String = row.get(6)?;
-            Ok((Head::read(id, row)?, row.get(4)?, row.get(5)?, metadata))
-        })
+        .query_row(params![id.to_be_bytes(), tenant], |row| Ok((Head::read(id, row)?, Rest::read(row)?)))
         .optional()?;
-    let Some((head, created_at, last_used_at, metadata)) = found else { return Ok(None) };
-    let metadata = serde_json::from_str(&metadata).map_err(|error| head.corrupt(format!("metadata: {error}")))?;
-    Ok(Some((head, ConversationRecord { id, tenant: tenant.to_owned(), created_at, last_used_at, metadata })))
+    let Some((head, rest)) = found else { return Ok(None) };
+    let record = rest.record(&head, tenant)?;
+    Ok(Some((head, record)))
+}
+
+pub(super) fn list(db: &Connection, tenant: &str, query: &ListQuery) -> Result<Option<Vec<Listed>>, StoreError> {
+    let (mut start, beyond, order) = if query.newest_first { (i64::MAX, "<", "DESC") } else { (-1, ">", "ASC") };
+    if let Some(after) = query.after {
+        let sql = "SELECT row FROM conversations WHERE id = ?1 AND tenant = ?2 AND chain = 0";
+        let row = db.prepare_cached(sql)?.query_row(params![after.to_be_bytes(), tenant], |row| row.get(0));
+        let Some(row) = row.optional()? else { return Ok(None) };
+        start = row;
+    }
+    let wanted: Vec<_> = query.metadata.iter().map(|(key, value)| serde_json::json!([key, value])).collect();
+    let wanted = serde_json::Value::from(wanted).to_string();
+    // No pair that is wanted is missing. Metadata that can't be read matches nothing.
+    let sql = format!(
+        "SELECT {HEAD_COLUMNS}, {RECORD_COLUMNS}, id FROM conversations
+         WHERE tenant = ?1 AND chain = 0 AND row {beyond} ?2 AND NOT EXISTS (
+             SELECT 1 FROM json_each(?3) AS wanted WHERE NOT EXISTS (
+                 SELECT 1 FROM json_each(iif(json_valid(metadata), metadata, '{{}}')) AS pair
+                 WHERE pair.key = wanted.value ->> 0 AND pair.value = wanted.value ->> 1))
+         ORDER BY row {order} LIMIT ?4"
+    );
+    let mut found = db.prepare_cached(&sql)?;
+    let limit = i64::try_from(query.limit).unwrap_or(i64::MAX);
+    let rows = found.query_map(params![tenant, start, wanted, limit], |row| {
+        let id = u128::from_be_bytes(row.get(8)?);
+        Ok((Head::read(id, row)?, Rest::read(row)?))
+    })?;
+    let mut page = Vec::new();
+    for row in rows {
+        let (head, rest) = row?;
+        let conversation = rest.record(&head, tenant)?;
+        page.push(Listed { conversation, log_tokens: head.log_tokens as usize });
+    }
+    Ok(Some(page))
+}
+
+/// Those of the items that are there, in the order of `ids`.
+pub(super) fn items(db: &Connection, conversation: u128, ids: &[String]) -> Result<Vec<ItemRecord>, StoreError> {
+    let Some(head) = head(db, conversation)? else { return Ok(Vec::new()) };
+    let mut find = db.prepare_cached("SELECT seq, body FROM items WHERE conversation = ?1 AND id = ?2")?;
+    let mut items = Vec::new();
+    for id in ids {
+        let found = find.query_row(params![head.row, id], |row| {
+            Ok(ItemRecord { id: id.clone(), seq: row.get::<_, u32>(0)?.into(), body: row.get(1)? })
+        });
+        items.extend(found.optional()?);
+    }
+    Ok(items)
+}
+
+/// The newest item with this id in the tenant's conversations.
+pub(super) fn item(db: &Connection, tenant: &str, id: &str) -> Result<Option<ItemRecord>, StoreError> {
+    let sql = "SELECT seq, body FROM items JOIN conversations ON conversations.row = items.conversation
+               WHERE items.id = ?1 AND tenant = ?2 ORDER BY items.conversation DESC LIMIT 1";
+    let read =
+        |row: &Row<'_>| Ok(ItemRecord { id: id.to_owned(), seq: row.get::<_, u32>(0)?.into(), body: row.get(1)? });
+    Ok(db.prepare_cached(sql)?.query_row(params![id, tenant], read).optional()?)
+}
+
+const RECORD_COLUMNS: &str = "created_at, last_used_at, metadata, chain";
+
+/// What of a conversation's row is not its `Head`.
+struct Rest {
+    created_at: i64,
+    last_used_at: i64,
+    metadata: String,
+    chain: bool,
+}
+
+impl Rest {
+    /// Behind the columns of a `Head`.
+    fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self { created_at: row.get(4)?, last_used_at: row.get(5)?, metadata: row.get(6)?, chain: row.get(7)? })
+    }
+
+    fn record(self, head: &Head, tenant: &str) -> Result<ConversationRecord, StoreError> {
+        let Self { created_at, last_used_at, metadata, chain } = self;
+        let metadata = serde_json::from_str(&metadata).map_err(|error| head.corrupt(format!("metadata: {error}")))?;
+        Ok(ConversationRecord { id: head.id, tenant: tenant.to_owned(), created_at, last_used_at, metadata, chain })
+    }
+}
+
+/// Removes an item, and what responses know of its text; false if there is none.
+fn remove_item(db: &Connection, head: &Head, item: &str) -> Result<bool, StoreError> {
+    let sql = "DELETE FROM items WHERE conversation = ?1 AND id = ?2";
+    let removed = db.prepare_cached(sql)?.execute(params![head.row, item])? > 0;
+    let sql = "UPDATE responses SET logprobs = NULL WHERE conversation = ?1 AND answer = ?2";
+    db.prepare_cached(sql)?.execute(params![head.row, item])?;
+    Ok(removed)
 }
 
 /// Adds items from `seq` on; the next free `seq` comes back.

@@ -9,7 +9,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::StoreError;
 
 /// What this build reads and writes; in the file's `user_version`.
-pub(super) const VERSION: i64 = 1;
+pub(super) const VERSION: i64 = 2;
 /// Marks the file as ours: "rkdl".
 const APPLICATION_ID: i64 = 0x726b_646c;
 /// A checkpoint waits this long for the readers' transactions, which take milliseconds.
@@ -25,7 +25,8 @@ const TABLES: &str = "
         metadata     TEXT    NOT NULL,          -- a JSON object of strings
         next_seq     INTEGER NOT NULL,          -- of the next item; never given twice
         log_tokens   INTEGER NOT NULL,          -- length of the token log
-        encoded      INTEGER NOT NULL           -- at most log_tokens
+        encoded      INTEGER NOT NULL,          -- at most log_tokens
+        chain        INTEGER NOT NULL DEFAULT 0 -- 1: made for responses, and without a name
     ) STRICT;
     CREATE INDEX conversations_by_use ON conversations (tenant, last_used_at);
     CREATE TABLE items (
@@ -42,6 +43,34 @@ const TABLES: &str = "
         tokens       BLOB    NOT NULL,
         PRIMARY KEY (conversation, chunk)
     ) STRICT, WITHOUT ROWID;
+";
+
+/// What version 2 added.
+const RESPONSES: &str = "
+    CREATE TABLE responses (
+        row          INTEGER PRIMARY KEY,       -- in the order they were made
+        id           BLOB    NOT NULL UNIQUE,   -- 16 bytes, big-endian
+        conversation INTEGER NOT NULL REFERENCES conversations ON DELETE CASCADE,
+        created_at   INTEGER NOT NULL,
+        expires_at   INTEGER NOT NULL,
+        kept         INTEGER NOT NULL,
+        request      BLOB    NOT NULL,          -- 32 bytes
+        previous     BLOB,
+        body         TEXT    NOT NULL,
+        answer       TEXT,                      -- the item that it made
+        logprobs     TEXT
+    ) STRICT;
+    CREATE INDEX items_by_id ON items (id);
+    CREATE INDEX responses_of_conversations ON responses (conversation);
+    CREATE INDEX responses_by_previous ON responses (previous) WHERE previous IS NOT NULL;
+    CREATE INDEX responses_by_expiry ON responses (expires_at);
+    CREATE TABLE results (
+        key          BLOB    PRIMARY KEY,       -- 32 bytes
+        at           INTEGER NOT NULL,
+        request      BLOB    NOT NULL,          -- 32 bytes
+        body         BLOB    NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX results_by_age ON results (at);
 ";
 
 /// Opens the one connection that writes, and makes the tables in a new file.
@@ -119,12 +148,16 @@ fn prepare_writer(db: &Connection, path: &Path) -> Result<(), PrepareError> {
     let path = || path.display().to_string();
     match (application, version, tables) {
         (APPLICATION_ID, VERSION, _) => Ok(()),
+        (APPLICATION_ID, 1, _) => Ok(db.execute_batch(&format!(
+            "BEGIN; ALTER TABLE conversations ADD COLUMN chain INTEGER NOT NULL DEFAULT 0; {RESPONSES}
+             PRAGMA user_version = {VERSION}; COMMIT;"
+        ))?),
         (APPLICATION_ID, found, _) => {
             Err(PrepareError::Store(StoreError::Version { path: path(), found, expected: VERSION }))
         }
         // New, or its first start was cut off before the tables were there: all of this is one transaction.
         (0, 0, 0) => Ok(db.execute_batch(&format!(
-            "BEGIN; {TABLES} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}; COMMIT;"
+            "BEGIN; {TABLES} {RESPONSES} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}; COMMIT;"
         ))?),
         _ => {
             let reason = "it is a SQLite file, but not a store of rekindle".to_owned();

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use rusqlite::Connection;
 
 use super::*;
-use crate::store::{LogToken, LogWrite};
+use crate::store::{LogToken, LogWrite, ResponseRecord};
 use crate::types::TokenId;
 
 const CHILD_DIR: &str = "REKINDLE_TEST_STORE_CHILD";
@@ -21,6 +21,7 @@ fn record(tenant: &str, id: u128) -> ConversationRecord {
         created_at: 1_790_000_000,
         last_used_at: 1_790_000_000,
         metadata,
+        chain: false,
     }
 }
 
@@ -60,6 +61,7 @@ async fn a_conversation_comes_back_after_a_restart_as_it_was() {
         log: Some(LogWrite { keep: 0, append: tokens(0..1300) }),
         encoded: Some(1299),
         last_used_at: 1_790_000_777,
+        ..Commit::default()
     };
     store.commit(1, commit).await.unwrap();
     store.close().await.unwrap();
@@ -367,4 +369,147 @@ proptest! {
             prop_assert_eq!(stored.encoded, reference_encoded);
         }
     }
+}
+
+fn response(id: u128, body: &str) -> ResponseRecord {
+    ResponseRecord {
+        id,
+        created_at: 1_790_000_000,
+        expires_at: 1_790_000_100,
+        kept: true,
+        request: [7; 32],
+        previous: None,
+        body: body.to_owned(),
+        answer: None,
+        logprobs: None,
+    }
+}
+
+fn with_response(items: &[&str], response: ResponseRecord) -> Commit {
+    let items = items.iter().map(|id| item(id, "said")).collect();
+    Commit { items, response: Some(response), ..Commit::default() }
+}
+
+#[tokio::test]
+async fn a_response_is_its_tenants_goes_with_its_conversation_and_is_replaced_by_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Embedded::open(dir.path()).unwrap();
+    let chain = ConversationRecord { chain: true, ..record("a", 1) };
+    store.begin(chain, with_response(&["i0"], response(10, "runs"))).await.unwrap();
+    let ended = ResponseRecord { answer: Some("i1".into()), logprobs: Some("[]".into()), ..response(10, "over") };
+    store.commit(1, with_response(&["i1"], ended.clone())).await.unwrap();
+    let found = store.response("a", 10).await.unwrap().unwrap();
+    assert_eq!(found, StoredResponse { response: ended, conversation: 1, chain: true });
+    assert_eq!(store.response("b", 10).await.unwrap(), None);
+    assert!(!store.delete_response("b", 10).await.unwrap());
+    assert!(store.delete("a", 1).await.unwrap());
+    assert_eq!(store.response("a", 10).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn the_newest_response_is_the_one_made_last_in_its_conversation_or_behind_its_predecessor() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Embedded::open(dir.path()).unwrap();
+    store.create(record("a", 1), vec![]).await.unwrap();
+    store.create(record("a", 2), vec![]).await.unwrap();
+    let behind = |id, previous| ResponseRecord { previous: Some(previous), ..response(id, "x") };
+    for (conversation, made) in [(1, response(30, "x")), (1, behind(20, 30)), (2, behind(10, 30))] {
+        store.commit(conversation, with_response(&[], made)).await.unwrap();
+    }
+    // Its end does not make an older one newer.
+    store.commit(1, with_response(&[], response(30, "over"))).await.unwrap();
+    let newest = async |of| store.newest_response("a", of).await.unwrap().map(|found| found.response.id);
+    assert_eq!(newest(NewestOf::Conversation(1)).await, Some(20));
+    assert_eq!(newest(NewestOf::Continuations(30)).await, Some(10));
+    assert_eq!(newest(NewestOf::Continuations(20)).await, None);
+    assert_eq!(store.newest_response("b", NewestOf::Conversation(1)).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn log_probabilities_go_with_the_item_whose_text_they_hold() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Embedded::open(dir.path()).unwrap();
+    store.create(record("a", 1), vec![]).await.unwrap();
+    let logprobs = Some("quagga in tokens".to_owned());
+    let ended = ResponseRecord { answer: Some("i0".into()), logprobs, ..response(10, "over") };
+    store.commit(1, with_response(&["i0", "i1"], ended)).await.unwrap();
+    assert!(on_disk(dir.path(), "quagga"));
+    // By itself, or to be replaced.
+    store.commit(1, Commit { remove: Some("i0".into()), ..Commit::default() }).await.unwrap();
+    assert!(!on_disk(dir.path(), "quagga"));
+    assert_eq!(store.response("a", 10).await.unwrap().unwrap().response.logprobs, None);
+    let there = store.items(1, vec!["i1".into(), "i0".into()]).await.unwrap();
+    assert_eq!(there.iter().map(|item| item.id.as_str()).collect::<Vec<_>>(), ["i1"]);
+    assert_eq!(store.item("a", "i1").await.unwrap().unwrap().body, "said");
+    assert_eq!(store.item("b", "i1").await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_list_has_the_named_conversations_with_all_pairs_page_by_page() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Embedded::open(dir.path()).unwrap();
+    for id in 1..=6 {
+        let mut made = record(if id == 6 { "b" } else { "a" }, id);
+        made.chain = id == 5;
+        made.metadata = [("n".to_owned(), (id % 2).to_string()), ("a\"b".to_owned(), "ü'".to_owned())].into();
+        store.create(made, vec![]).await.unwrap();
+    }
+    let page = async |query: ListQuery| {
+        let page = store.conversations("a", query).await.unwrap();
+        page.map(|page| page.iter().map(|listed| listed.conversation.id).collect::<Vec<_>>())
+    };
+    let all = ListQuery { limit: 10, ..ListQuery::default() };
+    assert_eq!(page(all.clone()).await, Some(vec![1, 2, 3, 4]));
+    let newest = ListQuery { newest_first: true, limit: 2, ..all.clone() };
+    assert_eq!(page(newest.clone()).await, Some(vec![4, 3]));
+    assert_eq!(page(ListQuery { after: Some(3), ..newest.clone() }).await, Some(vec![2, 1]));
+    for nobodys in [5, 6, 99] {
+        assert_eq!(page(ListQuery { after: Some(nobodys), ..newest.clone() }).await, None);
+    }
+    let pairs = |pairs: &[(&str, &str)]| {
+        let metadata = pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        page(ListQuery { metadata, ..all.clone() })
+    };
+    assert_eq!(pairs(&[("n", "1"), ("a\"b", "ü'")]).await, Some(vec![1, 3]));
+    assert_eq!(pairs(&[("n", "1"), ("a\"b", "u")]).await, Some(vec![]));
+    assert_eq!(pairs(&[("N", "1")]).await, Some(vec![]));
+}
+
+#[tokio::test]
+async fn a_sweep_forgets_what_is_over_and_names_the_chains_that_nothing_leads_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Embedded::open(dir.path()).unwrap();
+    for (id, expires_at) in [(1, 100), (2, 200)] {
+        let chain = ConversationRecord { chain: true, ..record("a", id) };
+        let made = ResponseRecord { expires_at, ..response(id + 10, "x") };
+        store.begin(chain, with_response(&["i0"], made)).await.unwrap();
+    }
+    store.create(record("a", 3), vec![]).await.unwrap();
+    let result = ResultRecord { request: [1; 32], body: b"done".to_vec() };
+    store.keep_result([1; 32], 50, result.clone()).await.unwrap();
+    store.keep_result([2; 32], 60, result.clone()).await.unwrap();
+    assert_eq!(store.sweep(150, 55).await.unwrap(), [("a".to_owned(), 1)]);
+    assert_eq!(store.response("a", 11).await.unwrap(), None);
+    assert!(store.response("a", 12).await.unwrap().is_some());
+    assert_eq!(store.result([1; 32], 0).await.unwrap(), None);
+    assert_eq!(store.result([2; 32], 60).await.unwrap(), Some(result));
+    assert_eq!(store.result([2; 32], 61).await.unwrap(), None, "older than asked for");
+}
+
+#[tokio::test]
+async fn a_store_of_the_first_release_is_opened_with_all_that_is_in_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Embedded::open(dir.path()).unwrap();
+    store.create(record("a", 1), vec![item("i0", "old")]).await.unwrap();
+    drop(store);
+    tamper(
+        dir.path(),
+        "DROP TABLE responses; DROP TABLE results; DROP INDEX items_by_id; ALTER TABLE conversations DROP COLUMN chain;
+         PRAGMA user_version = 1",
+    );
+    let store = Embedded::open(dir.path()).unwrap();
+    let stored = store.load("a", 1).await.unwrap().unwrap();
+    assert_eq!((bodies(&stored), &stored.conversation), (vec!["old"], &record("a", 1)));
+    store.commit(1, with_response(&["i1"], response(10, "x"))).await.unwrap();
+    assert!(store.response("a", 10).await.unwrap().is_some());
 }
