@@ -19,6 +19,10 @@ mod recovery;
 #[cfg(test)]
 mod report;
 #[cfg(test)]
+mod sdk;
+#[cfg(test)]
 mod server;
+#[cfg(test)]
+mod turns;
 #[cfg(test)]
 mod workload;
