@@ -23,6 +23,7 @@ use crate::tenants::Tenant;
 use crate::types::KvKey;
 
 /// What a stateless answer is made of, before it runs.
+#[derive(Clone)]
 struct Asked {
     shared: Arc<Shared>,
     tenant: Tenant,
@@ -44,7 +45,7 @@ pub(super) async fn respond(shared: &Arc<Shared>, tenant: &Tenant, mut turn: Res
     let alive = Running { id, about: about.into(), log: writer.log(), kept: false };
     let turn = alive.turn(stream);
     let presence = shared.live.enter(tenant.id, alive);
-    let begun = asked.begin(asked.limits.clone())?;
+    let begun = asked.begin()?;
     tokio::spawn(asked.run(begun, writer, item_id, Some(presence)));
     Ok(turn)
 }
@@ -66,24 +67,22 @@ pub(super) async fn complete(
     let item_id = super::new_item_id();
     let (writer, first) = turn_stream(item_id.clone(), Audience::Readers);
     let log = writer.log();
-    let begun = asked.begin(asked.limits.clone())?;
+    let begun = asked.begin()?;
     let (mut others, mut streams) = (Vec::new(), vec![first]);
     for choice in 1..turn.choices {
         let (writer, stream) = turn_stream(item_id.clone(), Audience::Readers);
-        others.push((choice, writer));
+        others.push((asked.other(choice), writer));
         streams.push(stream);
     }
-    let later: Vec<_> =
-        others.into_iter().map(|(choice, writer)| asked.later(choice, writer, item_id.clone())).collect();
-    if !later.is_empty() {
-        let mut first = log.join();
+    if !others.is_empty() {
+        let (mut first, item_id) = (log.join(), item_id.clone());
         tokio::spawn(async move {
             // Its prompt is encoded, or never will be.
             first.next().await;
             drop(first);
-            for (asked, limits, writer, item_id) in later {
-                match asked.begin(limits) {
-                    Ok(begun) => drop(tokio::spawn(asked.run(begun, writer, item_id, None))),
+            for (asked, writer) in others {
+                match asked.begin() {
+                    Ok(begun) => drop(tokio::spawn(asked.run(begun, writer, item_id.clone(), None))),
                     Err(error) => writer.end(TurnUpdate::Failed(error)),
                 }
             }
@@ -109,27 +108,17 @@ async fn ask(
 
 impl Asked {
     /// Gives the engine the turn.
-    fn begin(&self, limits: TurnLimits) -> Result<(KvHandle, RunningTurn), TurnError> {
+    fn begin(&self) -> Result<(KvHandle, RunningTurn), TurnError> {
         let mut kv = self.shared.engine.kv(self.tenant.id, self.tenant.key, KvKey(rand::random()));
-        let running = start(&self.shared, &mut kv, &self.prompt, limits, self.goal, self.deadline)?;
+        let running = start(&self.shared, &mut kv, &self.prompt, self.limits.clone(), self.goal, self.deadline)?;
         Ok((kv, running))
     }
 
     /// Another choice of the same: it draws other numbers, in a way that repeats.
-    fn later(&self, choice: u8, writer: TurnWriter, item_id: String) -> (Self, TurnLimits, TurnWriter, String) {
-        let mut limits = self.limits.clone();
-        limits.sampling.seed = limits.sampling.seed.wrapping_add(u64::from(choice));
-        let (shared, prompt, pass) = (Arc::clone(&self.shared), Arc::clone(&self.prompt), Arc::clone(&self.pass));
-        let asked = Self {
-            shared,
-            tenant: self.tenant.clone(),
-            prompt,
-            limits: limits.clone(),
-            goal: self.goal,
-            deadline: self.deadline,
-            pass,
-        };
-        (asked, limits, writer, item_id)
+    fn other(&self, choice: u8) -> Self {
+        let mut other = self.clone();
+        other.limits.sampling.seed = other.limits.sampling.seed.wrapping_add(u64::from(choice));
+        other
     }
 
     /// Follows the turn to its end, as a task of its own.

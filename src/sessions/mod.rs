@@ -20,6 +20,7 @@ mod responses;
 mod speech;
 mod stored;
 mod stream;
+mod sweep;
 mod transcript;
 mod turn;
 mod work;
@@ -114,7 +115,7 @@ impl Sessions {
         if !thread.system.arbiter().spawn(registry::tick(Arc::downgrade(&shared), settings.idle)) {
             tracing::error!("the sessions' thread ended at its start");
         }
-        if !thread.system.arbiter().spawn(listing::sweep(Arc::downgrade(&shared))) {
+        if !thread.system.arbiter().spawn(sweep::sweep(Arc::downgrade(&shared))) {
             tracing::error!("the sessions' thread ended at its start");
         }
         Self { shared, _thread: Arc::new(thread) }

@@ -112,7 +112,11 @@ impl Sessions {
         if found.chain {
             let newest = NewestOf::Conversation(found.conversation.0);
             if self.shared.store.newest_response(&tenant.name, newest).await?.is_none() {
-                self.delete(tenant, found.conversation).await?;
+                match self.delete(tenant, found.conversation).await {
+                    // The sweep was there before.
+                    Ok(_) | Err(SessionError::NoConversation) => {}
+                    Err(error) => return Err(error),
+                }
             }
         }
         Ok(())
