@@ -24,7 +24,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("cluster", &["sessions", "store"]),
     ("tenants", &["store"]),
     ("sessions", &["engine", "store", "tenants"]),
-    ("engine", &["kv", "model", "kernels::memory"]), // the arenas that it hands to both
+    ("engine", &["kv", "model", "kernels::memory", "kernels::isa", "kernels::softmax"]), // arenas for both; sampling
     ("kv", &["kernels::memory", "kernels::files"]),
     ("model", &["kernels"]),
     ("kernels", &[]),
