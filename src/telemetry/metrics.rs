@@ -55,7 +55,7 @@ table! {
         "The part of the encoded prompt tokens whose KV their conversation had before and lost.";
     Counter GENERATED_TOKENS, "rekindle_generated_tokens_total", Count, "Tokens sampled.";
     Counter ISOLATION_FAULTS, "rekindle_isolation_faults_total", Count,
-        "Evictions for another tenant that took one below its floor. Any value but 0 is a fault.";
+        "Evictions for another tenant that took one below its floor, or served one at its ceiling. Any value but 0 is a fault.";
     Counter VERIFICATION_FAILURES, "rekindle_verification_failures_total", Count,
         "Blocks whose bytes did not match their checksum on reload; each was re-encoded.";
     Counter OFFLOADED_BYTES, "rekindle_offloaded_bytes_total", Bytes, "KV copied down a tier.";
