@@ -72,6 +72,9 @@ table! {
     Histogram QUEUE_SECONDS, "rekindle_turn_queue_seconds", Seconds, "A turn's wait for its place.", LATENCY_S;
     Gauge LIVE_SESSIONS, "rekindle_live_sessions", Count, "Conversations that have an actor.";
 
+    Counter TENANTS_FILE_EDITS, "rekindle_tenants_file_edits_total", Count,
+        "Edits of the tenants file that the server saw, by outcome: applied or refused.";
+
     Histogram STORE_COMMIT_SECONDS, "rekindle_store_commit_seconds", Seconds,
         "A group's time from its first request to its answers.", LATENCY_S;
     Histogram STORE_GROUP_REQUESTS, "rekindle_store_group_requests", Count, "Requests that shared one commit.", GROUP;
