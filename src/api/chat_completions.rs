@@ -6,6 +6,7 @@
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Map, Value, json};
 
+use super::auth::{self, Caller};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::sse::{self, Narrator};
@@ -17,11 +18,13 @@ pub async fn create(
     request: HttpRequest,
     payload: web::Payload,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let settings = &state.settings;
     let object = body::object(&request, payload, &settings.limits).await?;
     let mut fields = Fields::of(&object);
     let (turn, stream) = parse(&mut fields, settings, queue_deadline(request.headers(), settings))?;
+    auth::check_model(&caller, settings)?;
     let ignored = body::unknown(&fields, settings)?;
 
     let head = Head {
@@ -31,7 +34,7 @@ pub async fn create(
         system_fingerprint: settings.system_fingerprint.clone(),
         logprobs: turn.limits.logprobs.is_some(),
     };
-    let turn = state.sessions.complete(&state.tenant, turn).await?;
+    let turn = state.sessions.complete(&caller, turn).await?;
     let response = match stream {
         Some(StreamOptions { include_usage }) => {
             sse::respond(turn, Chunks { head, include_usage, told_logprobs: 0 }, settings.keep_alive)

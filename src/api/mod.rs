@@ -1,7 +1,8 @@
-//! Which routes does the server have, and what does each handler need?
+//! What does each handler of the API need?
 //!
 //! REST and SSE: parse, ask `sessions`, map errors. No policy lives here.
 
+pub mod auth;
 pub mod body;
 pub mod chat_completions;
 pub mod conversations;
@@ -13,6 +14,7 @@ pub mod input;
 pub mod items;
 pub mod ops;
 pub mod responses;
+pub mod routes;
 pub mod sse;
 pub mod usage;
 
@@ -21,15 +23,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix_web::HttpRequest;
 use actix_web::http::header::HeaderMap;
-use actix_web::web::{self, ServiceConfig};
 
 use crate::engine::status::EngineStatus;
 use crate::sessions::Sessions;
-use crate::tenants::Tenant;
+use crate::tenants::directory::Directory;
 use crate::types::TokenCount;
-use error::ApiError;
 
 /// What to do with a field that no route knows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -87,7 +86,7 @@ pub type Reasons = Pin<Box<dyn Future<Output = Vec<String>> + Send>>;
 /// What every handler may use. Cheap to share.
 pub struct ApiState {
     pub sessions: Sessions,
-    pub tenant: Tenant,
+    pub tenants: Arc<Directory>,
     pub settings: ApiSettings,
     /// The engine's newest snapshot.
     pub status: Arc<dyn Fn() -> Arc<EngineStatus> + Send + Sync>,
@@ -95,70 +94,6 @@ pub struct ApiState {
     pub not_ready: Arc<dyn Fn() -> Reasons + Send + Sync>,
     /// The metrics page.
     pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
-}
-
-macro_rules! resource {
-    ($config:expr, $path:literal, $allow:literal, $($route:expr),+) => {
-        $config.service(web::resource($path)$(.route($route))+.default_service(web::to(|request: HttpRequest| async move {
-            Err::<actix_web::HttpResponse, _>(ApiError::method_not_allowed(request.method().as_str(), $allow))
-        })))
-    };
-}
-
-async fn unknown_url(request: HttpRequest) -> Result<actix_web::HttpResponse, ApiError> {
-    Err(ApiError::unknown_url(request.method().as_str(), request.path()))
-}
-
-/// Adds every route to an app whose data has an `ApiState`.
-pub fn routes(config: &mut ServiceConfig) {
-    resource!(config, "/v1/chat/completions", "POST", web::post().to(chat_completions::create));
-    resource!(
-        config,
-        "/v1/responses",
-        "GET, POST",
-        web::post().to(responses::create),
-        web::get().to(responses::upgrade)
-    );
-    // Words that are no ids: their routes are not there yet.
-    config.service(web::resource(["/v1/responses/input_tokens", "/v1/responses/compact"]).to(unknown_url));
-    resource!(
-        config,
-        "/v1/responses/{id}",
-        "GET, DELETE",
-        web::get().to(responses::get),
-        web::delete().to(responses::get)
-    );
-    resource!(config, "/v1/conversations", "POST", web::post().to(conversations::create));
-    resource!(
-        config,
-        "/v1/conversations/{id}",
-        "GET, POST, DELETE",
-        web::get().to(conversations::get),
-        web::post().to(conversations::set_metadata),
-        web::delete().to(conversations::delete)
-    );
-    resource!(
-        config,
-        "/v1/conversations/{id}/items",
-        "GET, POST",
-        web::get().to(conversations::list_items),
-        web::post().to(conversations::add_items)
-    );
-    resource!(
-        config,
-        "/v1/conversations/{id}/items/{item}",
-        "GET, DELETE",
-        web::get().to(conversations::get_item),
-        web::delete().to(conversations::delete_item)
-    );
-    resource!(config, "/v1/conversations/{id}/residency", "GET", web::get().to(conversations::residency));
-    resource!(config, "/v1/conversations/{id}/offload", "POST", web::post().to(conversations::offload));
-    resource!(config, "/v1/models", "GET", web::get().to(ops::models));
-    resource!(config, "/v1/models/{id:.+}", "GET", web::get().to(ops::model));
-    resource!(config, "/healthz", "GET, HEAD", web::get().to(ops::healthz), web::head().to(ops::healthz));
-    resource!(config, "/readyz", "GET, HEAD", web::get().to(ops::readyz), web::head().to(ops::readyz));
-    resource!(config, "/metrics", "GET", web::get().to(ops::metrics));
-    config.default_service(web::to(unknown_url));
 }
 
 /// How long a request may queue: the server's deadline, or the client's own patience where that is shorter.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Map, Value, json};
 
+use super::auth::{self, Caller};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::sse::{self, Narrator};
@@ -29,16 +30,18 @@ pub async fn create(
     request: HttpRequest,
     payload: web::Payload,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let settings = &state.settings;
     let parsed = body::object(&request, payload, &settings.limits).await?;
     let mut fields = Fields::of(&parsed);
     let (turn, streams) = parse(&mut fields, settings, queue_deadline(request.headers(), settings))?;
+    auth::check_model(&caller, settings)?;
     let ignored = body::unknown(&fields, settings)?;
 
     let conversation = turn.conversation;
     let echo = Echo::of(&parsed, conversation, settings);
-    let turn = state.sessions.respond(&state.tenant, turn).await;
+    let turn = state.sessions.respond(&caller, turn).await;
     let turn = turn.map_err(|error| ApiError::from(error).of_param("messages", "input"))?;
     let events = Events { echo, item_id: turn.item_id().to_owned(), text: String::new(), begun: false, sequence: 0 };
     let response = if streams {

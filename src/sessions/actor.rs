@@ -234,10 +234,10 @@ impl Session {
             answer(reply, Err(waited_too_long()));
             return self.rest(kv, context);
         }
-        let pass = match self.shared.gate.enter() {
+        let pass = match self.shared.gate.enter(&self.who.tenant) {
             Ok(pass) => pass,
-            Err(draining) => {
-                answer(reply, Err(draining));
+            Err(refused) => {
+                answer(reply, Err(refused));
                 return self.rest(kv, context);
             }
         };

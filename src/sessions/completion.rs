@@ -24,7 +24,7 @@ pub(super) async fn complete(
     limits: TurnLimits,
 ) -> Result<TurnStream, TurnError> {
     let deadline = Instant::now() + limits.queue_deadline;
-    let pass = shared.gate.enter()?;
+    let pass = shared.gate.enter(tenant)?;
     let prompt = prepare(shared, Arc::default(), messages.into(), instructions).await?;
     let mut kv = shared.engine.kv(tenant.id, tenant.key, KvKey(rand::random()));
     let running = start(shared, &mut kv, &prompt, limits, deadline)?;

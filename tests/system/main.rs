@@ -21,4 +21,6 @@ mod report;
 #[cfg(test)]
 mod server;
 #[cfg(test)]
+mod tenants;
+#[cfg(test)]
 mod workload;
