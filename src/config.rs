@@ -8,6 +8,7 @@
 
 mod bytes;
 mod layers;
+pub mod tenants;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -55,6 +56,7 @@ pub struct Config {
     pub sessions: Sessions,
     pub store: Store,
     pub api: Api,
+    pub tenants: Tenants,
     pub log: Log,
 }
 
@@ -139,6 +141,14 @@ pub struct Cors {
     pub allow_origins: Vec<String>,
 }
 
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tenants {
+    /// `None`: one tenant, for whoever can reach the port.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub file: Option<PathBuf>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum UnknownFields {
@@ -157,6 +167,7 @@ pub struct Limits {
     pub post_items: usize,
     pub conversation_items: usize,
     pub body_timeout_s: u64,
+    pub concurrent_turns: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -197,11 +208,11 @@ impl Layers {
     }
 
     fn check(&self, config: &Config) -> Result<(), ConfigError> {
-        let Config { server, model, kv, engine, sessions, store, api, log } = config;
-        if !server.listen.ip().is_loopback() {
+        let Config { server, model, kv, engine, sessions, store, api, tenants, log } = config;
+        if !server.listen.ip().is_loopback() && tenants.file.is_none() {
             let reason = format!(
-                "{} can be reached from other machines, and without API keys anyone there could use the server; listen \
-                 on 127.0.0.1 or [::1], and put a proxy that checks who asks in front",
+                "{} can be reached from other machines, and without API keys anyone there could use the server; give \
+                 keys with --tenants FILE (config/tenants.example.toml shows how), or listen on 127.0.0.1 or [::1]",
                 server.listen.ip()
             );
             return Err(self.impossible("server.listen", &reason));
@@ -245,6 +256,7 @@ impl Layers {
         self.range("api.limits.post_items", limits.post_items, 1..=100_000)?;
         self.range("api.limits.conversation_items", limits.conversation_items, 1..=1_000_000)?;
         self.range("api.limits.body_timeout_s", limits.body_timeout_s, 1..=3600)?;
+        self.range("api.limits.concurrent_turns", limits.concurrent_turns, 1..=100_000)?;
         crate::telemetry::log::parse_filter(&log.level)
             .map_err(|error| self.impossible("log.level", &error.to_string()))?;
         Ok(())
@@ -267,9 +279,9 @@ impl Layers {
     }
 }
 
-fn empty_is_none<'de, D: serde::Deserializer<'de>>(value: D) -> Result<Option<String>, D::Error> {
+fn empty_is_none<'de, D: serde::Deserializer<'de>, T: From<String>>(value: D) -> Result<Option<T>, D::Error> {
     let text = String::deserialize(value)?;
-    Ok(if text.is_empty() { None } else { Some(text) })
+    Ok(if text.is_empty() { None } else { Some(text.into()) })
 }
 
 /// Two threads of one core share its arithmetic units, so that a second one only gets in the way.

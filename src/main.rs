@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use rekindle::cli::chat::{self, ChatArgs};
+use rekindle::cli::key::{self, KeyArgs};
 use rekindle::cli::pull::{self, PullArgs};
 use rekindle::config::{Config, Layers, LogFormat};
 use rekindle::telemetry::log;
@@ -33,6 +34,8 @@ enum Command {
     Chat(ChatArgs),
     /// Fetch a model file, or go on where a broken download broke
     Pull(PullArgs),
+    /// Make an API key, for a tenant or an admin
+    Key(KeyArgs),
 }
 
 /// Every key of config/default.toml can be set by --set, by a file or by the environment: `kv.device_bytes` is
@@ -48,6 +51,9 @@ struct ServeArgs {
     /// Folder of what outlives the process [default: data]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// A TOML file with tenants and the hashes of their keys [default: one tenant, any key or none]
+    #[arg(long, value_name = "FILE")]
+    tenants: Option<PathBuf>,
     /// A TOML file with any of the keys of config/default.toml
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -76,6 +82,7 @@ impl ServeArgs {
             .flag("--model", "model.path", text(&self.model)?.as_deref())?
             .flag("--listen", "server.listen", self.listen.as_deref())?
             .flag("--data-dir", "server.data_dir", text(&self.data_dir)?.as_deref())?
+            .flag("--tenants", "tenants.file", text(&self.tenants)?.as_deref())?
             .build()?;
         Ok(config)
     }
@@ -105,5 +112,6 @@ async fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Chat(arguments) => chat::run(arguments).await,
         Command::Pull(arguments) => pull::run(arguments).await,
+        Command::Key(arguments) => Ok(key::run(&arguments)?),
     }
 }

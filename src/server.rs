@@ -18,6 +18,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::api::{self, ApiSettings, ApiState, Limits, UnknownFields};
+use crate::config::tenants::TenantsError;
 use crate::config::{self, Config};
 use crate::engine::status::EngineStatus;
 use crate::engine::thread::{Engine, EngineSettings, StartError};
@@ -30,8 +31,11 @@ use crate::sessions::{SessionSettings, Sessions};
 use crate::store::embedded::Embedded;
 use crate::store::{Store, StoreError};
 use crate::telemetry::metrics::{LIVE_SESSIONS, Metrics};
-use crate::tenants::Tenant;
-use crate::types::{BlockSize, TokenCount};
+use crate::tenants::admin_key::{self, AdminKeyError};
+use crate::tenants::directory::Directory;
+use crate::tenants::key::KeyHash;
+use crate::tenants::watch::Watch;
+use crate::types::{BlockSize, Grant, TokenCount};
 
 /// HTTP work is parsing and copying: the model gets the cores.
 const HTTP_WORKERS: usize = 2;
@@ -66,6 +70,10 @@ pub enum ServeError {
     Language { path: PathBuf, source: LanguageError },
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Tenants(#[from] TenantsError),
+    #[error(transparent)]
+    AdminKey(#[from] AdminKeyError),
     #[error("the engine did not start")]
     Engine(#[from] StartError),
     #[error("`engine.instructions`: {0}")]
@@ -98,6 +106,11 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     print(&capacity(&config, &spec, engine.window()));
 
     let longest_token_bytes = language.longest_token_bytes();
+    let (tenants, watch) = tenants(&config)?;
+    if let Some((watch, grants, admin)) = watch {
+        engine.grant(grants).map_err(|_| ServeError::EngineStopped)?;
+        tokio::spawn(follow(watch, Arc::clone(&tenants), admin, engine.clone()));
+    }
     let sessions = Sessions::new(
         engine.clone(),
         Arc::new(language),
@@ -106,7 +119,7 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     );
     let readiness = Arc::new(Readiness::new(engine.clone(), Arc::clone(&store) as Arc<dyn Store>));
     let settings = api_settings(&config, &spec, engine.window(), longest_token_bytes, tick_zero_us);
-    let state = web::Data::new(api_state(settings, &engine, &sessions, &readiness, &metrics));
+    let state = web::Data::new(api_state(settings, tenants, &engine, &sessions, &readiness, &metrics));
     tokio::spawn(keep_up(metrics));
 
     let bare_paths = config.api.bare_paths;
@@ -114,9 +127,8 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
         App::new()
             .app_data(state.clone())
             .wrap(NormalizePath::new(TrailingSlash::Trim))
-            .wrap(from_fn(api::idempotency::once::<actix_web::body::BoxBody>))
             .wrap(from_fn(api::edge::edge::<actix_web::body::BoxBody>))
-            .configure(|app| api::routes(app, bare_paths))
+            .configure(|app| api::routes::routes(app, bare_paths))
     };
     // A client that goes away ends its request at once, which cancels its turn; a half-closed connection counts as that.
     let server = HttpServer::new(app)
@@ -181,6 +193,33 @@ fn load(config: &Config) -> Result<(Decoder, Language), ServeError> {
     let ms = started.elapsed().as_millis();
     tracing::info!(path = %path.display(), threads = compute.threads, instructions = %compute.isa, ms, "model loaded");
     Ok((decoder, language))
+}
+
+/// A tenants file to follow, what it comes to at the start, and the admins' key if it names none.
+type Followed = (Watch, Vec<Grant>, KeyHash);
+
+/// Who may use the server.
+fn tenants(config: &Config) -> Result<(Arc<Directory>, Option<Followed>), ServeError> {
+    let admin = admin_key::find_or_make(&config.server.data_dir)?;
+    let concurrent_turns = config.api.limits.concurrent_turns;
+    let Some(path) = &config.tenants.file else {
+        return Ok((Arc::new(Directory::open_to_all(admin, concurrent_turns)), None));
+    };
+    let (watch, file) = Watch::begin(path.clone(), config.kv.clone())?;
+    tracing::info!(path = %path.display(), tenants = file.tenants.len(), "tenants file read");
+    let (directory, grants) = Directory::of_file(&file, admin, concurrent_turns);
+    Ok((Arc::new(directory), Some((watch, grants, admin))))
+}
+
+/// Keeps keys, limits and budgets as the tenants file has them.
+async fn follow(watch: Watch, tenants: Arc<Directory>, admin: KeyHash, engine: EngineHandle) {
+    let apply = |file| {
+        let grants = tenants.apply(&file, admin);
+        if let Err(error) = engine.grant(grants) {
+            tracing::error!(%error, "the engine did not hear of the edited tenants");
+        }
+    };
+    watch.follow(apply).await;
 }
 
 /// A line on the terminal that says how far the load is; nothing where nobody looks.
@@ -285,6 +324,7 @@ fn system_fingerprint(spec: &ModelSpec) -> String {
 
 fn api_state(
     settings: ApiSettings,
+    tenants: Arc<Directory>,
     engine: &EngineHandle,
     sessions: &Sessions,
     readiness: &Arc<Readiness>,
@@ -295,7 +335,7 @@ fn api_state(
     let alive = sessions.clone();
     ApiState {
         sessions: sessions.clone(),
-        tenant: Tenant::default_tenant(),
+        tenants,
         settings,
         status: Arc::new(move || looking.status()),
         not_ready: Arc::new(move || {

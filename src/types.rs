@@ -107,6 +107,52 @@ macro_rules! display_inner {
 }
 display_inner!(TenantId, TurnId, TokenId, BlockId, HostBlockId, TokenCount, BlockCount, BlockSize);
 
+/// A part of a tier's pool.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PoolPart {
+    Bytes(u64),
+    /// Thousandths of the pool, up to 1000.
+    Permille(u32),
+}
+
+impl PoolPart {
+    /// Bytes of it in a pool of `pool_bytes`.
+    pub fn bytes(self, pool_bytes: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Permille(permille) => {
+                pool_bytes / 1000 * u64::from(permille) + pool_bytes % 1000 * u64::from(permille) / 1000
+            }
+        }
+    }
+}
+
+/// What a tenant is given of one tier's pool; `None` is the default, which depends on who else is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TierBudget {
+    /// What no other tenant's turn takes from it.
+    pub floor: Option<PoolPart>,
+    /// What it may have once memory is short.
+    pub ceiling: Option<PoolPart>,
+}
+
+/// A tenant's part where there is not enough for all, in thousandths: an ordinary tenant has 1000.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Weight(pub u32);
+
+impl Weight {
+    pub const ORDINARY: Weight = Weight(1000);
+}
+
+/// What one tenant is given of the engine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Grant {
+    pub tenant: TenantId,
+    pub weight: Weight,
+    pub device: TierBudget,
+    pub host: TierBudget,
+}
+
 /// Where KV may be, from fast to slow.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Tier {

@@ -16,15 +16,15 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "main",
         &["api", "cli", "cluster", "config", "dashboard", "engine", "model", "server", "sessions", "store", "tenants"],
     ),
-    ("cli", &["config", "model", "server"]),
+    ("cli", &["config", "model", "server", "tenants"]),
     ("server", &["api", "cluster", "config", "dashboard", "engine", "model", "sessions", "store", "tenants"]),
     ("config", &[]),
     ("api", &["cluster", "engine::status", "engine::replay", "sessions", "tenants"]),
     ("dashboard", &["cluster", "engine::status", "engine::replay", "sessions", "tenants"]),
     ("cluster", &["sessions", "store"]),
-    ("tenants", &["store"]),
+    ("tenants", &["config", "store"]),
     ("sessions", &["engine", "store", "tenants"]),
-    ("engine", &["kv", "model", "kernels::memory"]), // the arenas that it hands to both
+    ("engine", &["kv", "model", "kernels::memory", "kernels::isa", "kernels::softmax"]), // arenas for both; sampling
     ("kv", &["kernels::memory", "kernels::files"]),
     ("model", &["kernels"]),
     ("kernels", &[]),

@@ -14,7 +14,10 @@ use rekindle::kv::block::PrefixHash;
 use rekindle::kv::manager::{Admission, Admit, Found};
 use rekindle::kv::transfer::{Direction, TransferDone, TransferOrder};
 use rekindle::kv::{KvSettings, Manager};
-use rekindle::types::{BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId};
+use rekindle::types::{
+    BlockCount, BlockSize, Grant, KvKey, PoolPart, TenantId, TenantKey, Tick, Tier, TierBudget, TokenCount, TokenId,
+    Weight,
+};
 
 const SIZE: BlockSize = BlockSize(4);
 const WINDOW: usize = 23;
@@ -44,10 +47,13 @@ enum Op {
         damage: bool,
     },
     WorkAhead,
+    /// Floors and ceilings in thousandths of the pools, by tenant; one without any is gone.
+    Grant(Vec<Option<(u32, u32)>>),
 }
 
 fn op() -> impl Strategy<Value = Op> {
     let conversation = 0..CONVERSATIONS;
+    let part = (0..=1000u32, 0..=1000u32);
     prop_oneof![
         4 => (conversation.clone(), 0..=2 * WINDOW, 1..8usize, 0..3u32)
             .prop_map(|(conversation, keep, words, voice)| Op::Admit { conversation, keep, words, voice }),
@@ -58,6 +64,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => conversation.prop_map(Op::End),
         4 => proptest::bool::weighted(0.1).prop_map(|damage| Op::Copy { damage }),
         2 => Just(Op::WorkAhead),
+        1 => vec(proptest::option::weighted(0.8, part), TENANTS as usize).prop_map(Op::Grant),
     ]
 }
 
@@ -105,6 +112,11 @@ fn tenant(conversation: usize) -> TenantId {
 
 fn tenant_key(tenant: TenantId) -> TenantKey {
     TenantKey([tenant.0 as u8 + 1; 32])
+}
+
+fn grant(tenant: TenantId, (floor, ceiling): (u32, u32)) -> Grant {
+    let budget = TierBudget { floor: Some(PoolPart::Permille(floor)), ceiling: Some(PoolPart::Permille(ceiling)) };
+    Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget }
 }
 
 fn sum(cells: &[Cell]) -> u32 {
@@ -160,10 +172,15 @@ impl World {
             Op::End(conversation) => self.manager.end(key(conversation)),
             Op::Copy { damage } => self.copy(damage)?,
             Op::WorkAhead => self.manager.work_ahead(self.now),
+            Op::Grant(ref parts) => {
+                let given = (0..TENANTS).map(TenantId).zip(parts);
+                let given: Vec<Grant> = given.filter_map(|(tenant, part)| Some(grant(tenant, (*part)?))).collect();
+                self.manager.grant(&given);
+            }
         }
         if let Op::Admit { conversation, .. } | Op::Append { conversation, .. } = *op {
-            let floor = self.manager.floor().0;
             for ((other, was), is) in (0..TENANTS).map(TenantId).zip(before).zip(held(&self.manager)) {
+                let floor = self.manager.floor(other).0;
                 let safe = other == tenant(conversation) || is >= was.min(floor);
                 prop_assert!(safe, "tenant {other} fell from {was} to {is}, below its floor of {floor}");
             }

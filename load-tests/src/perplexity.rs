@@ -30,6 +30,8 @@ const CONTEXT: usize = WINDOW / 2;
 const SCORED: std::ops::Range<usize> = CONTEXT..WINDOW - 1;
 /// The most that perplexities may differ.
 const LIMIT_PERCENT: f64 = 0.5;
+/// What a file is made into to know its exact perplexity: every weight as it is, multiplied by rows as they are.
+const EXACT: &str = "F32";
 
 #[derive(clap::Parser)]
 pub struct Args {
@@ -65,26 +67,32 @@ pub fn measure(model: &Path, args: &Args) -> anyhow::Result<Report> {
             ours.tokens,
             theirs.tokens
         );
-        let percent = (ours.perplexity / theirs.perplexity - 1.0) * 100.0;
+        let percent = percent_above(&ours, &theirs);
         eprintln!("[perplexity] {format}: {:.4}, llama.cpp {:.4}", ours.perplexity, theirs.perplexity);
+        // Where the two disagree, the same weights without any rounding of rows say who is nearer.
+        let exact = if percent.abs() > LIMIT_PERCENT { Some(exact(&peer, &file, args)?) } else { None };
         rows.push(vec![
             format.clone(),
             format!("{:.4}", ours.perplexity),
             format!("{:.4}", theirs.perplexity),
             format!("{percent:+.3}"),
+            exact.as_ref().map_or_else(|| "–".to_owned(), |exact| format!("{:.4}", exact.perplexity)),
             ours.tokens.to_string(),
             figure(ours.seconds),
             figure(theirs.seconds),
         ]);
-        bounds.push(Bound {
-            what: format!("{format}, difference either way"),
-            measured: percent.abs(),
-            limit: Limit::AtMost(LIMIT_PERCENT),
-            unit: "%",
-        });
+        bounds.extend(bounds_of(format, &ours, &theirs, exact.as_ref()));
     }
-    let columns =
-        vec!["format", "ours", "llama.cpp", "difference %", "tokens scored", "seconds, ours", "seconds, llama.cpp"];
+    let columns = vec![
+        "format",
+        "ours",
+        "llama.cpp",
+        "difference %",
+        "exact",
+        "tokens scored",
+        "seconds, ours",
+        "seconds, llama.cpp",
+    ];
     Ok(Report {
         name: "perplexity",
         title: "Perplexity beside llama.cpp",
@@ -102,10 +110,40 @@ pub fn measure(model: &Path, args: &Args) -> anyhow::Result<Report> {
                  good a format is, only that both compute the same from it. Built from {}.",
                 Peer::version()
             ),
+            "Exact: where the two differ by more than the bound, llama.cpp's own figure for the same weights as f32, which \
+             rounds neither weights nor rows; we must then be within the bound of it, and nearer than llama.cpp is."
+                .to_owned(),
             "The seconds include loading, and are no measure of speed: see `compare`.".to_owned(),
         ],
         raw: None,
     })
+}
+
+/// By how many percent ours is larger.
+fn percent_above(ours: &Scored, other: &Scored) -> f64 {
+    (ours.perplexity / other.perplexity - 1.0) * 100.0
+}
+
+fn bounds_of(format: &str, ours: &Scored, theirs: &Scored, exact: Option<&Scored>) -> Vec<Bound> {
+    let at_most = |what: String, measured: f64, limit| Bound { what, measured, limit: Limit::AtMost(limit), unit: "%" };
+    let Some(exact) = exact else {
+        let what = format!("{format}, from llama.cpp's either way");
+        return vec![at_most(what, percent_above(ours, theirs).abs(), LIMIT_PERCENT)];
+    };
+    let [ours, theirs] = [ours, theirs].map(|scored| percent_above(scored, exact).abs());
+    vec![
+        at_most(format!("{format}, from the exact one either way"), ours, LIMIT_PERCENT),
+        at_most(format!("{format}, from the exact one beside llama.cpp's distance from it"), ours, theirs),
+    ]
+}
+
+/// The perplexity of the very weights of a file.
+fn exact(peer: &Peer, file: &Path, args: &Args) -> anyhow::Result<Scored> {
+    let part = file.with_extension(EXACT);
+    peer.convert(file, &part, EXACT)?;
+    let scored = theirs(peer, &part, args);
+    std::fs::remove_file(&part).with_context(|| part.display().to_string())?;
+    scored
 }
 
 /// Runs `llama-perplexity`.
@@ -178,6 +216,16 @@ mod tests {
         assert_eq!(read("0.47 minutes\n[1]18.9348,[2]21.0226,\n\n"), Some((21.0226, 2)));
         assert_eq!(read("[1]18.9348,"), Some((18.9348, 1)));
         assert_eq!(read("no estimate"), None);
+    }
+
+    #[test]
+    fn where_llama_cpp_is_further_from_the_exact_value_only_our_own_distance_counts() {
+        let [ours, theirs, exact] =
+            [20.02, 20.2, 20.0].map(|perplexity| Scored { perplexity, tokens: 1, seconds: 1.0 });
+        let holds = |bounds: Vec<Bound>| bounds.iter().all(Bound::holds);
+        assert!(!holds(bounds_of("Q4_K_M", &ours, &theirs, None)));
+        assert!(holds(bounds_of("Q4_K_M", &ours, &theirs, Some(&exact))));
+        assert!(!holds(bounds_of("Q4_K_M", &theirs, &ours, Some(&exact))), "the other way round");
     }
 
     #[test]

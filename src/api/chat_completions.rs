@@ -10,6 +10,7 @@ use futures_util::future::join_all;
 use futures_util::{Stream, StreamExt, stream};
 use serde_json::{Map, Value, json};
 
+use super::auth::{self, Caller};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::sse;
@@ -22,11 +23,13 @@ pub async fn create(
     request: HttpRequest,
     payload: web::Payload,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let settings = &state.settings;
     let object = body::object(&request, payload, &settings.limits).await?;
     let mut fields = Fields::of(&object);
     let (turn, stream) = parse(&mut fields, settings, queue_deadline(request.headers(), settings))?;
+    auth::check_model(&caller, settings)?;
     let ignored = body::unknown(&fields, settings)?;
 
     let head = Head {
@@ -36,7 +39,7 @@ pub async fn create(
         system_fingerprint: settings.system_fingerprint.clone(),
         logprobs: turn.limits.logprobs.is_some(),
     };
-    let mut choices = state.sessions.complete(&state.tenant, turn).await?;
+    let mut choices = state.sessions.complete(&caller, turn).await?;
     let response = match stream {
         Some(StreamOptions { include_usage }) => {
             let chunks = Chunks::new(head, include_usage, choices.len());

@@ -4,6 +4,7 @@
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Value, json};
 
+use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::{Fields, METADATA_PAIRS};
 use super::items::{self, Page};
@@ -37,18 +38,19 @@ pub async fn create(
     request: HttpRequest,
     payload: web::Payload,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let parsed = body::object(&request, payload, &state.settings.limits).await?;
     let mut fields = Fields::of(&parsed);
     let metadata = fields.metadata()?.unwrap_or_default();
     let items = new_items(&mut fields, &state.settings.limits)?.unwrap_or_default();
     let ignored = body::unknown(&fields, &state.settings)?;
-    let conversation = state.sessions.create(&state.tenant, metadata, items).await?;
+    let conversation = state.sessions.create(&caller, metadata, items).await?;
     Ok(body::answer_naming(HttpResponse::Ok().json(object(&conversation)), ignored))
 }
 
 /// GET `/v1/conversations`: those whose metadata has all the asked-for pairs, and whose KV is in the asked-for state.
-pub async fn list(request: HttpRequest, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
+pub async fn list(request: HttpRequest, state: web::Data<ApiState>, caller: Caller) -> Result<HttpResponse, ApiError> {
     let page = Page::parse(request.query_string())?;
     let Filters { metadata, state: wanted } = filters(request.query_string())?;
     let after = page.after.as_deref();
@@ -58,7 +60,7 @@ pub async fn list(request: HttpRequest, state: web::Data<ApiState>) -> Result<Ht
     loop {
         let limit = LIST_STEP.max(page.limit + 1);
         let query = ConversationQuery { newest_first: page.newest_first, after, limit, metadata: metadata.clone() };
-        let read = state.sessions.list(&state.tenant, query).await?.ok_or_else(unknown_after)?;
+        let read = state.sessions.list(&caller, query).await?.ok_or_else(unknown_after)?;
         let is_last = read.len() < limit;
         after = read.last().map(|last| last.conversation.id);
         let matches = |found: &&ListedConversation| {
@@ -110,8 +112,12 @@ fn filters(query: &str) -> Result<Filters, ApiError> {
 }
 
 /// GET `/v1/conversations/{id}`.
-pub async fn get(path: web::Path<String>, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
-    let conversation = state.sessions.get(&state.tenant, id(&path)?).await?;
+pub async fn get(
+    path: web::Path<String>,
+    state: web::Data<ApiState>,
+    caller: Caller,
+) -> Result<HttpResponse, ApiError> {
+    let conversation = state.sessions.get(&caller, id(&path)?).await?;
     Ok(HttpResponse::Ok().json(object(&conversation)))
 }
 
@@ -121,6 +127,7 @@ pub async fn set_metadata(
     path: web::Path<String>,
     payload: web::Payload,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let parsed = body::object(&request, payload, &state.settings.limits).await?;
     let id = id(&path)?;
@@ -131,14 +138,18 @@ pub async fn set_metadata(
         None => return Err(ApiError::missing("metadata")),
     };
     let ignored = body::unknown(&fields, &state.settings)?;
-    let conversation = state.sessions.set_metadata(&state.tenant, id, metadata).await?;
+    let conversation = state.sessions.set_metadata(&caller, id, metadata).await?;
     Ok(body::answer_naming(HttpResponse::Ok().json(object(&conversation)), ignored))
 }
 
 /// DELETE `/v1/conversations/{id}`: answers after every tier and the store have let go, with the proof.
-pub async fn delete(path: web::Path<String>, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
+pub async fn delete(
+    path: web::Path<String>,
+    state: web::Data<ApiState>,
+    caller: Caller,
+) -> Result<HttpResponse, ApiError> {
     let id = id(&path)?;
-    let deleted = state.sessions.delete(&state.tenant, id).await?;
+    let deleted = state.sessions.delete(&caller, id).await?;
     Ok(HttpResponse::Ok().json(json!({
         "id": ids::conversation(id),
         "object": "conversation.deleted",
@@ -157,10 +168,11 @@ pub async fn list_items(
     request: HttpRequest,
     path: web::Path<String>,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let id = id(&path)?;
     let page = Page::parse(request.query_string())?;
-    let items = state.sessions.items(&state.tenant, id).await?;
+    let items = state.sessions.items(&caller, id).await?;
     Ok(HttpResponse::Ok().json(page.cut(&items)?))
 }
 
@@ -170,6 +182,7 @@ pub async fn add_items(
     path: web::Path<String>,
     payload: web::Payload,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let parsed = body::object(&request, payload, &state.settings.limits).await?;
     let id = id(&path)?;
@@ -179,15 +192,19 @@ pub async fn add_items(
         return Err(ApiError::invalid_value("items", "`items` is empty; give at least one"));
     }
     let ignored = body::unknown(&fields, &state.settings)?;
-    let added = state.sessions.append_items(&state.tenant, id, items).await?;
+    let added = state.sessions.append_items(&caller, id, items).await?;
     let list = items::whole_list(added.iter().map(|item| items::item(item)).collect());
     Ok(body::answer_naming(HttpResponse::Ok().json(list), ignored))
 }
 
 /// GET `/v1/conversations/{id}/items/{item_id}`.
-pub async fn get_item(path: web::Path<(String, String)>, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
+pub async fn get_item(
+    path: web::Path<(String, String)>,
+    state: web::Data<ApiState>,
+    caller: Caller,
+) -> Result<HttpResponse, ApiError> {
     let (conversation, item) = path.into_inner();
-    let items = state.sessions.items(&state.tenant, id(&conversation)?).await?;
+    let items = state.sessions.items(&caller, id(&conversation)?).await?;
     let found = items.iter().find(|found| found.id == item).ok_or_else(|| ApiError::item_not_found(None))?;
     Ok(HttpResponse::Ok().json(items::item(found)))
 }
@@ -196,9 +213,10 @@ pub async fn get_item(path: web::Path<(String, String)>, state: web::Data<ApiSta
 pub async fn delete_item(
     path: web::Path<(String, String)>,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let (conversation, item) = path.into_inner();
-    let conversation = state.sessions.delete_item(&state.tenant, id(&conversation)?, &item).await?;
+    let conversation = state.sessions.delete_item(&caller, id(&conversation)?, &item).await?;
     Ok(HttpResponse::Ok().json(object(&conversation)))
 }
 
@@ -208,6 +226,7 @@ pub async fn offload(
     path: web::Path<String>,
     payload: web::Payload,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let parsed = body::object(&request, payload, &state.settings.limits).await?;
     let id = id(&path)?;
@@ -221,7 +240,7 @@ pub async fn offload(
         Some(_) => return Err(ApiError::invalid_value("to", "`to` must be host, disk or none")),
     };
     let ignored = body::unknown(&fields, &state.settings)?;
-    let moved = state.sessions.offload(&state.tenant, id, to).await?;
+    let moved = state.sessions.offload(&caller, id, to).await?;
     let response = json!({
         "object": "conversation.offload",
         "conversation": ids::conversation(id),
@@ -233,10 +252,14 @@ pub async fn offload(
 }
 
 /// GET `/v1/conversations/{id}/residency`: where its KV is now. Never waits for the engine.
-pub async fn residency(path: web::Path<String>, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
+pub async fn residency(
+    path: web::Path<String>,
+    state: web::Data<ApiState>,
+    caller: Caller,
+) -> Result<HttpResponse, ApiError> {
     let id = id(&path)?;
-    let residency = state.sessions.residency(&state.tenant, id).await?;
-    Ok(HttpResponse::Ok().json(residency_object(id, &residency, state.tenant.id, &state.settings)))
+    let residency = state.sessions.residency(&caller, id).await?;
+    Ok(HttpResponse::Ok().json(residency_object(id, &residency, caller.id, &state.settings)))
 }
 
 fn residency_object(id: ConversationId, of: &ConversationResidency, tenant: TenantId, settings: &ApiSettings) -> Value {

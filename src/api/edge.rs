@@ -38,7 +38,7 @@ pub async fn edge<B: MessageBody + 'static>(
     let span = tracing::info_span!(
         "request",
         request = about.id,
-        tenant = state.tenant.name,
+        tenant = tracing::field::Empty, // once it is known
         method = %request.method(),
         path = request.path(),
         client_request = about.client_id.as_ref().and_then(|value| value.to_str().ok()),

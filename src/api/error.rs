@@ -8,11 +8,12 @@ use std::fmt;
 use std::time::Duration;
 
 use actix_web::http::StatusCode;
-use actix_web::http::header::{ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
+use actix_web::http::header::{ALLOW, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use actix_web::{HttpResponse, ResponseError};
 use serde_json::{Value, json};
 
 use crate::sessions::messages::{SessionError, TurnError};
+use crate::tenants::quota::RateExceeded;
 
 const INVALID_REQUEST: &str = "invalid_request_error";
 const SERVER_ERROR: &str = "server_error";
@@ -131,6 +132,21 @@ impl ApiError {
     pub fn idempotency_key_reused() -> Self {
         let message = "another request had this `Idempotency-Key`; a key names one request, with one body";
         Self::bad_request("idempotency_key_reused", Some("Idempotency-Key"), message)
+    }
+
+    /// 401; every route that takes a key.
+    pub fn invalid_api_key(message: String) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, INVALID_REQUEST, "invalid_api_key", message)
+    }
+
+    /// 403: the key is good, and not for this.
+    pub fn forbidden(code: &'static str, message: String) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "permission_error", code, message)
+    }
+
+    pub fn model_not_allowed(model: &str) -> Self {
+        let message = format!("this tenant may not use the model `{model}`; ask who runs this server");
+        Self { param: Some("model".into()), ..Self::forbidden("model_not_allowed", message) }
     }
 
     pub fn unknown_url(method: &str, path: &str) -> Self {
@@ -253,8 +269,10 @@ impl ResponseError for ApiError {
         let mut response = HttpResponse::build(self.status).json(self.body());
         let headers = response.headers_mut();
         if let Some(wait) = self.retry_after {
-            headers.insert(RETRY_AFTER, HeaderValue::from(wait.as_millis().div_ceil(1000) as u64));
-            headers.insert(HeaderName::from_static("retry-after-ms"), HeaderValue::from(wait.as_millis() as u64));
+            // Rounded up, so that whoever waits for so long is let in.
+            let ms = wait.as_micros().div_ceil(1000) as u64;
+            headers.insert(RETRY_AFTER, HeaderValue::from(ms.div_ceil(1000)));
+            headers.insert(HeaderName::from_static("retry-after-ms"), HeaderValue::from(ms));
         }
         if let Some(retry) = self.should_retry {
             let value = HeaderValue::from_static(if retry { "true" } else { "false" });
@@ -262,6 +280,9 @@ impl ResponseError for ApiError {
         }
         if let Some(allow) = self.allow {
             headers.insert(ALLOW, HeaderValue::from_static(allow));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         if self.status == StatusCode::UPGRADE_REQUIRED {
             headers.insert(actix_web::http::header::UPGRADE, HeaderValue::from_static("websocket"));
@@ -296,6 +317,10 @@ impl From<TurnError> for ApiError {
             TurnError::Template(_) => Self::unsupported_value("messages", message),
             TurnError::Overloaded(_) => Self::unavailable("engine_overloaded", message, Duration::from_secs(1)),
             TurnError::QueueTimeout(_) => Self::unavailable("queue_timeout", message, Duration::from_secs(5)),
+            TurnError::TooManyTurns(_) => Self {
+                retry_after: Some(Duration::from_secs(1)),
+                ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "concurrency_limit_exceeded", message)
+            },
             TurnError::Store(reason) => Self::store_unavailable(&reason),
             TurnError::Draining => Self::unavailable("draining", message, Duration::from_secs(5)),
             TurnError::Lost(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER_ERROR, "internal_error", message),
@@ -304,6 +329,22 @@ impl From<TurnError> for ApiError {
                 Self::internal()
             }
         }
+    }
+}
+
+impl From<RateExceeded> for ApiError {
+    fn from(exceeded: RateExceeded) -> Self {
+        let limit = exceeded.left.limit;
+        let message = match exceeded.retry_after {
+            Some(wait) => format!(
+                "this tenant may send {limit} requests a minute, and they are spent; retry in {} ms",
+                wait.as_millis()
+            ),
+            None => "this tenant may send no requests; ask who runs this server".to_owned(),
+        };
+        let should_retry = exceeded.retry_after.is_none().then_some(false);
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "requests", "rate_limit_exceeded", message);
+        Self { retry_after: exceeded.retry_after, should_retry, ..error }
     }
 }
 
@@ -344,6 +385,7 @@ impl ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tenants::quota::{RequestsLeft, TurnsExceeded};
     use crate::types::TokenCount;
 
     fn header<'a>(response: &'a HttpResponse, name: &str) -> Option<&'a str> {
@@ -365,6 +407,7 @@ mod tests {
             (TurnError::Template("no".into()), 400, "unsupported_value", Some("messages")),
             (TurnError::Overloaded("full".into()), 503, "engine_overloaded", None),
             (TurnError::QueueTimeout("late".into()), 503, "queue_timeout", None),
+            (TurnError::TooManyTurns(TurnsExceeded { limit: 2 }), 429, "concurrency_limit_exceeded", None),
             (TurnError::Store("gone".into()), 503, "store_unavailable", None),
             (TurnError::Draining, 503, "draining", None),
             (TurnError::Internal("bug".into()), 500, "internal_error", None),
@@ -373,7 +416,7 @@ mod tests {
             let mapped = ApiError::from(error.clone());
             assert_eq!((mapped.status().as_u16(), mapped.code(), mapped.param()), (status, code, param), "{error:?}");
             let waits = header(&mapped.error_response(), "retry-after").is_some();
-            assert_eq!(waits, status == 503 || code == "conversation_locked", "{error:?}");
+            assert_eq!(waits, [429, 503].contains(&status) || code == "conversation_locked", "{error:?}");
         }
     }
 
@@ -395,6 +438,16 @@ mod tests {
         let stored = ApiError::internal().after_storing().error_response();
         assert_eq!(header(&stored, "x-should-retry"), Some("false"));
         assert_eq!(header(&ApiError::missing("a").after_storing().error_response(), "x-should-retry"), None);
+    }
+
+    #[test]
+    fn a_spent_rate_says_exactly_when_and_a_rate_of_none_not_to_retry() {
+        let left = RequestsLeft { limit: 2, remaining: 0, reset: Duration::from_secs(60) };
+        let spent = RateExceeded { left, retry_after: Some(Duration::from_micros(1_200_400)) };
+        let response = ApiError::from(spent).error_response();
+        assert_eq!((header(&response, "retry-after"), header(&response, "retry-after-ms")), (Some("2"), Some("1201")));
+        let never = ApiError::from(RateExceeded { left, retry_after: None }).error_response();
+        assert_eq!((header(&never, "retry-after"), header(&never, "x-should-retry")), (None, Some("false")));
     }
 
     #[test]

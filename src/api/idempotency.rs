@@ -22,28 +22,29 @@ use super::body::{self, IDEMPOTENCY_KEY};
 use super::error::ApiError;
 use super::{ApiState, Limits};
 use crate::sessions::{Claim, Once};
+use crate::tenants::Tenant;
 
 const KEY_MAX_BYTES: usize = 255;
 const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 const IGNORED: HeaderName = HeaderName::from_static("x-rekindle-ignored");
 
-/// The layer around all routes.
-pub async fn once<B: MessageBody + 'static>(
+/// The layer behind the one that finds the tenant.
+pub async fn once(
     state: web::Data<ApiState>,
     mut request: ServiceRequest,
-    next: Next<B>,
+    next: Next<BoxBody>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
     let key = request.headers().get(IDEMPOTENCY_KEY).cloned();
     let Some(key) = key.filter(|_| [Method::POST, Method::DELETE].contains(request.method())) else {
-        return Ok(next.call(request).await?.map_into_boxed_body());
+        return next.call(request).await;
     };
     let claim = match claim(&state, &mut request, &key).await {
         Ok(Known::New(claim)) => claim,
         Ok(Known::Over(response)) => return Ok(request.into_response(response)),
         Err(error) => return Ok(request.error_response(error)),
     };
-    let response = next.call(request).await?.map_into_boxed_body();
+    let response = next.call(request).await?;
     Ok(remember(response, claim, state.settings.limits.body_bytes).await)
 }
 
@@ -60,10 +61,11 @@ async fn claim(state: &ApiState, request: &mut ServiceRequest, key: &HeaderValue
         let message = format!("`Idempotency-Key` must be 1 to {KEY_MAX_BYTES} printable ASCII characters");
         ApiError::invalid_value("Idempotency-Key", message)
     })?;
+    let tenant = request.extensions().get::<Tenant>().cloned().ok_or_else(ApiError::internal)?;
     let body = whole_body(request, &state.settings.limits).await?;
     let digest = *blake3::hash(&body).as_bytes();
     let named = format!("{} {} {key}", request.method(), request.path().trim_end_matches('/'));
-    match state.sessions.once(&state.tenant, &named, digest).await? {
+    match state.sessions.once(&tenant, &named, digest).await? {
         Once::New(claim) => Ok(Known::New(claim)),
         Once::Runs => Err(ApiError::idempotency_in_progress()),
         Once::Another => Err(ApiError::idempotency_key_reused()),

@@ -1,7 +1,8 @@
-//! Which routes does the server have, and what does each handler need?
+//! What does each handler of the API need?
 //!
 //! REST and SSE: parse, ask `sessions`, map errors. No policy lives here.
 
+pub mod auth;
 pub mod body;
 pub mod chat_completions;
 pub mod conversations;
@@ -15,6 +16,7 @@ pub mod input;
 pub mod items;
 pub mod ops;
 pub mod responses;
+pub mod routes;
 pub mod sse;
 pub mod usage;
 
@@ -23,15 +25,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix_web::HttpRequest;
 use actix_web::http::header::HeaderMap;
-use actix_web::web::{self, ServiceConfig};
 
 use crate::engine::status::EngineStatus;
 use crate::sessions::Sessions;
-use crate::tenants::Tenant;
+use crate::tenants::directory::Directory;
 use crate::types::TokenCount;
-use error::ApiError;
 
 /// What to do with a field that no route knows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -94,7 +93,7 @@ pub type Reasons = Pin<Box<dyn Future<Output = Vec<String>> + Send>>;
 /// What every handler may use. Cheap to share.
 pub struct ApiState {
     pub sessions: Sessions,
-    pub tenant: Tenant,
+    pub tenants: Arc<Directory>,
     pub settings: ApiSettings,
     /// The engine's newest snapshot.
     pub status: Arc<dyn Fn() -> Arc<EngineStatus> + Send + Sync>,
@@ -102,87 +101,6 @@ pub struct ApiState {
     pub not_ready: Arc<dyn Fn() -> Reasons + Send + Sync>,
     /// The metrics page.
     pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
-}
-
-macro_rules! resource {
-    ($config:expr, $path:expr, $allow:literal, $($route:expr),+) => {
-        $config.service(web::resource($path)$(.route($route))+.default_service(web::to(|request: HttpRequest| async move {
-            Err::<actix_web::HttpResponse, _>(ApiError::method_not_allowed(request.method().as_str(), $allow))
-        })))
-    };
-}
-
-async fn unknown_url(request: HttpRequest) -> Result<actix_web::HttpResponse, ApiError> {
-    Err(ApiError::unknown_url(request.method().as_str(), request.path()))
-}
-
-/// Adds every route to an app whose data has an `ApiState`. `bare_paths`: those under `/v1` answer without it too.
-pub fn routes(config: &mut ServiceConfig, bare_paths: bool) {
-    routes_under(config, "/v1");
-    resource!(config, "/healthz", "GET, HEAD", web::get().to(ops::healthz), web::head().to(ops::healthz));
-    resource!(config, "/readyz", "GET, HEAD", web::get().to(ops::readyz), web::head().to(ops::readyz));
-    resource!(config, "/metrics", "GET", web::get().to(ops::metrics));
-    if bare_paths {
-        routes_under(config, "");
-    }
-    config.default_service(web::to(unknown_url));
-}
-
-fn routes_under(config: &mut ServiceConfig, root: &str) {
-    let under = |path: &str| format!("{root}{path}");
-    resource!(config, under("/chat/completions"), "POST", web::post().to(chat_completions::create));
-    resource!(
-        config,
-        under("/responses"),
-        "GET, POST",
-        web::post().to(responses::create),
-        web::get().to(responses::upgrade)
-    );
-    resource!(config, under("/responses/input_tokens"), "POST", web::post().to(responses::count));
-    // A word that is no id: its route is not there.
-    config.service(web::resource(under("/responses/compact")).to(unknown_url));
-    resource!(
-        config,
-        under("/responses/{id}"),
-        "GET, DELETE",
-        web::get().to(responses::get),
-        web::delete().to(responses::delete)
-    );
-    resource!(config, under("/responses/{id}/cancel"), "POST", web::post().to(responses::cancel));
-    resource!(config, under("/responses/{id}/input_items"), "GET", web::get().to(responses::input_items));
-    resource!(
-        config,
-        under("/conversations"),
-        "GET, POST",
-        web::get().to(conversations::list),
-        web::post().to(conversations::create)
-    );
-    resource!(
-        config,
-        under("/conversations/{id}"),
-        "GET, POST, DELETE",
-        web::get().to(conversations::get),
-        web::post().to(conversations::set_metadata),
-        web::delete().to(conversations::delete)
-    );
-    resource!(
-        config,
-        under("/conversations/{id}/items"),
-        "GET, POST",
-        web::get().to(conversations::list_items),
-        web::post().to(conversations::add_items)
-    );
-    resource!(
-        config,
-        under("/conversations/{id}/items/{item}"),
-        "GET, DELETE",
-        web::get().to(conversations::get_item),
-        web::delete().to(conversations::delete_item)
-    );
-    resource!(config, under("/conversations/{id}/residency"), "GET", web::get().to(conversations::residency));
-    resource!(config, under("/conversations/{id}/offload"), "POST", web::post().to(conversations::offload));
-    resource!(config, under("/models"), "GET", web::get().to(ops::models));
-    resource!(config, under("/models/{id:.+}"), "GET", web::get().to(ops::model));
 }
 
 /// How long a request may queue: the server's deadline, or the client's own patience where that is shorter.

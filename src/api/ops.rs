@@ -5,19 +5,26 @@ use actix_web::http::header::CONTENT_TYPE;
 use actix_web::{HttpResponse, web};
 use serde_json::{Value, json};
 
+use super::auth::{self, Caller};
 use super::error::ApiError;
 use super::{ApiSettings, ApiState};
 
 /// GET `/v1/models`.
-pub async fn models(state: web::Data<ApiState>) -> HttpResponse {
-    HttpResponse::Ok().json(json!({"object": "list", "data": [entry(&state.settings)]}))
+pub async fn models(state: web::Data<ApiState>, caller: Caller) -> HttpResponse {
+    let served = Some(entry(&state.settings)).filter(|_| caller.may_use(&state.settings.model));
+    HttpResponse::Ok().json(json!({"object": "list", "data": served.as_slice()}))
 }
 
 /// GET `/v1/models/{id}`; ids may hold `/`.
-pub async fn model(id: web::Path<String>, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
+pub async fn model(
+    id: web::Path<String>,
+    state: web::Data<ApiState>,
+    caller: Caller,
+) -> Result<HttpResponse, ApiError> {
     if *id != state.settings.model {
         return Err(ApiError::model_not_found(&id, &state.settings.model));
     }
+    auth::check_model(&caller, &state.settings)?;
     Ok(HttpResponse::Ok().json(entry(&state.settings)))
 }
 

@@ -19,6 +19,9 @@ pub struct ChatArgs {
     /// Where the server is
     #[arg(long, default_value = "http://127.0.0.1:8080", env = "REKINDLE_URL")]
     pub url: String,
+    /// The tenant's API key, if the server wants one
+    #[arg(long, env = "REKINDLE_API_KEY", hide_env_values = true, default_value = "")]
+    pub api_key: String,
     /// Go on with this conversation (conv_…) instead of starting one
     #[arg(long)]
     pub conversation: Option<String>,
@@ -152,6 +155,7 @@ fn history_file() -> Option<PathBuf> {
 struct Server {
     client: reqwest::Client,
     url: String,
+    key: String,
     model: Option<String>,
 }
 
@@ -159,7 +163,7 @@ impl Server {
     fn new(args: &ChatArgs) -> anyhow::Result<Self> {
         let url = args.url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
         let client = reqwest::Client::builder().connect_timeout(Duration::from_secs(5)).build()?;
-        Ok(Self { client, url, model: args.model.clone() })
+        Ok(Self { client, url, key: args.api_key.clone(), model: args.model.clone() })
     }
 
     async fn get(&self, path: &str) -> anyhow::Result<Value> {
@@ -176,6 +180,7 @@ impl Server {
 
     /// Sends; a refusal becomes an error with the server's own sentence.
     async fn send(&self, request: reqwest::RequestBuilder) -> anyhow::Result<reqwest::Response> {
+        let request = if self.key.is_empty() { request } else { request.bearer_auth(&self.key) };
         let sent = request.send().await;
         let response =
             sent.with_context(|| format!("no server answers at {}; start one with `rekindle serve`", self.url))?;

@@ -2,4 +2,5 @@
 
 pub mod chat;
 pub mod download;
+pub mod key;
 pub mod pull;

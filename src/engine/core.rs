@@ -17,7 +17,7 @@ use crate::kv::manager::{Chores, Freed, Rate};
 use crate::kv::transfer::{TransferDone, TransferOrder};
 use crate::kv::{KvSettings, Manager};
 use crate::model::{ForwardError, Logits};
-use crate::types::{BlockCount, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId, TurnId};
+use crate::types::{BlockCount, Grant, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId, TurnId};
 
 /// A turn to start.
 #[derive(Clone, Debug)]
@@ -45,6 +45,8 @@ pub enum Command {
     /// The conversation is over.
     End(KvKey),
     Transferred(TransferDone),
+    /// What all tenants are given from now on.
+    Grant(Vec<Grant>),
 }
 
 /// What the core tells.
@@ -308,6 +310,10 @@ impl Core {
                 }
             }
             Command::End(key) => self.manager.end(key),
+            Command::Grant(grants) => {
+                grants.iter().for_each(|grant| self.fairness.weigh(grant.tenant, grant.weight));
+                self.manager.grant(&grants);
+            }
             Command::Transferred(done) => {
                 if let Some(reloaded) = self.manager.transferred(now, done) {
                     self.go_on(now, reloaded.key, reloaded.context, reloaded.took_ms);

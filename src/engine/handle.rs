@@ -19,7 +19,7 @@ use super::{TurnEvent, TurnRequest};
 use crate::kv::block::PrefixHash;
 use crate::kv::transfer::TransferDone;
 use crate::model::ModelSpec;
-use crate::types::{BlockSize, KvKey, TenantId, TenantKey, TokenCount, TurnId};
+use crate::types::{BlockSize, Grant, KvKey, TenantId, TenantKey, TokenCount, TurnId};
 
 /// Why the engine did not take a command.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -69,6 +69,7 @@ pub(super) enum Message {
     Offload(KvKey, OffloadTo, oneshot::Sender<Result<Offloaded, SubmitError>>),
     End(KvKey),
     Transferred(TransferDone),
+    Grant(Vec<Grant>),
     /// Cancels wait in `Shared::cancels`.
     Wake,
     Shutdown,
@@ -157,6 +158,11 @@ impl EngineHandle {
     /// The handle of one conversation's KV. The caller keeps to one a key: `sessions` has one actor a conversation.
     pub fn kv(&self, tenant: TenantId, tenant_key: TenantKey, key: KvKey) -> KvHandle {
         KvHandle { key, tenant, tenant_key, engine: self.clone() }
+    }
+
+    /// Replaces what all tenants are given: whoever is not named is gone. Heard with the next step.
+    pub fn grant(&self, grants: Vec<Grant>) -> Result<(), SubmitError> {
+        self.send(Message::Grant(grants))
     }
 
     /// Asks the engine to end its running turns as cancelled and stop. Returns at once.

@@ -10,7 +10,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::Logprob;
-use super::odds::{self, Candidate, Curve, Odds, likelier};
+use super::odds::{self, Candidate, Odds, likelier};
+use crate::kernels::softmax::Curve;
 use crate::types::TokenId;
 
 /// How to choose tokens. `temperature == 0` or `top_p == 0` is greedy.

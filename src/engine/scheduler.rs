@@ -2,13 +2,13 @@
 //!
 //! Every running sequence with one token to feed decodes; what is left of the step's tokens goes to prefill chunks, oldest
 //! admission first; then waiting turns are admitted as fairness says. A sequence that finds no place for its next token
-//! preempts the newest of the tenant furthest above its floor. Nothing is admitted in a step in which a running sequence
+//! preempts the newest of the tenant furthest above its floor, or of its own tenant if that is at its ceiling. Nothing is admitted in a step in which a running sequence
 //! lacks a place, so that the oldest always gets on.
 
 use super::core::{Core, Plan, Span};
 use super::sequence::Phase;
 use crate::kv::manager::{Admission, Admit, NoPlace};
-use crate::types::{TenantId, Tick, TokenCount, TurnId};
+use crate::types::{BlockCount, Tick, TokenCount, TurnId};
 
 /// Whether a sequence got its rows.
 enum Placed {
@@ -62,7 +62,7 @@ impl Core {
                 Err(NoPlace::Coming) => return Placed::Later,
                 Err(NoPlace::Short) => {}
             }
-            let Some(victim) = self.to_preempt(plan) else { return Placed::Later };
+            let Some(victim) = self.to_preempt(turn, plan) else { return Placed::Later };
             self.preempt(now, victim, turn);
             if victim == turn {
                 return Placed::Preempted;
@@ -79,15 +79,19 @@ impl Core {
         Placed::Yes
     }
 
-    /// The newest sequence of the tenant furthest above its floor, of those that have no rows in this step. The last one
-    /// that runs is never preempted: it can always evict what rests.
-    fn to_preempt(&self, plan: &Plan) -> Option<TurnId> {
-        if self.running.len() < 2 {
+    /// The newest sequence of the tenant furthest above its floor, of those that have no rows in this step; for a turn of a
+    /// tenant at its ceiling, the newest of its own. The last one that may go is never preempted: it can always evict what
+    /// rests.
+    fn to_preempt(&self, for_turn: TurnId, plan: &Plan) -> Option<TurnId> {
+        let tenant = self.sequences[&for_turn].tenant;
+        let own_only = self.manager.is_at_ceiling(tenant, BlockCount(1));
+        let running = self.running.iter().map(|turn| &self.sequences[turn]);
+        let may_go: Vec<_> = running.filter(|sequence| !own_only || sequence.tenant == tenant).collect();
+        if may_go.len() < 2 {
             return None;
         }
-        let floor = self.manager.floor().0;
-        let above = |tenant: TenantId| i64::from(self.manager.held(tenant).0) - i64::from(floor);
-        let free_to_go = self.running.iter().map(|turn| &self.sequences[turn]).filter(|sequence| {
+        let above = |tenant| i64::from(self.manager.held(tenant).0) - i64::from(self.manager.floor(tenant).0);
+        let free_to_go = may_go.into_iter().filter(|sequence| {
             sequence.phase != Phase::Reloading && plan.spans.iter().all(|span| span.turn != sequence.turn)
         });
         let victim = free_to_go.max_by_key(|sequence| (above(sequence.tenant), sequence.admission))?;

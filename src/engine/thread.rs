@@ -263,6 +263,7 @@ impl Driver {
             }
             Message::End(key) => self.commands.push(Command::End(key)),
             Message::Transferred(done) => self.commands.push(Command::Transferred(done)),
+            Message::Grant(grants) => self.commands.push(Command::Grant(grants)),
             Message::Wake => {}
             Message::Shutdown => return Goes::Down,
         }

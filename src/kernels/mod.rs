@@ -11,6 +11,7 @@ pub mod linear;
 pub mod mapped;
 pub mod memory;
 pub mod peak;
+pub mod softmax;
 pub mod threads;
 
 /// A slice that several threads write, each its own part.

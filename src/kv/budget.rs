@@ -1,34 +1,117 @@
-//! How much of the device pool is a tenant's own?
+//! How much of a pool is a tenant's own, and how much may it have?
 //!
-//! The floor: what no other tenant's turn may take from it. Half of an equal share among the tenants that hold anything,
-//! and never so much that all floors together leave no room for one sequence of the full window.
+//! The floor is what no other tenant's turn takes from it; the ceiling what it may have once memory is short. By default
+//! half of the tenant's weighted share among the active tenants, and 30 % of the pool or the share where that is more.
+//! Invariants: floors together leave room for one sequence of the full window, and so does every ceiling, so that a
+//! tenant's oldest turn always gets on. Cost: O(1) to ask, O(tenants) when a tenant comes, goes or is given something else.
 
-use crate::types::{BlockCount, TenantId};
+use crate::types::{BlockCount, PoolPart, TenantId, TierBudget, Weight};
 
-/// Floors of one pool.
+/// Default ceiling, in thousandths of the pool.
+const CEILING_PERMILLE: u32 = 300;
+
+/// What one tenant was given, and what that comes to now.
+#[derive(Clone, Copy, Debug)]
+struct Account {
+    /// `None`: the tenant is gone, and what it still holds is anybody's.
+    weight: Option<Weight>,
+    budget: TierBudget,
+    /// It has had a turn.
+    seen: bool,
+    floor: BlockCount,
+    ceiling: BlockCount,
+}
+
+impl Account {
+    const NEW: Account = Account {
+        weight: Some(Weight::ORDINARY),
+        budget: TierBudget { floor: None, ceiling: None },
+        seen: false,
+        floor: BlockCount(0),
+        ceiling: BlockCount(0),
+    };
+}
+
+/// Floors and ceilings of one pool.
 #[derive(Debug)]
 pub struct Budget {
     total: BlockCount,
+    block_bytes: u64,
+    /// Blocks of the longest sequence that must always find room.
     window: BlockCount,
-    /// Tenants seen so far.
-    tenants: u32,
+    /// By tenant: ids are given out from 0 without gaps.
+    accounts: Vec<Account>,
 }
 
 impl Budget {
     /// For a pool of `total` blocks, in which a sequence of `window` blocks must always find room.
-    pub fn new(total: BlockCount, window: BlockCount) -> Self {
-        Self { total, window, tenants: 1 }
+    pub fn new(total: BlockCount, block_bytes: u64, window: BlockCount) -> Self {
+        Self { total, block_bytes, window, accounts: Vec::new() }
     }
 
-    /// Notes a tenant. Ids are given out from 0 without gaps.
+    /// Notes that a tenant has a turn: from now on it is one of those who share.
     pub fn see(&mut self, tenant: TenantId) {
-        self.tenants = self.tenants.max(tenant.0 + 1);
+        let account = self.account(tenant);
+        if !account.seen {
+            account.seen = true;
+            self.share_out();
+        }
     }
 
-    /// Blocks that other tenants' turns leave each tenant.
-    pub fn floor(&self) -> BlockCount {
-        let spare = self.total.0.saturating_sub(self.window.0);
-        BlockCount((self.total.0 / 2).min(spare) / self.tenants)
+    /// Replaces what everybody was given. Whoever is not named is gone.
+    pub fn grant(&mut self, grants: impl Iterator<Item = (TenantId, Weight, TierBudget)>) {
+        self.accounts.iter_mut().for_each(|account| account.weight = None);
+        for (tenant, weight, budget) in grants {
+            let account = self.account(tenant);
+            (account.weight, account.budget) = (Some(weight), budget);
+        }
+        self.share_out();
+    }
+
+    /// Blocks that other tenants' turns leave this one.
+    pub fn floor(&self, tenant: TenantId) -> BlockCount {
+        self.accounts.get(tenant.0 as usize).map_or(BlockCount(0), |account| account.floor)
+    }
+
+    /// Blocks that it may have while others want some.
+    pub fn ceiling(&self, tenant: TenantId) -> BlockCount {
+        self.accounts.get(tenant.0 as usize).map_or(self.total, |account| account.ceiling)
+    }
+
+    fn account(&mut self, tenant: TenantId) -> &mut Account {
+        let index = tenant.0 as usize;
+        if self.accounts.len() <= index {
+            self.accounts.resize(index + 1, Account::NEW);
+        }
+        &mut self.accounts[index]
+    }
+
+    fn share_out(&mut self) {
+        let weight =
+            |account: &Account| account.weight.filter(|_| account.seen).map_or(0, |weight| u64::from(weight.0));
+        let (total, window) = (self.total, self.window);
+        let all: u64 = self.accounts.iter().map(weight).sum();
+        let pool_bytes = u64::from(total.0) * self.block_bytes;
+        let blocks = |part: PoolPart| {
+            let blocks = part.bytes(pool_bytes).checked_div(self.block_bytes).unwrap_or(0);
+            BlockCount(u32::try_from(blocks).map_or(total.0, |blocks| blocks.min(total.0)))
+        };
+        for account in &mut self.accounts {
+            let share = (u64::from(total.0) * weight(account)).checked_div(all).unwrap_or(0);
+            let share = BlockCount(u32::try_from(share).unwrap_or(total.0));
+            let usual = share.max(blocks(PoolPart::Permille(CEILING_PERMILLE)));
+            account.ceiling = account.budget.ceiling.map_or(usual, blocks).max(window);
+            let floor = account.budget.floor.map_or(BlockCount(share.0 / 2), blocks).min(account.ceiling);
+            account.floor = if account.weight.is_some() { floor } else { BlockCount(0) };
+        }
+        let spare = u64::from(total.0.saturating_sub(window.0));
+        let floors: u64 = self.accounts.iter().map(|account| u64::from(account.floor.0)).sum();
+        if floors > spare {
+            for account in &mut self.accounts {
+                // No larger than it was: `spare` is less than `floors`.
+                account.floor.0 = (u64::from(account.floor.0) * spare / floors) as u32;
+            }
+        }
     }
 }
 
@@ -36,12 +119,64 @@ impl Budget {
 mod tests {
     use super::*;
 
+    const A: TenantId = TenantId(0);
+    const B: TenantId = TenantId(1);
+    const C: TenantId = TenantId(2);
+
+    fn pool(blocks: u32, window: u32) -> Budget {
+        Budget::new(BlockCount(blocks), 1000, BlockCount(window))
+    }
+
+    fn given(floor: Option<PoolPart>, ceiling: Option<PoolPart>) -> TierBudget {
+        TierBudget { floor, ceiling }
+    }
+
     #[test]
     fn floors_leave_room_for_a_sequence_of_the_full_window() {
-        let mut budget = Budget::new(BlockCount(100), BlockCount(90));
-        assert_eq!(budget.floor(), BlockCount(10));
-        budget.see(TenantId(4));
-        assert_eq!(budget.floor(), BlockCount(2));
-        assert_eq!(Budget::new(BlockCount(100), BlockCount(10)).floor(), BlockCount(50));
+        let mut budget = pool(100, 90);
+        budget.see(A);
+        assert_eq!(budget.floor(A), BlockCount(10));
+        (1..5).for_each(|tenant| budget.see(TenantId(tenant)));
+        assert_eq!(budget.floor(A), BlockCount(2));
+        let mut budget = pool(100, 10);
+        budget.see(A);
+        assert_eq!(budget.floor(A), BlockCount(50));
+        // Fixed ones shrink in proportion.
+        budget.see(B);
+        let fixed = |permille| given(Some(PoolPart::Permille(permille)), Some(PoolPart::Permille(1000)));
+        budget.grant([(A, Weight(1000), fixed(600)), (B, Weight(1000), fixed(400))].into_iter());
+        assert_eq!((budget.floor(A), budget.floor(B)), (BlockCount(54), BlockCount(36)));
+    }
+
+    #[test]
+    fn shares_follow_the_weights_of_those_who_have_had_a_turn() {
+        let mut budget = pool(1000, 10);
+        let usual = TierBudget::default();
+        budget.grant([(A, Weight(1000), usual), (B, Weight(3000), usual), (C, Weight(1000), usual)].into_iter());
+        budget.see(A);
+        assert_eq!((budget.floor(A), budget.ceiling(A)), (BlockCount(500), BlockCount(1000)));
+        budget.see(B);
+        assert_eq!((budget.floor(A), budget.floor(B)), (BlockCount(125), BlockCount(375)));
+        assert_eq!((budget.ceiling(A), budget.ceiling(B)), (BlockCount(300), BlockCount(750)));
+    }
+
+    #[test]
+    fn a_default_floor_stops_at_the_ceiling_and_a_ceiling_at_the_window() {
+        let mut budget = pool(1000, 50);
+        budget.see(A);
+        let low = given(None, Some(PoolPart::Bytes(100_000)));
+        budget.grant([(A, Weight(1000), low)].into_iter());
+        assert_eq!((budget.floor(A), budget.ceiling(A)), (BlockCount(100), BlockCount(100)));
+        budget.grant([(A, Weight(1000), given(None, Some(PoolPart::Permille(10))))].into_iter());
+        assert_eq!(budget.ceiling(A), BlockCount(50));
+    }
+
+    #[test]
+    fn one_that_is_gone_keeps_nothing_for_itself() {
+        let mut budget = pool(1000, 10);
+        budget.see(A);
+        budget.see(B);
+        budget.grant([(A, Weight(1000), TierBudget::default())].into_iter());
+        assert_eq!((budget.floor(A), budget.floor(B)), (BlockCount(500), BlockCount(0)));
     }
 }

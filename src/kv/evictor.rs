@@ -1,8 +1,7 @@
 //! Which conversation loses blocks of a tier when it runs short?
 //!
-//! Ended ones first, oldest first; then the one silent for the longest, of tenants above their floor or of the requester's
-//! own. Invariants: a running conversation is in no list, so it is never a victim; nobody is pushed below the floor for
-//! another. Cost: O(1) a change, O(tenants) a choice, never O(conversations). Owned by the engine's thread: no locks.
+//! Of the tenants that may lose some: ended ones first, oldest first; then the one silent for the longest. Who may lose is
+//! the asker's to say. Invariant: a running conversation is in no list, so it is never a victim. Cost: O(1) a change, O(tenants) a choice, never O(conversations). Owned by the engine's thread: no locks.
 
 use hashlink::LinkedHashMap;
 

@@ -13,6 +13,8 @@ pub enum Rule {
     Ended,
     /// It had been silent the longest.
     Lru,
+    /// The same, of a tenant that has more than its ceiling: those go first.
+    OverCeiling,
     /// Its turn was preempted: the newest of the tenant furthest above its floor.
     Preempted,
     /// A client asked for it.
@@ -24,6 +26,7 @@ impl Rule {
         match self {
             Rule::Ended => "ended",
             Rule::Lru => "lru",
+            Rule::OverCeiling => "over_ceiling",
             Rule::Preempted => "preempted",
             Rule::Requested => "requested",
         }

@@ -170,7 +170,8 @@ pub struct Manager {
     pub(super) conversations: HashMap<KvKey, Conversation>,
     pub(super) device_line: Evictor,
     pub(super) host_line: Evictor,
-    pub(super) budget: Budget,
+    pub(super) device_budget: Budget,
+    pub(super) host_budget: Budget,
     /// Idle conversations whose newest blocks have no host copy.
     pub(super) uncopied: VecDeque<KvKey>,
     pub(super) in_flight: HashMap<Ticket, InFlight>,
@@ -201,7 +202,9 @@ impl Manager {
             conversations: HashMap::new(),
             device_line: Evictor::default(),
             host_line: Evictor::default(),
-            budget: Budget::new(settings.device_blocks, window),
+            device_budget: Budget::new(settings.device_blocks, settings.block_bytes, window),
+            // No sequence runs there, so that none must find room.
+            host_budget: Budget::new(settings.host_blocks, settings.block_bytes, BlockCount(0)),
             uncopied: VecDeque::new(),
             in_flight: HashMap::new(),
             offloads_under_way: 0,
@@ -225,7 +228,8 @@ impl Manager {
     /// Panics if the conversation runs already: an actor runs one turn at a time.
     pub fn admit(&mut self, now: Tick, admit: Admit<'_>) -> Admission {
         let Admit { key, tenant, tenant_key, tokens, .. } = admit;
-        self.budget.see(tenant);
+        self.device_budget.see(tenant);
+        self.host_budget.see(tenant);
         let conversation = self.conversations.entry(key).or_insert_with(|| Conversation::new(key, tenant, tenant_key));
         assert_eq!(conversation.tenant, tenant, "a conversation crossed tenants");
         if matches!(conversation.activity, Activity::Forgetting) {
@@ -568,11 +572,6 @@ impl Manager {
     /// Device places that a tenant's blocks hold.
     pub fn held(&self, tenant: TenantId) -> BlockCount {
         self.device.held(tenant)
-    }
-
-    /// The part of the device pool that other tenants' turns leave each tenant.
-    pub fn floor(&self) -> BlockCount {
-        self.budget.floor()
     }
 }
 

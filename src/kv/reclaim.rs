@@ -1,14 +1,16 @@
 //! How is room made in a pool?
 //!
-//! The evictor names a victim; its blocks go from the tail, only as many as are needed. A device block that has a copy
-//! below goes at once; one that has none is copied first, and the requester waits for that.
+//! A turn of a tenant at its ceiling displaces only its own conversations. Others' turns take from tenants over their
+//! ceiling first, down to it, then from those above their floor, down to that. The evictor names the victim; its blocks go
+//! from the tail, only as many as are needed. A device block that has a copy below goes at once; one that has none is
+//! copied first, and the requester waits for that.
 
 use super::block::Place;
 use super::journal::{Entry, Rule};
 use super::manager::Manager;
 use super::residency::Activity;
 use super::table::BlockTable;
-use crate::types::{BlockCount, KvKey, TenantId, Tick, Tier};
+use crate::types::{BlockCount, Grant, KvKey, TenantId, Tick, Tier};
 
 /// What came of asking for room.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,13 +37,27 @@ fn take_end<P: Place>(table: &mut BlockTable<P>) -> Option<Taken> {
 }
 
 impl Manager {
+    /// Replaces what all tenants were given of the pools. Whoever is not named is gone: what it holds is anybody's.
+    pub fn grant(&mut self, grants: &[Grant]) {
+        self.device_budget.grant(grants.iter().map(|grant| (grant.tenant, grant.weight, grant.device)));
+        self.host_budget.grant(grants.iter().map(|grant| (grant.tenant, grant.weight, grant.host)));
+    }
+
+    /// The part of the device pool that other tenants' turns leave this one.
+    pub fn floor(&self, tenant: TenantId) -> BlockCount {
+        self.device_budget.floor(tenant)
+    }
+
+    /// Whether so many places more, while memory is short, are more than a tenant may have: then its turns displace
+    /// nobody but its own conversations.
+    pub fn is_at_ceiling(&self, tenant: TenantId, need: BlockCount) -> bool {
+        self.device.held(tenant).0 + need.0 > self.device_budget.ceiling(tenant).0
+    }
+
     /// Makes `need` device places free for a turn of `tenant`.
     pub(super) fn make_room(&mut self, now: Tick, need: BlockCount, tenant: TenantId) -> Room {
-        let floor = self.budget.floor();
         while self.device.free() < need {
-            let places = &self.device;
-            let may_lose = |other| other == tenant || places.held(other) > floor;
-            let Some((key, rule, _)) = self.device_line.victim(may_lose) else { break };
+            let Some((key, rule)) = self.device_victim(need, tenant) else { break };
             if self.needs_copy_first(key) {
                 if !self.copy_down_now(now, key) {
                     // No room below: what has no copy is given up for good, from the tail.
@@ -61,6 +77,19 @@ impl Manager {
         }
     }
 
+    /// Who gives up device blocks for a turn of `tenant` that needs so many, and by which rule.
+    fn device_victim(&self, need: BlockCount, tenant: TenantId) -> Option<(KvKey, Rule)> {
+        let (held, line) = (|tenant| self.device.held(tenant), &self.device_line);
+        if self.is_at_ceiling(tenant, need) {
+            return line.victim(|other| other == tenant).map(|(key, rule, _)| (key, rule));
+        }
+        if let Some((key, rule, _)) = line.victim(|other| held(other) > self.device_budget.ceiling(other)) {
+            return Some((key, if rule == Rule::Lru { Rule::OverCeiling } else { rule }));
+        }
+        let may_lose = |other| other == tenant || held(other) > self.device_budget.floor(other);
+        line.victim(may_lose).map(|(key, rule, _)| (key, rule))
+    }
+
     /// Whether a victim's last block would be lost although the host pool exists.
     fn needs_copy_first(&mut self, key: KvKey) -> bool {
         self.adopt_host_copies(key);
@@ -68,23 +97,26 @@ impl Manager {
         self.host.total().0 > 0 && !conversation.end_is_clean()
     }
 
-    /// Takes device blocks off a conversation's tail until `need` places are free, its own floor is reached, or what is
-    /// left has a copy while what went had none. Writes one journal entry.
-    pub(super) fn evict(&mut self, now: Tick, key: KvKey, need: BlockCount, for_tenant: TenantId, rule: Rule) {
-        let floor = self.budget.floor();
+    /// Takes device blocks off a conversation's tail until `need` places are free, its tenant has come down to its ceiling
+    /// or floor, or what is left has a copy while what went had none. Writes one journal entry.
+    fn evict(&mut self, now: Tick, key: KvKey, need: BlockCount, for_tenant: TenantId, rule: Rule) {
         let conversation = self.conversations.get_mut(&key).expect("a conversation in line is known");
         let tenant = conversation.tenant;
+        let floor = self.device_budget.floor(tenant);
+        let ceiling = self.device_budget.ceiling(tenant);
+        let keeps = if self.device.held(tenant) > ceiling { ceiling } else { floor };
+        let for_one_at_its_ceiling = self.device.held(for_tenant).0 + need.0 > self.device_budget.ceiling(for_tenant).0;
         let starts_clean = conversation.end_is_clean();
         let (mut freed, mut lost) = (BlockCount(0), BlockCount(0));
         while self.device.free() < need && conversation.end_is_clean() == starts_clean {
-            if tenant != for_tenant && self.device.held(tenant) <= floor {
+            if tenant != for_tenant && self.device.held(tenant) <= keeps {
                 break;
             }
             let Some(taken) = take_end(&mut conversation.device) else { break };
             freed.0 += u32::from(taken.freed);
             lost.0 += u32::from(taken.freed && !starts_clean);
         }
-        if tenant != for_tenant && self.device.held(tenant) < floor {
+        if tenant != for_tenant && (self.device.held(tenant) < floor || for_one_at_its_ceiling) {
             self.counters.isolation_faults += 1;
         }
         let empty = conversation.device.is_empty();
@@ -96,16 +128,21 @@ impl Manager {
         self.drop_if_empty(key);
     }
 
-    /// Makes up to `need` host places free for copies of a conversation: ended ones and colder ones give up theirs.
+    /// Makes up to `need` host places free for copies of a conversation: ended ones and colder ones give up theirs, of the
+    /// same tenant or, unless that is at its ceiling, of those above their floor.
     pub(super) fn make_host_room(&mut self, now: Tick, need: BlockCount, key: KvKey) {
         let conversation = self.conversation(key);
         let (tenant, used) = (conversation.tenant, conversation.used);
         let ended = matches!(conversation.activity, Activity::Ended);
         while self.host.free() < need {
-            let Some((victim, rule, victim_used)) = self.host_line.victim(|_| true) else { return };
+            let held = |tenant| self.host.held(tenant);
+            let at_ceiling = held(tenant).0 + need.0 > self.host_budget.ceiling(tenant).0;
+            let others_may = |other| !at_ceiling && held(other) > self.host_budget.floor(other);
+            let victim = self.host_line.victim(|other| other == tenant || others_may(other));
+            let Some((victim, rule, victim_used)) = victim else { return };
             let colder = match rule {
                 Rule::Ended => victim != key,
-                Rule::Lru | Rule::Preempted | Rule::Requested => !ended && victim_used < used,
+                Rule::Lru | Rule::OverCeiling | Rule::Preempted | Rule::Requested => !ended && victim_used < used,
             };
             if !colder {
                 return;
@@ -118,8 +155,9 @@ impl Manager {
     fn drop_host_end(&mut self, now: Tick, key: KvKey, need: BlockCount, for_tenant: TenantId, rule: Rule) {
         let conversation = self.conversations.get_mut(&key).expect("a conversation in line is known");
         let tenant = conversation.tenant;
+        let floor = self.host_budget.floor(tenant);
         let (mut freed, mut lost) = (BlockCount(0), BlockCount(0));
-        while self.host.free() < need {
+        while self.host.free() < need && (tenant == for_tenant || self.host.held(tenant) > floor) {
             let is_last_copy = conversation.host.blocks() > conversation.device.blocks();
             let Some(taken) = take_end(&mut conversation.host) else { break };
             freed.0 += u32::from(taken.freed);

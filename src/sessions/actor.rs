@@ -266,10 +266,10 @@ impl Session {
             answer(reply, Err(TurnError::TooManyItems { items, most }));
             return self.settle(kv, context);
         }
-        let pass = match self.shared.gate.enter() {
+        let pass = match self.shared.gate.enter(&self.who.tenant) {
             Ok(pass) => pass,
-            Err(draining) => {
-                answer(reply, Err(draining));
+            Err(refused) => {
+                answer(reply, Err(refused));
                 return self.settle(kv, context);
             }
         };

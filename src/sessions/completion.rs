@@ -100,7 +100,7 @@ async fn ask(
     limits: TurnLimits,
 ) -> Result<Asked, TurnError> {
     let deadline = Instant::now() + limits.queue_deadline;
-    let pass = Arc::new(shared.gate.enter()?);
+    let pass = Arc::new(shared.gate.enter(tenant)?);
     let goal = rules.goal;
     let prompt = Arc::new(prepare(shared, tenant, Arc::default(), messages.into(), rules).await?);
     Ok(Asked { shared: Arc::clone(shared), tenant: tenant.clone(), prompt, limits, goal, deadline, pass })

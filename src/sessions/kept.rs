@@ -195,7 +195,7 @@ impl Kept {
     /// The row of a turn that failed.
     pub fn failed(mut self, error: &TurnError) -> ResponseRecord {
         let kind = match error {
-            TurnError::Overloaded(_) | TurnError::Draining => Failure::Overloaded,
+            TurnError::Overloaded(_) | TurnError::TooManyTurns(_) | TurnError::Draining => Failure::Overloaded,
             TurnError::QueueTimeout(_) => Failure::QueueTimeout,
             TurnError::Store(_) => Failure::Store,
             TurnError::NoConversation

@@ -7,6 +7,7 @@ use std::time::Duration;
 pub use crate::engine::handle::{OffloadTo, Offloaded};
 pub use crate::engine::status::Residency;
 pub use crate::engine::{Argument, FinishReason, RESERVED, Sampling, ToolCall, TurnUsage};
+use crate::tenants::quota::TurnsExceeded;
 use crate::types::{TokenCount, TokenId};
 
 /// A conversation's id: `conv_` and 32 hex digits at the API.
@@ -270,6 +271,8 @@ pub enum TurnError {
     Overloaded(String),
     #[error("{0}")]
     QueueTimeout(String),
+    #[error(transparent)]
+    TooManyTurns(#[from] TurnsExceeded),
     #[error("the store can't be reached: {0}")]
     Store(String),
     #[error("the server is draining; retry on another node or later")]

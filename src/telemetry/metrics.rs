@@ -55,7 +55,7 @@ table! {
         "The part of the encoded prompt tokens whose KV their conversation had before and lost.";
     Counter GENERATED_TOKENS, "rekindle_generated_tokens_total", Count, "Tokens sampled.";
     Counter ISOLATION_FAULTS, "rekindle_isolation_faults_total", Count,
-        "Evictions for another tenant that took one below its floor. Any value but 0 is a fault.";
+        "Evictions for another tenant that took one below its floor, or served one at its ceiling. Any value but 0 is a fault.";
     Counter VERIFICATION_FAILURES, "rekindle_verification_failures_total", Count,
         "Blocks whose bytes did not match their checksum on reload; each was re-encoded.";
     Counter OFFLOADED_BYTES, "rekindle_offloaded_bytes_total", Bytes, "KV copied down a tier.";
@@ -71,6 +71,9 @@ table! {
         "From a turn's arrival at the engine to its first token.", LATENCY_S;
     Histogram QUEUE_SECONDS, "rekindle_turn_queue_seconds", Seconds, "A turn's wait for its place.", LATENCY_S;
     Gauge LIVE_SESSIONS, "rekindle_live_sessions", Count, "Conversations that have an actor.";
+
+    Counter TENANTS_FILE_EDITS, "rekindle_tenants_file_edits_total", Count,
+        "Edits of the tenants file that the server saw, by outcome: applied or refused.";
 
     Histogram STORE_COMMIT_SECONDS, "rekindle_store_commit_seconds", Seconds,
         "A group's time from its first request to its answers.", LATENCY_S;

@@ -1,21 +1,35 @@
 //! To which tenant does a request belong?
 //!
-//! Without a tenants file there is one tenant, `default`, that takes any key or none, on a loopback listener only.
+//! `directory` finds a key's tenant, `key` makes and hashes keys, `quota` counts what a tenant asks for, `watch` follows
+//! the tenants file, `admin_key` has the key that nobody configured.
+
+pub mod admin_key;
+pub mod directory;
+pub mod key;
+pub mod quota;
+pub mod watch;
+
+use std::sync::Arc;
 
 use crate::types::{TenantId, TenantKey};
+use quota::Quota;
 
 /// A tenant as the layers above the engine know it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Tenant {
     pub id: TenantId,
+    /// Its id in the tenants file, under which the store has its conversations.
     pub name: String,
     /// Keys this tenant's prefix hashes.
     pub key: TenantKey,
+    /// The models that it may use; `None`: all.
+    pub models: Option<Arc<[String]>>,
+    /// What it has asked for, and may.
+    pub quota: Arc<Quota>,
 }
 
 impl Tenant {
-    /// The one tenant of a server without a tenants file. Its hash key is random: the tiers that exist die with the process.
-    pub fn default_tenant() -> Self {
-        Self { id: TenantId(0), name: "default".into(), key: TenantKey(rand::random()) }
+    pub fn may_use(&self, model: &str) -> bool {
+        self.models.as_ref().is_none_or(|models| models.iter().any(|allowed| allowed == model))
     }
 }

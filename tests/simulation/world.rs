@@ -16,7 +16,10 @@ use rekindle::kv::block::PrefixHash;
 use rekindle::kv::transfer::{self, Direction, TransferDone, TransferOrder};
 use rekindle::model::fake::FakeModel;
 use rekindle::model::{ForwardError, Logits, Model};
-use rekindle::types::{BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId, TurnId};
+use rekindle::types::{
+    BlockCount, BlockSize, Grant, KvKey, PoolPart, TenantId, TenantKey, Tick, Tier, TierBudget, TokenCount, TokenId,
+    TurnId, Weight,
+};
 
 use crate::conversation::{Conversation, Turn};
 use crate::random::Luck;
@@ -265,11 +268,26 @@ impl World {
                 _ => self.start_one(),
             }
         }
+        if self.luck.once_in(200) {
+            let tenants: Vec<_> = (0..self.scenario.tenants as u32).map(TenantId).collect();
+            let grants = tenants.into_iter().filter_map(|tenant| self.grant(tenant)).collect();
+            self.commands.push(Command::Grant(grants));
+        }
         match self.scenario.damage {
             Damage::None => {}
             Damage::Host | Damage::HostUnchecked => self.damage_host(),
             Damage::Device => damage(&mut self.luck, &self.device, 40, None),
         }
+    }
+
+    /// What a tenant is given from now on; at times nothing, as if it were gone.
+    fn grant(&mut self, tenant: TenantId) -> Option<Grant> {
+        let luck = &mut self.luck;
+        let mut part = || (!luck.once_in(3)).then(|| PoolPart::Permille(luck.below(1001) as u32));
+        let (device, host) =
+            (TierBudget { floor: part(), ceiling: part() }, TierBudget { floor: part(), ceiling: part() });
+        let weight = Weight(luck.between(100, 4000) as u32);
+        (!luck.once_in(10)).then_some(Grant { tenant, weight, device, host })
     }
 
     fn pick(&mut self) -> Option<usize> {

@@ -61,8 +61,20 @@ impl Client {
         Self { http, url: url.to_owned() }
     }
 
+    /// One that sends this API key.
+    pub fn with_key(url: &str, key: &str) -> Self {
+        let value = format!("Bearer {key}").parse().unwrap();
+        let headers = [(reqwest::header::AUTHORIZATION, value)].into_iter().collect();
+        let http = reqwest::Client::builder().no_proxy().default_headers(headers).build().unwrap();
+        Self { http, url: url.to_owned() }
+    }
+
     pub fn get(&self, path: &str) -> RequestBuilder {
         self.http.get(format!("{}{path}", self.url))
+    }
+
+    pub fn request(&self, method: &str, path: &str) -> RequestBuilder {
+        self.http.request(method.parse().unwrap(), format!("{}{path}", self.url))
     }
 
     pub fn post(&self, path: &str, body: &Value) -> RequestBuilder {

@@ -23,6 +23,8 @@ mod sdk;
 #[cfg(test)]
 mod server;
 #[cfg(test)]
+mod tenants;
+#[cfg(test)]
 mod turns;
 #[cfg(test)]
 mod workload;

@@ -7,19 +7,19 @@ use std::process::Command;
 
 use super::client::Client;
 use super::server::{Home, Server, machine};
+use super::tenants::Tenants;
 
-/// Checks of what this server doesn't have yet: API keys, sockets, and the verbs on a conversation's KV.
+/// Without checks of what this server doesn't have yet: sockets, and the verbs on a conversation's KV.
 const PYTHON_PARTS: &str = "chat,errors,responses,conversations";
-const PYTHON_WITHOUT: &str = "error_wrong_key";
-const NODE_WITHOUT: &str = "errors_map,websocket";
+const NODE_WITHOUT: &str = "websocket";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_python_sdk_finds_what_it_expects() {
     let python = folder().join("python/bin/python");
     assert_installed(&python);
     let mut script = Command::new(python);
-    script.arg(script_path("conformance.py")).args(["--part", PYTHON_PARTS, "--without", PYTHON_WITHOUT]);
-    check(script).await;
+    script.arg(script_path("conformance.py")).args(["--part", PYTHON_PARTS]);
+    check(script, |tenants| vec!["--api-key2".to_owned(), tenants.b.clone()]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -27,18 +27,21 @@ async fn the_node_sdk_finds_what_it_expects() {
     assert_installed(&folder().join("node_modules/openai"));
     let mut script = Command::new("node");
     script.arg(script_path("conformance.mjs")).args(["--without", NODE_WITHOUT]).current_dir(folder());
-    check(script).await;
+    check(script, |_| Vec::new()).await;
 }
 
 /// Runs a script against a server of its own; it names each check and what was wrong.
-async fn check(mut script: Command) {
+async fn check(mut script: Command, arguments: impl Fn(&Tenants) -> Vec<String>) {
     let _alone = machine().await;
     let home = Home::new();
-    let server = Server::start(&home, &["api.cors.allow_origins=[\"https://app.example\"]".to_owned()]);
-    let models = Client::of(&server.url);
+    let tenants = Tenants::new(&home);
+    let cors = "api.cors.allow_origins=[\"https://app.example\"]".to_owned();
+    let server = Server::start(&home, &[tenants.setting(), cors]);
+    let models = Client::with_key(&server.url, &tenants.a);
     let models = models.json(models.get("/v1/models")).await;
     let model = models["data"][0]["id"].as_str().unwrap();
-    let script = script.args(["--base-url", &format!("{}/v1", server.url), "--api-key", "none", "--model", model]);
+    let script = script.args(["--base-url", &format!("{}/v1", server.url), "--api-key", &tenants.a, "--model", model]);
+    script.args(arguments(&tenants));
     let output = script.output().expect("the script runs");
     let told = String::from_utf8_lossy(&output.stdout);
     let complained = String::from_utf8_lossy(&output.stderr);

@@ -8,6 +8,7 @@ use rekindle::model::families;
 use rekindle::model::weights::WeightFile;
 use serde_json::{Map, Value, json};
 
+use super::busy;
 use super::chats::Workload;
 use super::limits;
 use super::peer::{Level, Peer};
@@ -177,6 +178,23 @@ impl Findings {
             );
         }
         Ok(())
+    }
+
+    /// On busy cores, several threads must do what one does at least.
+    pub fn busy(&mut self, format: &str, threads: usize, rows: &[busy::Row]) {
+        let mut table = Vec::new();
+        for row in rows {
+            let ratio = row.alone_s / row.together_s;
+            self.at_least(format!("speed on busy cores, {threads} threads / 1: {}, {format}", row.shape), ratio, 1.0);
+            table.push(vec![format!("`{}`", row.shape), figure(row.alone_s), figure(row.together_s), figure(ratio)]);
+        }
+        self.tables.push(Table {
+            heading: "The model alone, while a thread on each core counts to no end",
+            columns: vec!["work", "1 thread, s", "all cores, s", "ratio"],
+            rows: table,
+        });
+        let raw = |row: &busy::Row| json!({"shape": row.shape.to_string(), "alone_s": row.alone_s, "together_s": row.together_s});
+        self.raw.insert("busy".into(), rows.iter().map(raw).collect());
     }
 
     pub fn servers(&mut self, format: &str, pair: &Pair, is_bound: bool) {

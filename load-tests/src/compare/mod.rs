@@ -2,6 +2,7 @@
 //!
 //! Both are measured in one run, in turn, on the same files with as many threads. Nothing is taken from an earlier run.
 
+mod busy;
 mod chats;
 mod findings;
 mod limits;
@@ -41,6 +42,8 @@ enum Part {
     Limits,
     /// The model alone
     Speed,
+    /// The model alone, while other threads keep all cores busy
+    Busy,
     /// 16 conversations of 4 turns, with memory for all of them
     Servers,
     /// Many conversations, with memory for few
@@ -109,6 +112,12 @@ pub fn measure(common: &Common, args: &Args, runtime: &Runtime) -> anyhow::Resul
     }
     if args.parts.contains(&Part::Speed) {
         findings.speed(&peer, &cells(args, &formats, &threads), args.rounds as usize)?;
+    }
+    if args.parts.contains(&Part::Busy)
+        && let Some((format, file)) = formats.first()
+    {
+        eprintln!("[compare] busy cores, {format}");
+        findings.busy(format, most, &busy::measure(file, most)?);
     }
     if args.parts.contains(&Part::Servers) {
         for (index, (format, file)) in formats.iter().take(2).enumerate() {

@@ -175,11 +175,16 @@ impl Peer {
         if !file.exists() {
             eprintln!("[compare] making {}", file.display());
             let part = file.with_extension("part");
-            let mut quantize = Command::new(self.program(Level::Native, "llama-quantize"));
-            run(quantize.arg("--allow-requantize").arg(model).arg(&part).arg(format))?;
+            self.convert(model, &part, format)?;
             std::fs::rename(&part, &file).with_context(|| file.display().to_string())?;
         }
         Ok(file)
+    }
+
+    /// Writes the model in another format.
+    pub fn convert(&self, model: &Path, to: &Path, format: &str) -> anyhow::Result<()> {
+        let mut quantize = Command::new(self.program(Level::Native, "llama-quantize"));
+        run(quantize.arg("--allow-requantize").arg(model).arg(to).arg(format))
     }
 }
 

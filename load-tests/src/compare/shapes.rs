@@ -30,6 +30,7 @@ pub enum Work {
 impl Shape {
     pub const PREFILL: Self = Self::prefill(0);
     pub const DECODE_ALONE: Self = Self::decode(1, 0);
+    pub const DECODE_BATCH: Self = Self::decode(16, 0);
 
     const fn prefill(depth: usize) -> Self {
         Self { work: Work::Prefill, depth }

@@ -12,6 +12,7 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use futures_util::stream;
 use serde_json::json;
 
+use super::auth::{self, Caller};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::items::{self, Page};
@@ -32,6 +33,7 @@ pub async fn create(
     request: HttpRequest,
     payload: web::Payload,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let settings = &state.settings;
     let (parsed, digest) = body::object_and_digest(&request, payload, &settings.limits).await?;
@@ -41,12 +43,13 @@ pub async fn create(
         is_retry: body::may_be_a_retry(request.headers()),
         deadline: queue_deadline(request.headers(), settings),
     };
-    let turn = request::read(&state, &parsed, &mut fields, sent).await?;
+    let turn = request::read(&state, &caller, &parsed, &mut fields, sent).await?;
+    auth::check_model(&caller, settings)?;
     let streams = fields.boolean("stream")?.unwrap_or(false);
     let ignored = body::unknown(&fields, settings)?;
 
     let (place, audience) = (turn.place, turn.audience);
-    let turn = state.sessions.respond(&state.tenant, turn).await;
+    let turn = state.sessions.respond(&caller, turn).await;
     let mut turn = turn.map_err(|error| ApiError::from(error).of_param("messages", "input"))?;
     let response = if streams {
         stream_from(turn, None, &state)?
@@ -68,15 +71,16 @@ pub async fn count(
     request: HttpRequest,
     payload: web::Payload,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let settings = &state.settings;
     let (parsed, digest) = body::object_and_digest(&request, payload, &settings.limits).await?;
     let mut fields = Fields::of(&parsed);
     let sent = Sent { digest, is_retry: false, deadline: queue_deadline(request.headers(), settings) };
-    let turn = request::read(&state, &parsed, &mut fields, sent).await?;
+    let turn = request::read(&state, &caller, &parsed, &mut fields, sent).await?;
     fields.boolean("stream")?;
     let ignored = body::unknown(&fields, settings)?;
-    let tokens = state.sessions.count(&state.tenant, turn).await;
+    let tokens = state.sessions.count(&caller, turn).await;
     let tokens = tokens.map_err(|error| ApiError::from(error).of_param("messages", "input"))?;
     let counted = json!({"object": "response.input_tokens", "input_tokens": tokens.0});
     Ok(body::answer_naming(HttpResponse::Ok().json(counted), ignored))
@@ -87,9 +91,10 @@ pub async fn get(
     request: HttpRequest,
     path: web::Path<String>,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let (streams, after) = replay(request.query_string())?;
-    let turn = state.sessions.response(&state.tenant, id(&path)?).await?;
+    let turn = state.sessions.response(&caller, id(&path)?).await?;
     if streams {
         return stream_from(turn, after, &state);
     }
@@ -97,15 +102,23 @@ pub async fn get(
 }
 
 /// DELETE `/v1/responses/{id}`.
-pub async fn delete(path: web::Path<String>, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
+pub async fn delete(
+    path: web::Path<String>,
+    state: web::Data<ApiState>,
+    caller: Caller,
+) -> Result<HttpResponse, ApiError> {
     let id = id(&path)?;
-    state.sessions.delete_response(&state.tenant, id).await?;
+    state.sessions.delete_response(&caller, id).await?;
     Ok(HttpResponse::Ok().json(json!({"id": ids::response(id), "object": "response", "deleted": true})))
 }
 
 /// POST `/v1/responses/{id}/cancel`.
-pub async fn cancel(path: web::Path<String>, state: web::Data<ApiState>) -> Result<HttpResponse, ApiError> {
-    let turn = state.sessions.cancel(&state.tenant, id(&path)?).await?;
+pub async fn cancel(
+    path: web::Path<String>,
+    state: web::Data<ApiState>,
+    caller: Caller,
+) -> Result<HttpResponse, ApiError> {
+    let turn = state.sessions.cancel(&caller, id(&path)?).await?;
     Ok(HttpResponse::Ok().json(Echo::from_about(&turn.about)?.as_it_stands(&turn)))
 }
 
@@ -114,9 +127,10 @@ pub async fn input_items(
     request: HttpRequest,
     path: web::Path<String>,
     state: web::Data<ApiState>,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let page = Page::parse(request.query_string())?;
-    let items = state.sessions.input_items(&state.tenant, id(&path)?).await?;
+    let items = state.sessions.input_items(&caller, id(&path)?).await?;
     Ok(HttpResponse::Ok().json(page.cut(&items)?))
 }
 

@@ -16,6 +16,7 @@ use crate::sessions::messages::{
     Audience, ConversationId, Goal, NewItem, NewResponse, OnConflict, Overflow, Place, Respond, ResponseId, TurnError,
     TurnLimits,
 };
+use crate::tenants::Tenant;
 
 /// What is known of a request besides its body.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +32,7 @@ pub struct Sent {
 /// Reads the fields of a create into a turn. The transport's own fields (`stream`) are left to the caller.
 pub async fn read(
     state: &ApiState,
+    tenant: &Tenant,
     body: &Map<String, Value>,
     fields: &mut Fields<'_>,
     sent: Sent,
@@ -41,7 +43,7 @@ pub async fn read(
             Given::Item(item) => item,
             // Said again, as an item of its own.
             Given::Reference { id, path } => {
-                let found = state.sessions.item(&state.tenant, &id).await?;
+                let found = state.sessions.item(tenant, &id).await?;
                 let found = found.ok_or_else(|| ApiError::item_not_found(Some(&path)))?;
                 NewItem { id: None, message: found.message }
             }

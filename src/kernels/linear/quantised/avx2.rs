@@ -20,7 +20,7 @@ use super::{GROUP, GROUPS, Packing, Panels, with_packing};
 
 /// Rows of a tile: with half a panel, sums and weights fill the 16 registers.
 pub const TILE: usize = 4;
-/// How far ahead a single row reads weights from memory.
+/// How far ahead weights are read from memory.
 const PREFETCH_BYTES: usize = 2048;
 /// Weights of a vector.
 const HALF: usize = PANEL / 2;
@@ -34,10 +34,12 @@ pub unsafe fn multiply(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, ou
     with_packing!(panels.form, rows(panels, range, tile, out))
 }
 
+/// As `Kernel`, for one form.
+///
 /// # Safety
 /// As `Kernel`.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn rows<F: Packing>(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, out: &Out) {
+pub(super) unsafe fn rows<F: Packing>(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, out: &Out) {
     for panel in range {
         match tile.rows {
             // Few rows have registers left for the whole panel.

@@ -15,11 +15,11 @@ use std::ops::Range;
 
 use super::super::activations::Tile;
 use super::super::{Out, PANEL};
-use super::{GROUP, GROUPS, Packing, Panels, Walk, with_packing};
+use super::{GROUP, GROUPS, Packing, Panels, Walk, avx2, with_packing};
 
 /// Rows of a tile: with two panels, 24 of the 32 registers are sums.
 pub const TILE: usize = 6;
-/// How far ahead a single row reads weights from memory.
+/// How far ahead weights are read from memory.
 const PREFETCH_BYTES: usize = 2048;
 
 /// As `Kernel` says.
@@ -36,9 +36,10 @@ pub unsafe fn multiply(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, ou
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn rows<F: Packing>(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, out: &Out) {
     match tile.rows {
+        // One row waits for memory, and narrow vectors wait less: the same bits.
+        // SAFETY: the caller's promise; AVX2 is among these instructions.
+        1 => unsafe { avx2::rows::<F>(panels, range, tile, out) },
         // SAFETY: the caller's promise.
-        1 => unsafe { walk::<F, 1>(panels, range, tile, out) },
-        // SAFETY: as above.
         2 => unsafe { walk::<F, 2>(panels, range, tile, out) },
         // SAFETY: as above.
         3 => unsafe { walk::<F, 3>(panels, range, tile, out) },
@@ -58,7 +59,7 @@ unsafe fn rows<F: Packing>(panels: &Panels, range: Range<usize>, tile: &Tile<'_>
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn walk<F: Packing, const T: usize>(panels: &Panels, range: Range<usize>, tile: &Tile<'_>, out: &Out) {
     let mut panel = range.start;
-    while T > 1 && range.end - panel >= 2 {
+    while range.end - panel >= 2 {
         // SAFETY: the caller's promise.
         unsafe { multiply_tile::<F, T, 2>(panels, panel, tile, out) };
         panel += 2;
