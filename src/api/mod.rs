@@ -5,6 +5,7 @@
 pub mod auth;
 pub mod body;
 pub mod chat_completions;
+pub mod codes;
 pub mod conversations;
 pub mod edge;
 pub mod error;
@@ -12,6 +13,7 @@ pub mod fields;
 pub mod ids;
 pub mod input;
 pub mod items;
+pub mod openapi;
 pub mod ops;
 pub mod responses;
 pub mod routes;

@@ -56,7 +56,11 @@ pub async fn create(
     Ok(body::answer_naming(response, ignored))
 }
 
-fn parse(fields: &mut Fields<'_>, settings: &ApiSettings, deadline: Duration) -> Result<(Respond, bool), ApiError> {
+pub(super) fn parse(
+    fields: &mut Fields<'_>,
+    settings: &ApiSettings,
+    deadline: Duration,
+) -> Result<(Respond, bool), ApiError> {
     input::model(fields, settings, false)?;
     let conversation = conversation(fields)?;
     if fields.string("previous_response_id")?.is_some() {
