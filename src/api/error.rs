@@ -139,11 +139,7 @@ impl ApiError {
 
     pub fn unknown_url(method: &str, path: &str) -> Self {
         let path: String = path.chars().take(256).collect();
-        Self::not_found(
-            "unknown_url",
-            None,
-            format!("there is no route for {method} {path}; look at /v1/models for a start"),
-        )
+        Self::not_found("unknown_url", None, format!("there is no route for {method} {path}; /docs lists all"))
     }
 
     /// 405; `allow` lists the methods of the route.

@@ -119,11 +119,11 @@ table! {
     }
     Open "/healthz" {
         GET ops::healthz => doc("Whether the process lives").gives::<Health>(),
-        HEAD ops::healthz => doc("The same, without a body").gives_nothing(),
+        HEAD ops::healthz => doc("The same, without a body").gives_nothing(200),
     }
     Open "/readyz" {
         GET ops::readyz => doc("Whether the server takes work").gives::<Readiness>().gives_as::<Readiness>(503),
-        HEAD ops::readyz => doc("The same, without a body").gives_nothing(),
+        HEAD ops::readyz => doc("The same, without a body").gives_nothing(200).gives_nothing(503),
     }
     Open "/openapi.json" { GET openapi::json => doc("This document").gives_media("application/json") }
     Open "/docs" { GET openapi::page::docs => doc("This document, for people").gives_media("text/html") }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::messages::TurnError;
+use crate::telemetry::metrics::LIMITED;
 use crate::tenants::Tenant;
 use crate::tenants::quota::TurnPermit;
 
@@ -37,7 +38,9 @@ impl Gate {
 
     /// Lets a turn in, unless the server drains or its tenant has enough of them.
     pub fn enter(self: &Arc<Self>, tenant: &Tenant) -> Result<Pass, TurnError> {
-        let permit = tenant.quota.begin_turn()?;
+        let permit = tenant.quota.begin_turn().inspect_err(|_| {
+            LIMITED.add(1, &[("tenant", &tenant.name), ("limit", "concurrent_turns")]);
+        })?;
         let entered = self.turns.send_if_modified(|turns| {
             turns.running += usize::from(!turns.draining);
             !turns.draining

@@ -247,6 +247,14 @@ async fn an_edit_of_the_tenants_file_applies_at_once_and_a_bad_one_changes_nothi
     assert!(seen.header("x-ratelimit-reset-requests").unwrap().ends_with('s'));
     assert_eq!(Seen::of(b.get("/v1/models")).await.header("x-ratelimit-limit-requests"), None);
 
+    let page = admin.get("/metrics").send().await.unwrap().text().await.unwrap();
+    for line in [
+        "rekindle_limited_total{tenant=\"a\",limit=\"concurrent_turns\"} 1\n",
+        "rekindle_limited_total{tenant=\"a\",limit=\"requests_per_minute\"} ",
+    ] {
+        assert!(page.contains(line), "{line} is not on the metrics page");
+    }
+
     // A mistake keeps the old file in force.
     std::fs::write(&tenants.file, "[[tenant]]\nid = \"a\"\nweight = -1").unwrap();
     eventually(HEARD, "the bad edit is counted", async || {

@@ -40,7 +40,7 @@ enum Answer {
     Json(u16, Type),
     Events(Type),
     Media(&'static str),
-    Empty,
+    Empty(u16),
 }
 
 /// What is said of one method of a route.
@@ -95,8 +95,8 @@ impl Doc {
     }
 
     /// Answers with its headers alone.
-    pub fn gives_nothing(mut self) -> Self {
-        self.answers.push(Answer::Empty);
+    pub fn gives_nothing(mut self, status: u16) -> Self {
+        self.answers.push(Answer::Empty(status));
         self
     }
 
@@ -118,7 +118,7 @@ impl Doc {
     pub(super) fn schemas(&self) -> Vec<(String, Value)> {
         let answers = self.answers.iter().filter_map(|answer| match answer {
             Answer::Json(_, of) | Answer::Events(of) => Some(*of),
-            Answer::Media(_) | Answer::Empty => None,
+            Answer::Media(_) | Answer::Empty(_) => None,
         });
         answers.chain(self.body.map(|(of, _)| of)).flat_map(|of| (of.schemas)()).collect()
     }
@@ -152,13 +152,14 @@ impl Doc {
                 Answer::Json(status, of) => (*status, "application/json", of.reference()),
                 Answer::Events(of) => (200, "text/event-stream", of.reference()),
                 Answer::Media(media_type) => (200, *media_type, json!({"type": "string"})),
-                Answer::Empty => {
-                    responses.insert("200".to_owned(), json!({"description": "Done."}));
+                Answer::Empty(status) => {
+                    responses.insert(status.to_string(), json!({"description": outcome(*status)}));
                     continue;
                 }
             };
-            let response =
-                responses.entry(status.to_string()).or_insert_with(|| json!({"description": "Done.", "content": {}}));
+            let response = responses
+                .entry(status.to_string())
+                .or_insert_with(|| json!({"description": outcome(status), "content": {}}));
             if let Some(Value::Object(content)) = response.get_mut("content") {
                 content.insert(media_type.to_owned(), json!({"schema": schema}));
             }
@@ -181,4 +182,9 @@ impl Doc {
         }
         Value::Object(responses)
     }
+}
+
+/// What an answer of its own kind, no refusal, says by its status.
+fn outcome(status: u16) -> &'static str {
+    if status < 300 { "Done." } else { "Not now." }
 }
