@@ -14,9 +14,10 @@ use actix_web::{Error, HttpMessage, ResponseError, web};
 
 use super::error::ApiError;
 use super::{ApiSettings, ApiState, unix_now};
+use crate::telemetry::metrics::LIMITED;
 use crate::tenants::Tenant;
 use crate::tenants::directory::KeyError;
-use crate::tenants::quota::RequestsLeft;
+use crate::tenants::quota::{REQUESTS_PER_MINUTE, RequestsLeft};
 
 /// The tenant whose key a request brought.
 pub type Caller = web::ReqData<Tenant>;
@@ -39,6 +40,7 @@ pub async fn tenant(
     let left = match tenant.quota.take_request(Instant::now()) {
         Ok(left) => left,
         Err(exceeded) => {
+            LIMITED.add(1, &[("tenant", &tenant.name), ("limit", REQUESTS_PER_MINUTE)]);
             let mut response = refuse(request, &exceeded.into());
             tell(&exceeded.left, response.headers_mut());
             return Ok(response);

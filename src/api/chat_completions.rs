@@ -54,11 +54,11 @@ pub async fn create(
     Ok(body::answer_naming(response, ignored))
 }
 
-struct StreamOptions {
+pub(super) struct StreamOptions {
     include_usage: bool,
 }
 
-fn parse(
+pub(super) fn parse(
     fields: &mut Fields<'_>,
     settings: &ApiSettings,
     deadline: Duration,

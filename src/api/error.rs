@@ -12,6 +12,7 @@ use actix_web::http::header::{ALLOW, HeaderName, HeaderValue, RETRY_AFTER, WWW_A
 use actix_web::{HttpResponse, ResponseError};
 use serde_json::{Value, json};
 
+use super::codes;
 use crate::sessions::messages::{SessionError, TurnError};
 use crate::tenants::quota::RateExceeded;
 
@@ -35,6 +36,8 @@ pub struct ApiError {
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> Self {
         let message = message.into();
+        let listed = codes::find(code).map(|code| code.status);
+        debug_assert_eq!(listed, Some(status.as_u16()), "`{code}` is in the table of codes with its status");
         Self { status, kind, code, param: None, message, retry_after: None, should_retry: None, allow: None }
     }
 
@@ -151,11 +154,7 @@ impl ApiError {
 
     pub fn unknown_url(method: &str, path: &str) -> Self {
         let path: String = path.chars().take(256).collect();
-        Self::not_found(
-            "unknown_url",
-            None,
-            format!("there is no route for {method} {path}; look at /v1/models for a start"),
-        )
+        Self::not_found("unknown_url", None, format!("there is no route for {method} {path}; /docs lists all"))
     }
 
     /// 405; `allow` lists the methods of the route.

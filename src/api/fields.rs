@@ -202,6 +202,12 @@ impl<'a> Fields<'a> {
         self.object.keys().map(String::as_str).filter(|key| !self.asked.contains(key)).collect()
     }
 
+    /// The fields that were asked for, in tests: the document has the same.
+    #[cfg(test)]
+    pub fn asked(&self) -> &[&'a str] {
+        &self.asked
+    }
+
     /// All pairs, for objects whose keys are the client's own.
     pub fn pairs(&self) -> impl Iterator<Item = (&'a String, &'a Value)> + use<'a> {
         self.object.iter()

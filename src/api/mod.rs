@@ -5,6 +5,7 @@
 pub mod auth;
 pub mod body;
 pub mod chat_completions;
+pub mod codes;
 pub mod conversations;
 pub mod cors;
 pub mod edge;
@@ -14,6 +15,7 @@ pub mod idempotency;
 pub mod ids;
 pub mod input;
 pub mod items;
+pub mod openapi;
 pub mod ops;
 pub mod responses;
 pub mod routes;

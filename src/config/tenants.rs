@@ -106,7 +106,7 @@ pub struct TenantLimits {
 #[derive(Clone, PartialEq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyEntry {
-    /// For people, and in logs.
+    /// For people.
     #[serde(default)]
     pub name: String,
     #[serde(deserialize_with = "sha256")]

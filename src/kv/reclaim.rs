@@ -182,3 +182,100 @@ impl Manager {
         self.touch(entry.victim);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::block::PrefixHash;
+    use super::super::manager::{Admission, Admit};
+    use super::*;
+    use crate::kv::KvSettings;
+    use crate::types::{BlockSize, PoolPart, TenantKey, TierBudget, TokenCount, TokenId, Weight};
+
+    const A: TenantId = TenantId(0);
+    const B: TenantId = TenantId(1);
+    const BLOCKS: u32 = 4;
+
+    /// A pool for five conversations of four blocks each; the window is one.
+    struct Pool {
+        manager: Manager,
+        conversations: u128,
+    }
+
+    impl Pool {
+        /// Floors and ceilings in blocks.
+        fn granted(a: (u64, u64), b: (u64, u64)) -> Self {
+            let settings = KvSettings {
+                block_size: BlockSize(4),
+                block_bytes: 64,
+                device_blocks: BlockCount(5 * BLOCKS),
+                host_blocks: BlockCount(0),
+                window: TokenCount(4 * BLOCKS),
+                background_offload: false,
+                journal_entries: 16,
+                reuse: true,
+            };
+            let mut manager = Manager::new(settings);
+            let grant = |tenant, (floor, ceiling): (u64, u64)| {
+                let part = |blocks| Some(PoolPart::Bytes(blocks * 64));
+                let budget = TierBudget { floor: part(floor), ceiling: part(ceiling) };
+                Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget }
+            };
+            manager.grant(&[grant(A, a), grant(B, b)]);
+            Self { manager, conversations: 0 }
+        }
+
+        /// Another conversation of a tenant has a turn, and rests.
+        fn turn(&mut self, tenant: TenantId) {
+            self.conversations += 1;
+            let key = KvKey(self.conversations);
+            let tokens: Vec<TokenId> = (0..4 * BLOCKS).map(|i| TokenId(i + 100 * self.conversations as u32)).collect();
+            let tenant_key = TenantKey([tenant.0 as u8; 32]);
+            let hashes = PrefixHash::chain(&tenant_key, &tokens, BlockSize(4));
+            let admit = Admit { key, tenant, tenant_key, tokens: &tokens, hashes: &hashes };
+            let now = Tick(u64::try_from(self.conversations).unwrap());
+            assert!(matches!(self.manager.admit(now, admit), Admission::Ready(_)), "there is room");
+            self.manager.append(key, &tokens);
+            self.manager.rest(now, key);
+            self.manager.assert_invariants();
+        }
+
+        fn held(&self) -> (u32, u32) {
+            (self.manager.held(A).0, self.manager.held(B).0)
+        }
+
+        fn newest_rule(&self) -> Rule {
+            self.manager.journal().entries().last().unwrap().rule
+        }
+    }
+
+    #[test]
+    fn a_tenant_at_its_ceiling_displaces_only_its_own() {
+        let mut pool = Pool::granted((0, 8), (0, 20));
+        [B, B, B, A, A].into_iter().for_each(|tenant| pool.turn(tenant));
+        pool.turn(A);
+        assert_eq!(pool.held(), (8, 12), "the coldest are B's, and stay");
+        assert_eq!(pool.newest_rule(), Rule::Lru);
+    }
+
+    #[test]
+    fn free_memory_is_lent_past_a_ceiling_and_taken_back_first() {
+        let mut pool = Pool::granted((0, 8), (0, 20));
+        [B, B, A, A, A].into_iter().for_each(|tenant| pool.turn(tenant));
+        assert_eq!(pool.held(), (12, 8), "nobody else wanted it");
+        pool.turn(B);
+        assert_eq!((pool.held(), pool.newest_rule()), ((8, 12), Rule::OverCeiling));
+        // A is at its ceiling now, no more over it: the coldest goes, which is B's own.
+        pool.turn(B);
+        assert_eq!((pool.held(), pool.newest_rule()), ((8, 12), Rule::Lru));
+    }
+
+    #[test]
+    fn nobody_is_pushed_below_the_floor_for_another() {
+        let mut pool = Pool::granted((8, 20), (0, 20));
+        [A, A, A, B, B].into_iter().for_each(|tenant| pool.turn(tenant));
+        pool.turn(B);
+        assert_eq!(pool.held(), (8, 12), "A had 4 above its floor");
+        pool.turn(B);
+        assert_eq!(pool.held(), (8, 12), "A is colder, and at its floor");
+    }
+}

@@ -9,8 +9,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::messages::TurnError;
+use crate::telemetry::metrics::LIMITED;
 use crate::tenants::Tenant;
-use crate::tenants::quota::TurnPermit;
+use crate::tenants::quota::{CONCURRENT_TURNS, TurnPermit};
 
 #[derive(Clone, Copy, Default)]
 struct Turns {
@@ -37,7 +38,9 @@ impl Gate {
 
     /// Lets a turn in, unless the server drains or its tenant has enough of them.
     pub fn enter(self: &Arc<Self>, tenant: &Tenant) -> Result<Pass, TurnError> {
-        let permit = tenant.quota.begin_turn()?;
+        let permit = tenant.quota.begin_turn().inspect_err(|_| {
+            LIMITED.add(1, &[("tenant", &tenant.name), ("limit", CONCURRENT_TURNS)]);
+        })?;
         let entered = self.turns.send_if_modified(|turns| {
             turns.running += usize::from(!turns.draining);
             !turns.draining

@@ -7,6 +7,9 @@ use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
+/// The HTTP library reports what clients send wrong as errors of ours. Clients hear of it; whoever names it here hears too.
+const QUIET: &str = "actix_http::h1::dispatcher=off";
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Format {
     Text,
@@ -42,7 +45,7 @@ pub fn parse_filter(filter: &str) -> Result<EnvFilter, LogError> {
             return Err(refused(format!("`{word}` is no level")));
         }
     }
-    EnvFilter::builder().parse(filter).map_err(|error| refused(error.to_string()))
+    EnvFilter::builder().parse(format!("{QUIET},{filter}")).map_err(|error| refused(error.to_string()))
 }
 
 #[cfg(test)]
@@ -53,6 +56,9 @@ mod tests {
     fn a_filter_is_a_level_or_pairs_and_anything_else_is_refused_with_an_example() {
         assert!(parse_filter("info").is_ok());
         assert!(parse_filter("warn,rekindle::engine=trace").is_ok());
+        // What is said last of a target counts.
+        let named = parse_filter("warn,actix_http::h1::dispatcher=info").unwrap().to_string();
+        assert!(named.contains("dispatcher=info") && !named.contains("dispatcher=off"), "{named}");
         for refused in ["rekindle=loud", "inof", "info,rekindle", ""] {
             let sentence = parse_filter(refused).unwrap_err().to_string();
             assert!(sentence.contains(&format!("`{refused}`")) && sentence.contains("`info`"), "{sentence}");

@@ -72,6 +72,8 @@ table! {
     Histogram QUEUE_SECONDS, "rekindle_turn_queue_seconds", Seconds, "A turn's wait for its place.", LATENCY_S;
     Gauge LIVE_SESSIONS, "rekindle_live_sessions", Count, "Conversations that have an actor.";
 
+    Counter LIMITED, "rekindle_limited_total", Count,
+        "What a tenant asked for beyond a limit of its own, by tenant and limit; each was refused with 429.";
     Counter TENANTS_FILE_EDITS, "rekindle_tenants_file_edits_total", Count,
         "Edits of the tenants file that the server saw, by outcome: applied or refused.";
 

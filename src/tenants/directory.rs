@@ -104,7 +104,11 @@ impl Directory {
         let mut grants = Vec::new();
         for entry in &file.tenants {
             let tenant = self.tenant(entry);
-            grants.push(Grant { tenant: tenant.id, weight: entry.weight, device: entry.device(), host: entry.host() });
+            // One that is suspended asks for nothing, so that the others share what it had.
+            if entry.status == Status::Active {
+                let (device, host) = (entry.device(), entry.host());
+                grants.push(Grant { tenant: tenant.id, weight: entry.weight, device, host });
+            }
             entry.keys.iter().for_each(|key| insert(&mut table, key, Holder::Tenant(tenant.clone(), entry.status)));
         }
         self.table.store(Arc::new(table));
@@ -206,7 +210,7 @@ mod tests {
     #[test]
     fn a_key_opens_what_it_is_for_and_nothing_else() {
         let (directory, grants) = Directory::of_file(&file(FILE), KeyHash::of("made"), 64);
-        assert_eq!(grants.iter().map(|grant| grant.weight).collect::<Vec<_>>(), [Weight(2000), Weight(1000)]);
+        assert_eq!(grants.iter().map(|grant| grant.weight).collect::<Vec<_>>(), [Weight(2000)]);
         assert_eq!(directory.tenant_of(Some("web"), NOW).unwrap().name, "a");
         for (key, why) in [
             (None, KeyError::Missing),

@@ -8,6 +8,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+/// The limits' names, as in the tenants file.
+pub const REQUESTS_PER_MINUTE: &str = "requests_per_minute";
+pub const CONCURRENT_TURNS: &str = "concurrent_turns";
+
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// What a tenant may ask for.

@@ -11,6 +11,8 @@ mod client;
 #[cfg(test)]
 mod commands;
 #[cfg(test)]
+mod contract;
+#[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
 mod many;

@@ -148,6 +148,27 @@ async fn another_tenants_ids_are_as_if_they_never_were_on_every_route() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_equal_prefix_of_another_tenant_is_never_found_whatever_the_request_says() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let tenants = Tenants::new(&home);
+    let server = Server::start(&home, &tenants.settings());
+    let (a, b) = (Client::with_key(&server.url, &tenants.a), Client::with_key(&server.url, &tenants.b));
+    let model = a.json(a.get("/v1/models")).await["data"][0]["id"].clone();
+    let said = "The harbour lantern swings above the copper river. ".repeat(12);
+    let chat = json!({"model": model, "messages": [{"role": "user", "content": said}], "max_tokens": 1,
+        "user": "shared", "prompt_cache_key": "shared", "cache_salt": "shared"});
+    let cached = async |client: &Client| {
+        let answer = client.json(client.post("/v1/chat/completions", &chat)).await;
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(cached(&a).await, 0);
+    assert!(cached(&a).await > 100, "a repeat finds its own");
+    assert_eq!(cached(&b).await, 0, "a tenant found what another had said");
+    server.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn each_kind_of_key_opens_its_own_routes_and_nothing_else() {
     let _alone = machine().await;
     let home = Home::new();
@@ -226,6 +247,14 @@ async fn an_edit_of_the_tenants_file_applies_at_once_and_a_bad_one_changes_nothi
     assert!(left < 100, "{left} of 100 are left");
     assert!(seen.header("x-ratelimit-reset-requests").unwrap().ends_with('s'));
     assert_eq!(Seen::of(b.get("/v1/models")).await.header("x-ratelimit-limit-requests"), None);
+
+    let page = admin.get("/metrics").send().await.unwrap().text().await.unwrap();
+    for line in [
+        "rekindle_limited_total{tenant=\"a\",limit=\"concurrent_turns\"} 1\n",
+        "rekindle_limited_total{tenant=\"a\",limit=\"requests_per_minute\"} ",
+    ] {
+        assert!(page.contains(line), "{line} is not on the metrics page");
+    }
 
     // A mistake keeps the old file in force.
     std::fs::write(&tenants.file, "[[tenant]]\nid = \"a\"\nweight = -1").unwrap();

@@ -53,7 +53,7 @@ pub async fn read(
 }
 
 /// The turn without its input, and that as it was given.
-fn parse(
+pub fn parse(
     body: &Map<String, Value>,
     fields: &mut Fields<'_>,
     settings: &ApiSettings,
