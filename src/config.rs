@@ -56,6 +56,7 @@ pub struct Config {
     pub sessions: Sessions,
     pub store: Store,
     pub api: Api,
+    pub ws: WebSocket,
     pub tenants: Tenants,
     pub log: Log,
 }
@@ -143,6 +144,16 @@ pub struct Cors {
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
+pub struct WebSocket {
+    pub message_bytes: Bytes,
+    pub max_lanes: usize,
+    pub lane_depth: usize,
+    pub max_age_s: u64,
+    pub idle_s: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Tenants {
     /// `None`: one tenant, for whoever can reach the port.
     #[serde(deserialize_with = "empty_is_none")]
@@ -168,6 +179,7 @@ pub struct Limits {
     pub conversation_items: usize,
     pub body_timeout_s: u64,
     pub concurrent_turns: u32,
+    pub sockets: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -208,7 +220,7 @@ impl Layers {
     }
 
     fn check(&self, config: &Config) -> Result<(), ConfigError> {
-        let Config { server, model, kv, engine, sessions, store, api, tenants, log } = config;
+        let Config { server, model, kv, engine, sessions, store, api, ws, tenants, log } = config;
         if !server.listen.ip().is_loopback() && tenants.file.is_none() {
             let reason = format!(
                 "{} can be reached from other machines, and without API keys anyone there could use the server; give \
@@ -257,6 +269,12 @@ impl Layers {
         self.range("api.limits.conversation_items", limits.conversation_items, 1..=1_000_000)?;
         self.range("api.limits.body_timeout_s", limits.body_timeout_s, 1..=3600)?;
         self.range("api.limits.concurrent_turns", limits.concurrent_turns, 1..=100_000)?;
+        self.range("api.limits.sockets", limits.sockets, 0..=100_000)?;
+        self.range("ws.message_bytes", ws.message_bytes, Bytes(1 << 10)..=Bytes(1 << 30))?;
+        self.range("ws.max_lanes", ws.max_lanes, 1..=64)?;
+        self.range("ws.lane_depth", ws.lane_depth, 0..=64)?;
+        self.range("ws.max_age_s", ws.max_age_s, 1..=86_400)?;
+        self.range("ws.idle_s", ws.idle_s, 1..=86_400)?;
         crate::telemetry::log::parse_filter(&log.level)
             .map_err(|error| self.impossible("log.level", &error.to_string()))?;
         Ok(())

@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
+use crate::api::websocket::{Bounds, SocketSettings};
 use crate::api::{self, ApiSettings, ApiState, Limits, UnknownFields};
 use crate::config::tenants::TenantsError;
 use crate::config::{self, Config};
@@ -34,6 +35,7 @@ use crate::telemetry::metrics::{LIVE_SESSIONS, Metrics};
 use crate::tenants::admin_key::{self, AdminKeyError};
 use crate::tenants::directory::Directory;
 use crate::tenants::key::KeyHash;
+use crate::tenants::quota;
 use crate::tenants::watch::Watch;
 use crate::types::{BlockSize, Grant, TokenCount};
 
@@ -201,13 +203,15 @@ type Followed = (Watch, Vec<Grant>, KeyHash);
 /// Who may use the server.
 fn tenants(config: &Config) -> Result<(Arc<Directory>, Option<Followed>), ServeError> {
     let admin = admin_key::find_or_make(&config.server.data_dir)?;
-    let concurrent_turns = config.api.limits.concurrent_turns;
+    let limits = &config.api.limits;
+    let usual =
+        quota::Limits { requests_per_minute: None, concurrent_turns: limits.concurrent_turns, sockets: limits.sockets };
     let Some(path) = &config.tenants.file else {
-        return Ok((Arc::new(Directory::open_to_all(admin, concurrent_turns)), None));
+        return Ok((Arc::new(Directory::open_to_all(admin, usual)), None));
     };
     let (watch, file) = Watch::begin(path.clone(), config.kv.clone())?;
     tracing::info!(path = %path.display(), tenants = file.tenants.len(), "tenants file read");
-    let (directory, grants) = Directory::of_file(&file, admin, concurrent_turns);
+    let (directory, grants) = Directory::of_file(&file, admin, usual);
     Ok((Arc::new(directory), Some((watch, grants, admin))))
 }
 
@@ -311,6 +315,12 @@ fn api_settings(
         },
         queue_deadline: Duration::from_secs(config.engine.queue_deadline_s),
         keep_alive: KEEP_ALIVE,
+        sockets: SocketSettings {
+            bounds: Bounds { lanes: config.ws.max_lanes, depth: config.ws.lane_depth },
+            message_bytes: bytes(config.ws.message_bytes),
+            max_age: Duration::from_secs(config.ws.max_age_s),
+            idle: Duration::from_secs(config.ws.idle_s),
+        },
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use actix_web::body::BoxBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
-use actix_web::http::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
+use actix_web::http::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_PROTOCOL};
 use actix_web::middleware::Next;
 use actix_web::{Error, HttpMessage, ResponseError, web};
 
@@ -22,6 +22,7 @@ use crate::tenants::quota::{REQUESTS_PER_MINUTE, RequestsLeft};
 /// The tenant whose key a request brought.
 pub type Caller = web::ReqData<Tenant>;
 
+const KEY_PROTOCOL: &str = "openai-insecure-api-key.";
 const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit-requests");
 const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining-requests");
 const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset-requests");
@@ -32,7 +33,7 @@ pub async fn tenant(
     request: ServiceRequest,
     next: Next<BoxBody>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
-    let tenant = match state.tenants.tenant_of(bearer(request.headers()), unix_now()) {
+    let tenant = match state.tenants.tenant_of(key_of(request.headers()), unix_now()) {
         Ok(tenant) => tenant,
         Err(error) => return Ok(refuse(request, &error.into())),
     };
@@ -84,7 +85,16 @@ pub fn check_model(tenant: &Tenant, settings: &ApiSettings) -> Result<(), ApiErr
     if tenant.may_use(&settings.model) { Ok(()) } else { Err(ApiError::model_not_allowed(&settings.model)) }
 }
 
-/// The key of `Authorization: Bearer <key>`. What is written otherwise is none.
+/// The key of `Authorization: Bearer <key>`; else, of an upgrade, that of the subprotocol `openai-insecure-api-key.<key>`,
+/// since a browser can't set headers. What is written otherwise is none.
+pub fn key_of(headers: &HeaderMap) -> Option<&str> {
+    bearer(headers).or_else(|| {
+        let offered = headers.get_all(SEC_WEBSOCKET_PROTOCOL).filter_map(|value| value.to_str().ok());
+        let mut offered = offered.flat_map(|value| value.split(',')).map(str::trim);
+        offered.find_map(|protocol| protocol.strip_prefix(KEY_PROTOCOL)).filter(|key| !key.is_empty())
+    })
+}
+
 fn bearer(headers: &HeaderMap) -> Option<&str> {
     let (scheme, key) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
     let key = key.trim();
@@ -139,6 +149,16 @@ mod tests {
         for odd in [&b"Bearer"[..], b"Bearer ", b"Basic rk_1", b"rk_1", b"", b"Bearer \xff"] {
             assert_eq!(key(odd), None, "{odd:?}");
         }
+    }
+
+    #[test]
+    fn a_browser_offers_its_key_as_a_subprotocol() {
+        let mut headers = HeaderMap::new();
+        let offered = HeaderValue::from_static("rekindle.v1, openai-insecure-api-key.rk_2");
+        headers.insert(SEC_WEBSOCKET_PROTOCOL, offered);
+        assert_eq!(key_of(&headers), Some("rk_2"));
+        headers.insert(AUTHORIZATION, HeaderValue::from_static("Bearer rk_1"));
+        assert_eq!(key_of(&headers), Some("rk_1"));
     }
 
     #[test]

@@ -18,6 +18,7 @@ macro_rules! codes {
 }
 
 codes! {
+    400 "websocket_connection_limit_reached" "on a socket: it is too old for new turns";
     400 "invalid_json" "the body is not one JSON object, or nests too deep";
     400 "missing_required_parameter" "a field that must be there is not";
     400 "invalid_type" "a field has another JSON type";
@@ -34,6 +35,7 @@ codes! {
     401 "invalid_api_key" "no key, or one that is not known or has expired";
     403 "tenant_suspended" "the tenant may do nothing for now";
     403 "model_not_allowed" "the tenant may not use this model";
+    403 "origin_not_allowed" "a page of this origin may not open sockets";
     403 "wrong_key_kind" "an admin's key where a tenant's belongs, or the other way round";
     404 "model_not_found" "no such model is served";
     404 "response_not_found" "the response never was, was not stored, or is gone";
@@ -47,7 +49,8 @@ codes! {
     415 "unsupported_media_type" "the body is not plain JSON";
     426 "upgrade_required" "this is the route of the WebSocket mode, which is off";
     429 "rate_limit_exceeded" "the tenant's requests of this minute are spent";
-    429 "concurrency_limit_exceeded" "enough turns of the tenant run";
+    429 "concurrency_limit_exceeded" "enough turns of the tenant run, or enough of its sockets are open";
+    429 "too_many_pending" "on a socket: enough waits already";
     431 "headers_too_large" "the request's headers are too large";
     500 "internal_error" "the server's own fault; the log has the request's id";
     503 "engine_overloaded" "too many turns wait in the engine";

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::codes;
 use crate::sessions::messages::{SessionError, TurnError};
-use crate::tenants::quota::RateExceeded;
+use crate::tenants::quota::{RateExceeded, SocketsExceeded};
 
 const INVALID_REQUEST: &str = "invalid_request_error";
 const SERVER_ERROR: &str = "server_error";
@@ -165,9 +165,30 @@ impl ApiError {
     }
 
     pub fn upgrade_required() -> Self {
-        let message =
-            "GET on this route is the WebSocket mode, which this server does not offer; POST over HTTP instead";
+        let message = "GET on this route is the WebSocket mode, which begins with an upgrade; POST over HTTP instead";
         Self::new(StatusCode::UPGRADE_REQUIRED, INVALID_REQUEST, "upgrade_required", message)
+    }
+
+    /// An upgrade that is none.
+    pub fn bad_handshake(reason: &str) -> Self {
+        Self::bad_request("invalid_value", None, format!("the upgrade to a WebSocket is malformed: {reason}"))
+    }
+
+    /// A page that the server does not know may not open sockets in the name of who looks at it.
+    pub fn origin_not_allowed() -> Self {
+        let message = "pages of this origin may not open sockets; `api.cors.allow_origins` lists those that may";
+        Self::new(StatusCode::FORBIDDEN, "permission_error", "origin_not_allowed", message)
+    }
+
+    /// On a socket: enough waits already.
+    pub fn too_many_pending(message: String) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "too_many_pending", message)
+    }
+
+    /// On a socket: it is too old for new turns.
+    pub fn connection_limit_reached(max_age: Duration) -> Self {
+        let message = format!("a socket lives for {} s at most; open another for new turns", max_age.as_secs());
+        Self::bad_request("websocket_connection_limit_reached", None, message)
     }
 
     pub fn body_timeout(limit: Duration) -> Self {
@@ -327,6 +348,16 @@ impl From<TurnError> for ApiError {
                 tracing::error!(reason, "a turn failed inside");
                 Self::internal()
             }
+        }
+    }
+}
+
+impl From<SocketsExceeded> for ApiError {
+    fn from(exceeded: SocketsExceeded) -> Self {
+        let message = exceeded.to_string();
+        Self {
+            retry_after: Some(Duration::from_secs(5)),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "concurrency_limit_exceeded", message)
         }
     }
 }

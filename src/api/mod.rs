@@ -21,6 +21,7 @@ pub mod responses;
 pub mod routes;
 pub mod sse;
 pub mod usage;
+pub mod websocket;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -88,6 +89,7 @@ pub struct ApiSettings {
     pub queue_deadline: Duration,
     /// Silence on a stream after which a comment is sent.
     pub keep_alive: Duration,
+    pub sockets: websocket::SocketSettings,
 }
 
 pub type Reasons = Pin<Box<dyn Future<Output = Vec<String>> + Send>>;
@@ -150,6 +152,12 @@ mod tests {
             limits: LIMITS,
             queue_deadline: Duration::from_secs(60),
             keep_alive: Duration::from_secs(15),
+            sockets: websocket::SocketSettings {
+                bounds: websocket::Bounds { lanes: 8, depth: 4 },
+                message_bytes: 16 << 20,
+                max_age: Duration::from_secs(3600),
+                idle: Duration::from_secs(600),
+            },
         }
     }
 

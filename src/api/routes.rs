@@ -16,7 +16,7 @@ use super::openapi::objects::{
 };
 use super::openapi::operation::{Doc, doc};
 use super::openapi::requests::{ChatRequest, NewConversation, NewItems, NewMetadata, OffloadRequest, ResponseRequest};
-use super::{auth, chat_completions, conversations, idempotency, openapi, ops, responses};
+use super::{auth, chat_completions, conversations, idempotency, openapi, ops, responses, websocket};
 
 /// What a request must bring.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,8 +75,8 @@ table! {
             .takes::<ChatRequest>().gives::<ChatCompletion>().streams::<ChatEvent>().turns(),
     }
     Tenant "/v1/responses" {
-        GET responses::upgrade => doc("The WebSocket mode, which this server does not have")
-            .refuses(&["upgrade_required"]),
+        GET websocket::upgrade => doc("The WebSocket mode; a socket begins with an upgrade")
+            .gives_nothing(101).refuses(websocket::CODES),
         POST responses::create => doc("Answers the next turn of a conversation, or a single one")
             .takes::<ResponseRequest>().gives::<objects::Response>().streams::<ResponseEvent>().turns().stored()
             .refuses(&[

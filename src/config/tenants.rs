@@ -100,6 +100,7 @@ pub struct ByTier {
 pub struct TenantLimits {
     pub requests_per_minute: Option<u32>,
     pub concurrent_turns: Option<u32>,
+    pub sockets: Option<u32>,
 }
 
 /// A key, by its hash.

@@ -16,11 +16,13 @@ use super::kept::Kept;
 use super::live::Running;
 use super::messages::{
     Audience, Deleted, Goal, Item, NewItem, OffloadTo, Offloaded, OnConflict, SessionError, TurnError, TurnLimits,
+    TurnUsage,
 };
 use super::registry::Identity;
 use super::stream::turn_stream;
 use super::transcript::Transcript;
 use super::turn::{PromptRules, start};
+use super::warm::warm;
 use super::work::{
     Closing, Opened, Opening, Outcome, Started, Work, close, commit_items, delete, load, new_items, open, remove,
 };
@@ -118,6 +120,8 @@ impl Handler<Command> for Session {
                     Command::Offload { reply, .. } if turns + self.turns_waiting() > 0 => {
                         answer(reply, Err(SessionError::Busy));
                     }
+                    // What works brings the KV itself, or takes it away.
+                    Command::Warm { reply, .. } => answer(reply, Err(SessionError::Busy)),
                     Command::Delete { .. } => self.delete_next(command),
                     Command::Respond(_)
                     | Command::Append { .. }
@@ -222,6 +226,7 @@ impl Session {
             Command::Respond(queued) => self.respond(*queued, kv, context),
             Command::Append { items, reply } => self.append(items, reply, kv, context),
             Command::DeleteItem { item, reply } => self.delete_item(item, reply, kv, context),
+            Command::Warm { instructions, reply } => self.warm(instructions, reply, kv, context),
             Command::Offload { to, reply } => self.offload(to, reply, kv, context),
             Command::Delete { reply } => self.delete(reply, kv, context),
             Command::Items { .. } | Command::Copy { .. } | Command::Describe { .. } => {
@@ -244,6 +249,7 @@ impl Session {
             other @ (Command::Respond(_)
             | Command::Append { .. }
             | Command::DeleteItem { .. }
+            | Command::Warm { .. }
             | Command::Offload { .. }
             | Command::Delete { .. }) => other.refuse(Refusal::Lost),
         }
@@ -399,6 +405,32 @@ impl Session {
                 transcript.log.truncate(log_keep);
             });
             answer(reply, removed);
+            session.rest(kv, context);
+        }));
+    }
+
+    fn warm(
+        &mut self,
+        instructions: Option<String>,
+        mut reply: Reply<Option<TurnUsage>, SessionError>,
+        kv: KvHandle,
+        context: &mut Context<Self>,
+    ) {
+        let (cancel, cancelled) = watch::channel(false);
+        let warming = warm(self.work(), Arc::clone(&self.transcript), kv, instructions, cancelled);
+        let warming = async move {
+            tokio::pin!(warming);
+            tokio::select! {
+                warmed = &mut warming => (warmed, reply),
+                // Whoever wished for it is gone: so is the wish.
+                () = reply.closed() => {
+                    cancel.send_replace(true);
+                    (warming.await, reply)
+                }
+            }
+        };
+        context.spawn(warming.into_actor(self).map(|((kv, warmed), reply), session, context| {
+            answer(reply, warmed);
             session.rest(kv, context);
         }));
     }

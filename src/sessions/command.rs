@@ -10,7 +10,9 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::live::Turn;
-use super::messages::{Deleted, Item, NewItem, OffloadTo, Offloaded, Respond, ResponseId, SessionError, TurnError};
+use super::messages::{
+    Deleted, Item, NewItem, OffloadTo, Offloaded, Respond, ResponseId, SessionError, TurnError, TurnUsage,
+};
 use super::transcript::Transcript;
 use crate::engine::SubmitError;
 use crate::store::StoreError;
@@ -40,6 +42,11 @@ pub(super) enum Command {
     },
     Describe {
         reply: Reply<Description, SessionError>,
+    },
+    /// Bring the KV to the device.
+    Warm {
+        instructions: Option<String>,
+        reply: Reply<Option<TurnUsage>, SessionError>,
     },
     Offload {
         to: OffloadTo,
@@ -123,6 +130,7 @@ impl Command {
             Command::DeleteItem { reply, .. } => refuse(reply, refusal),
             Command::Copy { reply, .. } => refuse(reply, refusal),
             Command::Describe { reply } => refuse(reply, refusal),
+            Command::Warm { reply, .. } => refuse(reply, refusal),
             Command::Offload { reply, .. } => refuse(reply, refusal),
             Command::Delete { reply } => refuse(reply, refusal),
         }
@@ -136,6 +144,7 @@ impl Command {
             Command::DeleteItem { reply, .. } => reply.is_closed(),
             Command::Copy { reply, .. } => reply.is_closed(),
             Command::Describe { reply } => reply.is_closed(),
+            Command::Warm { reply, .. } => reply.is_closed(),
             Command::Offload { reply, .. } => reply.is_closed(),
             Command::Delete { reply } => reply.is_closed(),
         }

@@ -48,6 +48,10 @@ impl Gate {
         if entered { Ok(Pass { gate: Arc::clone(self), _permit: permit }) } else { Err(TurnError::Draining) }
     }
 
+    pub fn is_draining(&self) -> bool {
+        self.turns.borrow().draining
+    }
+
     /// Turns true when running turns must end.
     pub fn cancelled(&self) -> watch::Receiver<bool> {
         self.cancel.subscribe()
@@ -81,7 +85,7 @@ mod tests {
     use crate::types::{TenantId, TenantKey};
 
     fn tenant(concurrent_turns: u32) -> Tenant {
-        let limits = Limits { requests_per_minute: None, concurrent_turns };
+        let limits = Limits { requests_per_minute: None, concurrent_turns, sockets: 0 };
         let quota = Arc::new(Quota::new(limits, std::time::Instant::now()));
         Tenant { id: TenantId(0), name: "a".into(), key: TenantKey([0; 32]), models: None, quota }
     }

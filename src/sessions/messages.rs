@@ -184,6 +184,8 @@ pub enum Audience {
 /// A turn.
 #[derive(Clone, Debug)]
 pub struct Respond {
+    /// Whether it may continue a response that was not to be kept: whoever asks had that from the same socket.
+    pub sees_unkept: bool,
     pub place: Place,
     pub response: NewResponse,
     pub input: Vec<NewItem>,

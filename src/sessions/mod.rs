@@ -23,6 +23,7 @@ mod stream;
 mod sweep;
 mod transcript;
 mod turn;
+mod warm;
 mod work;
 
 use std::collections::BTreeMap;
@@ -223,6 +224,11 @@ impl Sessions {
     /// when none runs.
     pub async fn drain(&self, deadline: Duration) {
         self.shared.gate.drain(deadline).await;
+    }
+
+    /// Whether the server takes no new turns any more.
+    pub fn is_draining(&self) -> bool {
+        self.shared.gate.is_draining()
     }
 
     async fn ask<T, E: From<Refusal>>(

@@ -106,7 +106,11 @@ impl Sessions {
     pub async fn delete_response(&self, tenant: &Tenant, id: ResponseId) -> Result<(), SessionError> {
         let found = self.find(tenant, id).await?.ok_or(SessionError::NoResponse)?;
         self.cancel(tenant, id).await?;
-        if !self.shared.store.delete_response(&tenant.name, id.0).await? {
+        self.forget_response(tenant, &found).await
+    }
+
+    async fn forget_response(&self, tenant: &Tenant, found: &Found) -> Result<(), SessionError> {
+        if !self.shared.store.delete_response(&tenant.name, found.kept.id().0).await? {
             return Err(SessionError::NoResponse);
         }
         if found.chain {
@@ -148,7 +152,7 @@ impl Sessions {
         let transcript = match turn.place {
             Place::Alone | Place::NewChain => Transcript::default(),
             Place::After(previous) => {
-                let found = self.previous(tenant, previous, Instant::now()).await?;
+                let found = self.previous(tenant, previous, turn.sees_unkept, Instant::now()).await?;
                 self.copy(tenant, &found).await?
             }
             Place::Conversation(id) => {
@@ -174,7 +178,7 @@ impl Sessions {
         previous: ResponseId,
         deadline: Instant,
     ) -> Result<Turn, TurnError> {
-        let found = self.previous(tenant, previous, deadline).await?;
+        let found = self.previous(tenant, previous, turn.sees_unkept, deadline).await?;
         if found.chain {
             let (asked, follows) = (turn.clone(), Follows::Tip(found.kept.body.tip.clone()));
             let queue = |reply| queued(asked, Some(previous), follows, deadline, reply);
@@ -215,13 +219,28 @@ impl Sessions {
     }
 
     /// The response that is to be continued; one that runs is waited for.
-    async fn previous(&self, tenant: &Tenant, id: ResponseId, deadline: Instant) -> Result<Found, TurnError> {
+    async fn previous(
+        &self,
+        tenant: &Tenant,
+        id: ResponseId,
+        sees_unkept: bool,
+        deadline: Instant,
+    ) -> Result<Found, TurnError> {
         if let Some(running) = self.shared.live.find(tenant.id, id) {
             let mut turn = running.join();
             let ended = tokio::time::timeout_at(deadline, turn.stream.finished()).await;
             ended.map_err(|_| TurnError::QueueTimeout("the response to continue runs still; retry".into()))?;
         }
-        self.find(tenant, id).await?.ok_or(TurnError::NoPrevious)
+        let found = if sees_unkept { self.find_any(tenant, id).await? } else { self.find(tenant, id).await? };
+        found.ok_or(TurnError::NoPrevious)
+    }
+
+    /// Forgets a response that was not to be kept, whose asker has gone.
+    pub async fn forget_unkept(&self, tenant: &Tenant, id: ResponseId) -> Result<(), SessionError> {
+        match self.find_any(tenant, id).await? {
+            Some(found) => self.forget_response(tenant, &found).await,
+            None => Ok(()),
+        }
     }
 
     /// The history up to and with a response.
@@ -287,6 +306,11 @@ impl Sessions {
             Taken::Runs(turn) => Ok(Some(turn)),
             Taken::NotTip | Taken::Repeats => Ok(None),
         }
+    }
+
+    /// A response that is in the store, whether or not it can be retrieved.
+    async fn find_any(&self, tenant: &Tenant, id: ResponseId) -> Result<Option<Found>, SessionError> {
+        self.shared.store.response(&tenant.name, id.0).await?.map(read).transpose()
     }
 
     /// A response that can be retrieved.

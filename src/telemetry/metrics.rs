@@ -72,6 +72,8 @@ table! {
     Histogram QUEUE_SECONDS, "rekindle_turn_queue_seconds", Seconds, "A turn's wait for its place.", LATENCY_S;
     Gauge LIVE_SESSIONS, "rekindle_live_sessions", Count, "Conversations that have an actor.";
 
+    Gauge SOCKETS, "rekindle_websocket_connections", Count, "WebSockets that are open.";
+
     Counter LIMITED, "rekindle_limited_total", Count,
         "What a tenant asked for beyond a limit of its own, by tenant and limit; each was refused with 429.";
     Counter TENANTS_FILE_EDITS, "rekindle_tenants_file_edits_total", Count,
@@ -96,6 +98,11 @@ impl Counter {
 impl Gauge {
     pub fn set(&self, value: f64, labels: Labels<'_>) {
         gauge!(self.0.name, owned(labels)).set(value);
+    }
+
+    /// `step`: 1.0 for one more, -1.0 for one less.
+    pub fn step(&self, step: f64, labels: Labels<'_>) {
+        gauge!(self.0.name, owned(labels)).increment(step);
     }
 }
 

@@ -65,30 +65,29 @@ struct Lasting {
 pub struct Directory {
     table: ArcSwap<Table>,
     lasting: Mutex<HashMap<String, Lasting>>,
-    /// Turns of a tenant whose entry sets no limit.
-    concurrent_turns: u32,
+    /// The limits of a tenant whose entry sets none.
+    usual: Limits,
 }
 
 impl Directory {
     /// One tenant, `default`, for any key or none; admins by this key.
-    pub fn open_to_all(admin: KeyHash, concurrent_turns: u32) -> Self {
-        let directory = Self::empty(concurrent_turns);
-        let limits = Limits { requests_per_minute: None, concurrent_turns };
-        let mut table = Table { open: Some(directory.tenant_named("default", limits, None)), ..Table::default() };
+    pub fn open_to_all(admin: KeyHash, usual: Limits) -> Self {
+        let directory = Self::empty(usual);
+        let mut table = Table { open: Some(directory.tenant_named("default", usual, None)), ..Table::default() };
         table.insert(admin, None, Holder::Admin);
         directory.table.store(Arc::new(table));
         directory
     }
 
     /// The tenants of a file. `admin` is the admins' key if the file names none.
-    pub fn of_file(file: &TenantsFile, admin: KeyHash, concurrent_turns: u32) -> (Self, Vec<Grant>) {
-        let directory = Self::empty(concurrent_turns);
+    pub fn of_file(file: &TenantsFile, admin: KeyHash, usual: Limits) -> (Self, Vec<Grant>) {
+        let directory = Self::empty(usual);
         let grants = directory.apply(file, admin);
         (directory, grants)
     }
 
-    fn empty(concurrent_turns: u32) -> Self {
-        Self { table: ArcSwap::default(), lasting: Mutex::default(), concurrent_turns }
+    fn empty(usual: Limits) -> Self {
+        Self { table: ArcSwap::default(), lasting: Mutex::default(), usual }
     }
 
     /// Puts a file in force, and says what the engine must know of it.
@@ -117,8 +116,9 @@ impl Directory {
 
     fn tenant(&self, entry: &TenantEntry) -> Tenant {
         let limits = Limits {
-            requests_per_minute: entry.limits.requests_per_minute,
-            concurrent_turns: entry.limits.concurrent_turns.unwrap_or(self.concurrent_turns),
+            requests_per_minute: entry.limits.requests_per_minute.or(self.usual.requests_per_minute),
+            concurrent_turns: entry.limits.concurrent_turns.unwrap_or(self.usual.concurrent_turns),
+            sockets: entry.limits.sockets.unwrap_or(self.usual.sockets),
         };
         self.tenant_named(&entry.id, limits, entry.models.as_deref().map(Arc::from))
     }
@@ -186,6 +186,7 @@ mod tests {
     use crate::types::Weight;
 
     const NOW: i64 = 1_790_000_000;
+    const USUAL: Limits = Limits { requests_per_minute: None, concurrent_turns: 64, sockets: 256 };
 
     fn file(text: &str) -> TenantsFile {
         let sha = |key: &str| format!("sha256 = \"{}\"", KeyHash::of(key).hex());
@@ -209,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_key_opens_what_it_is_for_and_nothing_else() {
-        let (directory, grants) = Directory::of_file(&file(FILE), KeyHash::of("made"), 64);
+        let (directory, grants) = Directory::of_file(&file(FILE), KeyHash::of("made"), USUAL);
         assert_eq!(grants.iter().map(|grant| grant.weight).collect::<Vec<_>>(), [Weight(2000)]);
         assert_eq!(directory.tenant_of(Some("web"), NOW).unwrap().name, "a");
         for (key, why) in [
@@ -230,7 +231,7 @@ mod tests {
 
     #[test]
     fn an_edit_keeps_who_a_tenant_is_and_ends_removed_keys() {
-        let (directory, _) = Directory::of_file(&file(FILE), KeyHash::of("made"), 64);
+        let (directory, _) = Directory::of_file(&file(FILE), KeyHash::of("made"), USUAL);
         let before = directory.tenant_of(Some("web"), NOW).unwrap();
         directory.apply(&file("[[tenant]]\nid = \"c\"\nkeys = [{ <off> }]"), KeyHash::of("made"));
         assert_eq!(directory.tenant_of(Some("web"), NOW).err(), Some(KeyError::Unknown));
@@ -246,7 +247,7 @@ mod tests {
 
     #[test]
     fn without_a_file_any_key_or_none_is_the_default_tenant_and_admins_need_theirs() {
-        let directory = Directory::open_to_all(KeyHash::of("ops"), 64);
+        let directory = Directory::open_to_all(KeyHash::of("ops"), USUAL);
         for key in [None, Some("anything")] {
             assert_eq!(directory.tenant_of(key, NOW).unwrap().name, "default");
             assert!(directory.check_admin(key, NOW).is_err());

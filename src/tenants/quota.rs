@@ -1,7 +1,7 @@
-//! May a tenant send one more request, or begin one more turn?
+//! May a tenant send one more request, begin one more turn, or open one more socket?
 //!
 //! Requests come out of a bucket that holds a minute's worth and fills evenly, so that the wait told to a refused client is
-//! exact. A turn holds a permit; its `Drop` gives it back. Limits change while both are in use. Cost: O(1), one short lock.
+//! exact. A turn and a socket hold a permit; its `Drop` gives it back. Limits change while both are in use. Cost: O(1), one short lock.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 /// The limits' names, as in the tenants file.
 pub const REQUESTS_PER_MINUTE: &str = "requests_per_minute";
 pub const CONCURRENT_TURNS: &str = "concurrent_turns";
+pub const SOCKETS: &str = "sockets";
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -20,6 +21,7 @@ pub struct Limits {
     /// `None`: no limit.
     pub requests_per_minute: Option<u32>,
     pub concurrent_turns: u32,
+    pub sockets: u32,
 }
 
 /// How a tenant stands with its requests.
@@ -46,6 +48,13 @@ pub struct TurnsExceeded {
     pub limit: u32,
 }
 
+/// So many sockets of the tenant are open already.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{limit} sockets of this tenant are open already, its limit `sockets`; close one, or use fewer")]
+pub struct SocketsExceeded {
+    pub limit: u32,
+}
+
 #[derive(Debug)]
 struct State {
     limits: Limits,
@@ -53,6 +62,7 @@ struct State {
     requests: f64,
     filled: Instant,
     turns: u32,
+    sockets: u32,
 }
 
 /// What one tenant has asked for, and may.
@@ -73,10 +83,22 @@ impl Drop for TurnPermit {
     }
 }
 
+/// A socket's leave to be open; dropping it says that it is closed.
+#[derive(Debug)]
+pub struct SocketPermit {
+    quota: Arc<Quota>,
+}
+
+impl Drop for SocketPermit {
+    fn drop(&mut self) {
+        self.quota.state.lock().sockets -= 1;
+    }
+}
+
 impl Quota {
     pub fn new(limits: Limits, now: Instant) -> Self {
         let requests = limits.requests_per_minute.map_or(0.0, f64::from);
-        Self { state: Mutex::new(State { limits, requests, filled: now, turns: 0 }) }
+        Self { state: Mutex::new(State { limits, requests, filled: now, turns: 0, sockets: 0 }) }
     }
 
     /// Sets the limits from now on. What is used stays used: no edit gives a minute's requests anew.
@@ -116,6 +138,17 @@ impl Quota {
         state.turns += 1;
         Ok(TurnPermit { quota: Arc::clone(self) })
     }
+
+    /// Lets a socket open, if the tenant has room for one more.
+    pub fn open_socket(self: &Arc<Self>) -> Result<SocketPermit, SocketsExceeded> {
+        let mut state = self.state.lock();
+        let limit = state.limits.sockets;
+        if state.sockets >= limit {
+            return Err(SocketsExceeded { limit });
+        }
+        state.sockets += 1;
+        Ok(SocketPermit { quota: Arc::clone(self) })
+    }
 }
 
 impl State {
@@ -138,7 +171,7 @@ mod tests {
     use super::*;
 
     fn limits(requests_per_minute: Option<u32>, concurrent_turns: u32) -> Limits {
-        Limits { requests_per_minute, concurrent_turns }
+        Limits { requests_per_minute, concurrent_turns, sockets: 1 }
     }
 
     #[test]
@@ -183,5 +216,14 @@ mod tests {
         assert_eq!(quota.begin_turn().unwrap_err().limit, 2);
         drop(first);
         assert!(quota.begin_turn().is_ok());
+    }
+
+    #[test]
+    fn a_socket_that_is_closed_makes_room_for_another() {
+        let quota = Arc::new(Quota::new(limits(None, 0), Instant::now()));
+        let first = quota.open_socket().unwrap();
+        assert_eq!(quota.open_socket().unwrap_err(), SocketsExceeded { limit: 1 });
+        drop(first);
+        assert!(quota.open_socket().is_ok());
     }
 }

@@ -25,6 +25,10 @@ mod sdk;
 #[cfg(test)]
 mod server;
 #[cfg(test)]
+mod socket;
+#[cfg(test)]
+mod sockets;
+#[cfg(test)]
 mod tenants;
 #[cfg(test)]
 mod turns;

@@ -1,8 +1,8 @@
 use std::collections::BTreeSet;
 
 use super::super::fields::{Fields, parse_object};
-use super::super::tests::settings;
 use super::super::responses::request::{self, Sent};
+use super::super::tests::settings;
 use super::super::{chat_completions, routes::ROUTES};
 use super::*;
 

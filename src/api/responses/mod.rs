@@ -23,11 +23,6 @@ use events::Events;
 use object::Echo;
 use request::Sent;
 
-/// GET `/v1/responses` is the WebSocket mode, which is not there.
-pub async fn upgrade() -> Result<HttpResponse, ApiError> {
-    Err(ApiError::upgrade_required())
-}
-
 /// POST `/v1/responses`.
 pub async fn create(
     request: HttpRequest,

@@ -98,6 +98,7 @@ pub fn parse(
         is_retry: sent.is_retry,
     };
     let turn = Respond {
+        sees_unkept: false,
         place,
         response,
         input: Vec::new(),

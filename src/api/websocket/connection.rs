@@ -1,0 +1,358 @@
+//! How does one socket live, from its upgrade to its goodbye?
+//!
+//! Reading never waits for writing: pings are answered, and cancels heard, while a client reads nothing. When the socket
+//! ends, however it does, its lanes are dropped and with them its turns; what was said is kept, as after any cancel.
+#![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::future::Future;
+use std::io::ErrorKind;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use actix_web::{rt, web};
+use actix_ws::{AggregatedMessage, AggregatedMessageStream, CloseCode, MessageStream, ProtocolError, Session};
+use futures_util::future::LocalBoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use serde_json::{Map, Value, json};
+
+use super::super::error::ApiError;
+use super::super::fields::Fields;
+use super::super::responses::events::Events;
+use super::super::responses::request::{self, Sent};
+use super::super::{ApiState, body, unix_now};
+use super::lanes::{Bounds, Full, Lanes, Name};
+use super::outbox::{Close, Outbox};
+use super::requests::{self, Ask, Refused, Wanted, error_event, in_lane};
+use super::warming;
+use crate::sessions::messages::{ConversationId, Place, ResponseId};
+use crate::telemetry::metrics::SOCKETS;
+use crate::tenants::Tenant;
+use crate::tenants::quota::SocketPermit;
+
+/// A ping is sent this often, and one without an answer ends the socket as late again.
+const PING_EVERY: Duration = Duration::from_secs(20);
+/// A client that takes nothing for so long, while something waits, is too slow.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a goodbye may take.
+const GOODBYE: Duration = Duration::from_secs(5);
+/// How often clocks are looked at.
+const TICK: Duration = Duration::from_millis(500);
+/// `session.typing` is acted on once in this time.
+const TYPING_EVERY: Duration = Duration::from_secs(5);
+
+/// Cancels and warmings that are under way at once.
+const MOST_ERRANDS: usize = 32;
+
+/// What a socket's lanes and errands share.
+struct On {
+    state: web::Data<ApiState>,
+    tenant: Tenant,
+    outbox: Outbox,
+    /// The last response of each lane that was not to be stored: it can be continued here, and nowhere else.
+    unstored: RefCell<HashMap<Name, ResponseId>>,
+    /// With which the socket was opened: it must stay good.
+    key: Option<String>,
+    /// Given back when the socket has ended.
+    _permit: SocketPermit,
+}
+
+/// A socket and what it runs.
+pub struct Connection {
+    on: Rc<On>,
+    lanes: Lanes<Map<String, Value>>,
+    errands: FuturesUnordered<LocalBoxFuture<'static, ()>>,
+    born: Instant,
+    /// The last frame, or the last begin or end of a turn.
+    used: Instant,
+    /// The last frame of any kind.
+    heard: Instant,
+    pinged: Instant,
+    /// Whether the client was told that the socket is too old.
+    aged: bool,
+    /// When somebody last typed.
+    typed: HashMap<Wanted, Instant>,
+}
+
+/// How a socket ends.
+enum End {
+    /// There is nobody to talk to.
+    Gone,
+    /// After what waits was said.
+    Close(Close),
+    /// Without it.
+    CloseAtOnce(Close),
+}
+
+fn close(code: CloseCode, reason: &'static str) -> End {
+    End::Close(Close { code, reason })
+}
+
+impl Connection {
+    pub fn new(state: web::Data<ApiState>, tenant: Tenant, key: Option<String>, permit: SocketPermit) -> Self {
+        let now = Instant::now();
+        let bounds = state.settings.sockets.bounds;
+        let on = On { state, tenant, outbox: Outbox::default(), unstored: RefCell::default(), key, _permit: permit };
+        Self {
+            on: Rc::new(on),
+            lanes: Lanes::new(bounds),
+            errands: FuturesUnordered::new(),
+            born: now,
+            used: now,
+            heard: now,
+            pinged: now,
+            aged: false,
+            typed: HashMap::new(),
+        }
+    }
+
+    /// Lives until either side has enough.
+    pub async fn run(mut self, session: Session, frames: MessageStream, warms: Option<ConversationId>) {
+        SOCKETS.step(1.0, &[]);
+        let on = Rc::clone(&self.on);
+        let writer = rt::spawn(on.outbox.clone().write_out(session));
+        if let Some(id) = warms {
+            self.warm(None, Wanted::Conversation(id), None).unwrap_or_default();
+        }
+        let most = on.state.settings.sockets.message_bytes;
+        let frames = frames.max_frame_size(most).aggregate_continuations().max_continuation_size(most);
+        let end = self.serve(frames).await;
+        // Before the goodbye: nothing of a turn comes after it.
+        drop(self);
+        match end {
+            End::Gone => writer.abort(),
+            End::Close(close) => on.outbox.close(close),
+            End::CloseAtOnce(close) => on.outbox.close_at_once(close),
+        }
+        let aborts = writer.abort_handle();
+        if tokio::time::timeout(GOODBYE, writer).await.is_err() {
+            aborts.abort();
+        }
+        on.forget_unstored().await;
+        SOCKETS.step(-1.0, &[]);
+    }
+
+    async fn serve(&mut self, mut frames: AggregatedMessageStream) -> End {
+        let mut clock = tokio::time::interval(TICK);
+        let mut activity = self.lanes.activity();
+        loop {
+            let end = tokio::select! {
+                frame = frames.next() => self.hear(frame),
+                _ = clock.tick() => self.look_at_clocks(),
+                // The sender is in `lanes`, so this can't fail.
+                _ = activity.changed() => {
+                    self.used = Instant::now();
+                    None
+                }
+                Some(()) = self.errands.next() => None,
+            };
+            if let Some(end) = end {
+                return end;
+            }
+        }
+    }
+
+    fn hear(&mut self, frame: Option<Result<AggregatedMessage, ProtocolError>>) -> Option<End> {
+        self.heard = Instant::now();
+        match frame {
+            None => return Some(End::Gone),
+            Some(Err(error)) => return Some(broken(&error)),
+            Some(Ok(AggregatedMessage::Binary(_))) => {
+                return Some(close(CloseCode::Unsupported, "events are text frames of JSON"));
+            }
+            Some(Ok(AggregatedMessage::Close(_))) => return Some(close(CloseCode::Normal, "")),
+            Some(Ok(AggregatedMessage::Ping(payload))) => self.on.outbox.pong(&payload),
+            Some(Ok(AggregatedMessage::Pong(_))) => {}
+            Some(Ok(AggregatedMessage::Text(text))) => {
+                self.used = self.heard;
+                self.obey(&text);
+            }
+        }
+        self.is_slow()
+    }
+
+    fn obey(&mut self, text: &str) {
+        let refused = match requests::read(text, self.on.state.settings.limits.json_depth) {
+            Ok((lane, ask)) => self.begin(&lane, ask).err().map(|error| Refused { lane, error }),
+            Err(refused) => Some(*refused),
+        };
+        if let Some(Refused { lane, error }) = refused {
+            self.on.outbox.push(error_event(&error, &lane));
+        }
+    }
+
+    fn begin(&mut self, lane: &Name, ask: Ask) -> Result<(), ApiError> {
+        match ask {
+            Ask::Create(_) if self.aged => Err(ApiError::connection_limit_reached(self.max_age())),
+            Ask::Create(fields) => {
+                let on = Rc::clone(&self.on);
+                let run = Rc::new(move |lane, fields| {
+                    let on = Rc::clone(&on);
+                    async move { on.run(&lane, &fields).await }
+                });
+                let Bounds { lanes, depth } = self.on.state.settings.sockets.bounds;
+                self.lanes.submit(lane, fields, &run).map_err(|full| match full {
+                    Full::Lanes => ApiError::too_many_pending(format!(
+                        "{lanes} lanes of this socket have turns that run or wait, the bound of `ws.max_lanes`"
+                    )),
+                    Full::Depth => ApiError::too_many_pending(format!(
+                        "{depth} turns wait in this lane already, the bound of `ws.lane_depth`"
+                    )),
+                })
+            }
+            Ask::Cancel(id) => {
+                let (on, lane) = (Rc::clone(&self.on), lane.clone());
+                self.errand(async move {
+                    // What it ended with is told by the response's own events.
+                    if let Err(error) = on.state.sessions.cancel(&on.tenant, id).await {
+                        on.outbox.push(error_event(&error.into(), &lane));
+                    }
+                })
+            }
+            Ask::Steer(input) => {
+                let message = "a running turn can't be steered here; cancel it and create another";
+                let error = json!({
+                    "type": "invalid_request_error", "code": "steering_not_supported", "message": message, "param": null,
+                });
+                let event = json!({"type": "response.steer.failed", "error": error, "input": input});
+                self.on.outbox.push(in_lane(event, lane));
+                Ok(())
+            }
+            Ask::Warm { wanted, instructions, typing } => {
+                if typing {
+                    let last = self.typed.insert(wanted, self.heard);
+                    if last.is_some_and(|last| self.heard - last < TYPING_EVERY) {
+                        return Ok(());
+                    }
+                    self.typed.retain(|_, at| self.heard - *at < TYPING_EVERY);
+                }
+                self.warm(lane.clone(), wanted, instructions)
+            }
+        }
+    }
+
+    fn warm(&mut self, lane: Name, wanted: Wanted, instructions: Option<String>) -> Result<(), ApiError> {
+        let on = Rc::clone(&self.on);
+        self.errand(async move {
+            let told = |event: Value| on.outbox.push(in_lane(event, &lane));
+            if let Err(error) = warming::warm(&on.state, &on.tenant, wanted, instructions, told).await {
+                on.outbox.push(error_event(&error, &lane));
+            }
+        })
+    }
+
+    fn errand(&mut self, errand: impl Future<Output = ()> + 'static) -> Result<(), ApiError> {
+        if self.errands.len() >= MOST_ERRANDS {
+            let message = format!("{MOST_ERRANDS} cancels and warmings of this socket are under way; wait for some");
+            return Err(ApiError::too_many_pending(message));
+        }
+        self.errands.push(errand.boxed_local());
+        Ok(())
+    }
+
+    fn max_age(&self) -> Duration {
+        self.on.state.settings.sockets.max_age
+    }
+
+    fn is_slow(&self) -> Option<End> {
+        let slow = Close { code: CloseCode::Again, reason: "the client reads too slowly" };
+        self.on.outbox.is_stuck(PATIENCE).then_some(End::CloseAtOnce(slow))
+    }
+
+    fn look_at_clocks(&mut self) -> Option<End> {
+        let now = Instant::now();
+        if let Some(end) = self.is_slow() {
+            return Some(end);
+        }
+        if now - self.heard >= 2 * PING_EVERY {
+            return Some(End::Gone);
+        }
+        if now - self.pinged >= PING_EVERY {
+            self.pinged = now;
+            self.on.outbox.ping();
+        }
+        if !self.aged && now - self.born >= self.max_age() {
+            self.aged = true;
+            self.on.outbox.push(error_event(&ApiError::connection_limit_reached(self.max_age()), &None));
+        }
+        if !self.lanes.is_idle() {
+            return None;
+        }
+        if self.on.state.sessions.is_draining() {
+            return Some(close(CloseCode::Restart, "the server restarts; connect again"));
+        }
+        if self.on.state.tenants.tenant_of(self.on.key.as_deref(), unix_now()).is_err() {
+            return Some(close(CloseCode::Policy, "the key is no longer good"));
+        }
+        if self.aged {
+            return Some(close(CloseCode::Away, "the connection is too old; connect again"));
+        }
+        if now - self.used >= self.on.state.settings.sockets.idle {
+            return Some(close(CloseCode::Away, "the connection was idle"));
+        }
+        None
+    }
+}
+
+/// What a frame that is none means.
+fn broken(error: &ProtocolError) -> End {
+    let (code, reason) = match error {
+        ProtocolError::Overflow => (CloseCode::Size, "the message is too large"),
+        // What was put together of pieces is told apart by the kind of its error alone.
+        ProtocolError::Io(error) if error.kind() == ErrorKind::Other => (CloseCode::Size, "the message is too large"),
+        ProtocolError::Io(error) if error.kind() == ErrorKind::InvalidData => {
+            (CloseCode::Invalid, "text must be UTF-8")
+        }
+        ProtocolError::Io(_) => return End::Gone,
+        _ => (CloseCode::Protocol, "not a frame of a client"),
+    };
+    close(code, reason)
+}
+
+impl On {
+    /// Runs one create to its last event.
+    async fn run(&self, lane: &Name, fields: &Map<String, Value>) {
+        let mut events = match self.create(lane, fields).await {
+            Ok(events) => events,
+            Err(error) => return self.outbox.push(error_event(&error, lane)),
+        };
+        loop {
+            self.outbox.room().await;
+            let Some(event) = events.next().await else { return };
+            self.outbox.push(in_lane(event.body.into(), lane));
+        }
+    }
+
+    async fn create(&self, lane: &Name, body: &Map<String, Value>) -> Result<Events, ApiError> {
+        let settings = &self.state.settings;
+        let mut fields = Fields::of(body);
+        let sent = Sent { digest: [0; 32], is_retry: false, deadline: settings.queue_deadline };
+        let mut turn = request::read(&self.state, &self.tenant, body, &mut fields, sent).await?;
+        body::unknown(&fields, settings)?;
+        let (id, kept) = (turn.response.id, turn.response.kept);
+        if !kept && turn.place == Place::Alone {
+            turn.place = Place::NewChain;
+        }
+        if let Place::After(previous) = turn.place {
+            turn.sees_unkept = self.unstored.borrow().values().any(|unstored| *unstored == previous);
+        }
+        let turn = self.state.sessions.respond(&self.tenant, turn).await;
+        let turn = turn.map_err(|error| ApiError::from(error).of_param("messages", "input"))?;
+        if !kept {
+            self.unstored.borrow_mut().insert(lane.clone(), id);
+        }
+        Events::of(turn, None)
+    }
+
+    /// What was not to be stored goes with the socket.
+    async fn forget_unstored(&self) {
+        let unstored: Vec<_> = self.unstored.borrow_mut().drain().map(|(_, id)| id).collect();
+        for id in unstored {
+            if let Err(error) = self.state.sessions.forget_unkept(&self.tenant, id).await {
+                tracing::warn!(%error, "a response that was not to be stored stays until it expires");
+            }
+        }
+    }
+}

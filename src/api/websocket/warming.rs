@@ -1,0 +1,119 @@
+//! What does a client hear while a conversation is warmed?
+//!
+//! What it will cost, and then what it did; or why it was not done.
+#![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
+
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use super::super::error::ApiError;
+use super::super::{ApiState, ids};
+use super::requests::Wanted;
+use crate::sessions::messages::{ConversationId, ConversationResidency, ReturnPath, SessionError};
+use crate::tenants::Tenant;
+
+/// Warms a conversation on the device, and tells of it.
+pub async fn warm(
+    state: &ApiState,
+    tenant: &Tenant,
+    wanted: Wanted,
+    instructions: Option<String>,
+    told: impl Fn(Value),
+) -> Result<(), ApiError> {
+    let id = match wanted {
+        Wanted::Conversation(id) => id,
+        Wanted::Chain(tip) => state.sessions.chain_of(tenant, tip).await?,
+    };
+    let started = Instant::now();
+    let before = state.sessions.residency(tenant, id).await?;
+    let predicted = Cost::predicted(&before);
+    let nothing_to_do = before.predicted.is_some_and(|predicted| predicted.choice == ReturnPath::Resident);
+    if nothing_to_do && instructions.is_none() || before.turns == 0 && before.tokens.0 == 0 {
+        told(event(id, "skipped", &predicted, None));
+        return Ok(());
+    }
+    // Turns that somebody waits for come first.
+    if (state.status)().queued > 0 {
+        told(event(id, "refused", &predicted, Some("pressure")));
+        return Ok(());
+    }
+    told(event(id, "warming", &predicted, None));
+    let elapsed_ms = |cost: Cost| Cost { elapsed_ms: Some(ms(started)), ..cost };
+    match state.sessions.warm(tenant, id, instructions).await {
+        Ok(Some(usage)) => {
+            let cost = Cost {
+                reload_tokens: u64::from(usage.prompt.reloaded_host.0),
+                reencode_tokens: u64::from(usage.prompt.reencoded.0),
+                ..predicted
+            };
+            told(event(id, "warm", &elapsed_ms(cost), None));
+        }
+        Ok(None) | Err(SessionError::Busy) => told(event(id, "skipped", &elapsed_ms(predicted), None)),
+        Err(SessionError::Overloaded(_)) => {
+            told(event(id, "refused", &elapsed_ms(predicted), Some("budget")));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}
+
+fn ms(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// What bringing a conversation back takes.
+#[derive(Clone, Copy)]
+struct Cost {
+    from: &'static str,
+    reload_tokens: u64,
+    reencode_tokens: u64,
+    bytes: u64,
+    predicted_ms: Option<u64>,
+    elapsed_ms: Option<u64>,
+}
+
+impl Cost {
+    fn predicted(of: &ConversationResidency) -> Self {
+        let (device, host) = of.residency.as_ref().map(|found| (found.device, found.host)).unwrap_or_default();
+        let missing = u64::from(of.tokens.0.saturating_sub(device.tokens.0));
+        let below = u64::from(host.tokens.0.saturating_sub(device.tokens.0)).min(missing);
+        let token_bytes = (host.bytes_private + host.bytes_shared).checked_div(u64::from(host.tokens.0)).unwrap_or(0);
+        let predicted_ms = of.predicted.map(|predicted| match predicted.choice {
+            ReturnPath::Resident => 0,
+            ReturnPath::Reload => predicted.reload_ms.unwrap_or(predicted.reencode_ms),
+            ReturnPath::Reencode => predicted.reencode_ms,
+        });
+        Self {
+            from: if missing == 0 {
+                "device"
+            } else if below > 0 {
+                "host"
+            } else {
+                "none"
+            },
+            reload_tokens: below,
+            reencode_tokens: missing - below,
+            bytes: below * token_bytes,
+            predicted_ms,
+            elapsed_ms: None,
+        }
+    }
+}
+
+fn event(id: ConversationId, state: &str, cost: &Cost, reason: Option<&str>) -> Value {
+    let Cost { from, reload_tokens, reencode_tokens, bytes, predicted_ms, elapsed_ms } = *cost;
+    let mut event = json!({
+        "type": "session.warm",
+        "conversation": ids::conversation(id),
+        "state": state,
+        "cost": {
+            "from": from, "reload_tokens": reload_tokens, "reencode_tokens": reencode_tokens, "bytes": bytes,
+            "predicted_ms": predicted_ms, "elapsed_ms": elapsed_ms,
+        },
+    });
+    if let (Value::Object(event), Some(reason)) = (&mut event, reason) {
+        event.insert("reason".into(), json!(reason));
+    }
+    event
+}
