@@ -107,12 +107,16 @@ pub async fn delete(
     Ok(HttpResponse::Ok().json(json!({"id": ids::response(id), "object": "response", "deleted": true})))
 }
 
-/// POST `/v1/responses/{id}/cancel`.
+/// POST `/v1/responses/{id}/cancel`. Its body says nothing, and is read all the same: a connection with an unread one can't
+/// be used again.
 pub async fn cancel(
+    request: HttpRequest,
     path: web::Path<String>,
+    payload: web::Payload,
     state: web::Data<ApiState>,
     caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
+    body::whole(&request, payload, &state.settings.limits).await?;
     let turn = state.sessions.cancel(&caller, id(&path)?).await?;
     Ok(HttpResponse::Ok().json(Echo::from_about(&turn.about)?.as_it_stands(&turn)))
 }
