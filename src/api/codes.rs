@@ -30,6 +30,8 @@ codes! {
     400 "array_above_max_length" "an array is too long";
     400 "string_above_max_length" "a text is too long";
     400 "context_length_exceeded" "the prompt does not fit the model's window";
+    400 "previous_response_not_found" "the response to continue never was, was not stored, or is gone";
+    400 "idempotency_key_reused" "the `Idempotency-Key` came with another request before";
     400 "conversation_locked" "a turn of the conversation runs, and enough wait behind it";
     400 "duplicate_item" "the conversation holds an item of this id already";
     401 "invalid_api_key" "no key, or one that is not known or has expired";
@@ -44,6 +46,7 @@ codes! {
     404 "unknown_url" "there is no such route";
     405 "method_not_allowed" "the route has other methods; `Allow` names them";
     408 "request_timeout" "the body did not arrive in time";
+    409 "idempotency_in_progress" "the request with this `Idempotency-Key` runs still";
     409 "conversation_busy" "a turn of the conversation runs or waits";
     413 "request_too_large" "the body is too large";
     415 "unsupported_media_type" "the body is not plain JSON";
@@ -61,6 +64,8 @@ codes! {
 
 /// Any request that gets as far as a route.
 pub const ANY: &[&str] = &["headers_too_large", "internal_error"];
+/// Where a request may bear an `Idempotency-Key`: POST and DELETE.
+pub const ONCE: &[&str] = &["idempotency_in_progress", "idempotency_key_reused", "invalid_value"];
 /// Where a tenant's key is asked for.
 pub const KEY: &[&str] = &["invalid_api_key", "tenant_suspended", "wrong_key_kind", "rate_limit_exceeded"];
 /// Where an admin's key is asked for.
@@ -113,6 +118,7 @@ mod tests {
         "conflict_error",
         "rate_limit_error",
         "invalid_prompt",
+        "previous_response_id",
     ];
 
     #[test]
@@ -133,7 +139,7 @@ mod tests {
 
     #[test]
     fn every_group_has_codes_of_the_table() {
-        for name in [ANY, KEY, ADMIN_KEY, BODY, TURN, STORE].concat() {
+        for name in [ANY, ONCE, KEY, ADMIN_KEY, BODY, TURN, STORE].concat() {
             assert!(find(name).is_some(), "{name}");
         }
     }

@@ -17,10 +17,12 @@ pub mod input;
 pub mod items;
 pub mod openapi;
 pub mod ops;
+pub mod residency;
 pub mod responses;
 pub mod routes;
 pub mod sse;
 pub mod usage;
+pub mod warming;
 pub mod websocket;
 
 use std::future::Future;

@@ -11,12 +11,14 @@ use actix_web::{HttpRequest, HttpResponse};
 use super::error::ApiError;
 use super::openapi::events::{ChatEvent, ResponseEvent};
 use super::openapi::objects::{
-    self, ChatCompletion, Conversation, ConversationList, DeletedConversation, DeletedResponse, Health, InputTokens,
-    Item, ItemList, Model, ModelList, Offload, Readiness, Residency,
+    self, ChatCompletion, Conversation, ConversationList, DeletedConversation, DeletedResponse, Fork, Health,
+    InputTokens, Item, ItemList, Model, ModelList, Offload, Readiness, Residency, Warm,
 };
 use super::openapi::operation::{Doc, doc};
-use super::openapi::requests::{ChatRequest, NewConversation, NewItems, NewMetadata, OffloadRequest, ResponseRequest};
-use super::{auth, chat_completions, conversations, idempotency, openapi, ops, responses, websocket};
+use super::openapi::requests::{
+    ChatRequest, ForkRequest, NewConversation, NewItems, NewMetadata, OffloadRequest, ResponseRequest, WarmRequest,
+};
+use super::{auth, chat_completions, conversations, idempotency, openapi, ops, residency, responses, websocket};
 
 /// What a request must bring.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -95,7 +97,7 @@ table! {
     Tenant "/v1/responses/{id}" {
         GET responses::get => doc("A response; with `stream=true` its events, replayed and then followed")
             .gives::<objects::Response>().streams::<ResponseEvent>().stored().replays()
-            .refuses(RESPONSE).refuses(&["event_log_expired"]),
+            .refuses(RESPONSE),
         DELETE responses::delete => doc("Forgets a response; the items of its conversation stay")
             .gives::<DeletedResponse>().stored().refuses(RESPONSE),
     }
@@ -132,13 +134,23 @@ table! {
             .gives::<Conversation>().stored().refuses(ITEM),
     }
     Tenant "/v1/conversations/{id}/residency" {
-        GET conversations::residency => doc("Where a conversation's KV is, and what its next turn would cost")
+        GET residency::residency => doc("Where a conversation's KV is, and what its next turn would cost")
             .gives::<Residency>().stored().refuses(CONVERSATION),
     }
     Tenant "/v1/conversations/{id}/offload" {
-        POST conversations::offload => doc("Moves a conversation's KV down a tier, or forgets it")
+        POST residency::offload => doc("Moves a conversation's KV down a tier, or forgets it")
             .may_take::<OffloadRequest>().gives::<Offload>().stored()
             .refuses(CONVERSATION).refuses(&["conversation_busy"]),
+    }
+    Tenant "/v1/conversations/{id}/warm" {
+        POST residency::warm => doc("Brings a conversation's KV to the device before its next turn")
+            .may_take::<WarmRequest>().gives::<Warm>().gives_as::<Warm>(202).stored()
+            .refuses(CONVERSATION),
+    }
+    Tenant "/v1/conversations/{id}/fork" {
+        POST residency::fork => doc("Branches a conversation; no KV is copied")
+            .may_take::<ForkRequest>().gives_as::<Fork>(201).stored()
+            .refuses(ITEM).refuses(&["conversation_busy"]),
     }
     Tenant "/v1/models" { GET ops::models => doc("The models that the tenant may use").gives::<ModelList>() }
     Tenant "/v1/models/{id:.+}" {

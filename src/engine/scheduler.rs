@@ -1,9 +1,10 @@
 //! Which rows go into the next step?
 //!
 //! Every running sequence with one token to feed decodes; what is left of the step's tokens goes to prefill chunks, oldest
-//! admission first; then waiting turns are admitted as fairness says. A sequence that finds no place for its next token
-//! preempts the newest of the tenant furthest above its floor, or of its own tenant if that is at its ceiling. Nothing is admitted in a step in which a running sequence
-//! lacks a place, so that the oldest always gets on.
+//! admission first; then waiting turns are admitted as fairness says. A chunk takes half of what is left while others want
+//! some, so that a short prompt does not wait for the end of a long one. A sequence that finds no place for its next token
+//! preempts the newest of the tenant furthest above its floor, or of its own tenant if that is at its ceiling. Nothing is
+//! admitted in a step in which a running sequence lacks a place, so that the oldest always gets on.
 
 use super::core::{Core, Plan, Span};
 use super::sequence::Phase;
@@ -19,6 +20,11 @@ enum Placed {
     Preempted,
 }
 
+/// The part of a step's tokens that one prefill chunk takes.
+fn share(left: usize, others_want_some: bool) -> usize {
+    if others_want_some { left.div_ceil(2) } else { left }
+}
+
 impl Core {
     pub(super) fn schedule(&mut self, now: Tick, plan: &mut Plan) {
         let mut stalled = false;
@@ -27,8 +33,12 @@ impl Core {
             .iter()
             .filter(|turn| self.sequences[turn].phase != Phase::Reloading)
             .partition(|turn| self.to_feed(**turn) == 1);
-        for turn in decodes.into_iter().chain(prefills) {
-            let budget = self.settings.step_tokens.saturating_sub(plan.tokens.len());
+        let first_prefill = decodes.len();
+        let turns: Vec<TurnId> = decodes.into_iter().chain(prefills).collect();
+        for (index, turn) in turns.iter().copied().enumerate() {
+            let left = self.settings.step_tokens.saturating_sub(plan.tokens.len());
+            let others_want_some = index + 1 < turns.len() || self.fairness.waiting() > 0;
+            let budget = if index < first_prefill { left } else { share(left, others_want_some) };
             // A sequence that was preempted for an older one has left; a decode always has its row.
             let runs = self.sequences.get(&turn).is_some_and(|sequence| sequence.phase != Phase::Queued);
             let rows = if runs { self.to_feed(turn).min(budget.max(1)) } else { 0 };
@@ -152,13 +162,97 @@ impl Core {
             }
             self.running.push(turn);
             if phase == Phase::Prefill {
-                let budget = self.settings.step_tokens - plan.tokens.len();
-                let rows = self.to_feed(turn).min(budget);
+                let left = self.settings.step_tokens - plan.tokens.len();
+                let rows = self.to_feed(turn).min(share(left, self.fairness.waiting() > 0));
                 match self.place(now, turn, rows, plan) {
                     Placed::Yes => {}
                     Placed::Later | Placed::Preempted => return,
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::core::{Command, CoreSettings, Event, StartTurn};
+    use super::super::{Sampling, TurnEvent, TurnRequest};
+    use super::*;
+    use crate::kv::KvSettings;
+    use crate::kv::block::PrefixHash;
+    use crate::model::Logits;
+    use crate::types::{BlockSize, KvKey, TenantId, TenantKey, TokenId};
+
+    const SIZE: BlockSize = BlockSize(16);
+    const STEP: usize = 64;
+
+    fn core() -> Core {
+        let kv = KvSettings {
+            block_size: SIZE,
+            block_bytes: 64,
+            device_blocks: BlockCount(1000),
+            host_blocks: BlockCount(0),
+            window: TokenCount(8000),
+            background_offload: false,
+            journal_entries: 10,
+            reuse: false,
+        };
+        Core::new(CoreSettings { max_running: 8, step_tokens: STEP }, kv)
+    }
+
+    fn start(turn: u64, prompt: u32) -> Command {
+        let prompt: Vec<_> = (0..prompt).map(TokenId).collect();
+        let tenant_key = TenantKey([1; 32]);
+        let hashes = PrefixHash::chain(&tenant_key, &prompt, SIZE);
+        let request = TurnRequest {
+            prompt: prompt.into(),
+            encoded_before: TokenCount(0),
+            sampling: Sampling::default(),
+            max_tokens: TokenCount(1),
+            stop_tokens: [].into(),
+            queue_deadline: std::time::Duration::from_secs(60),
+            logprobs: None,
+        };
+        let key = KvKey(turn.into());
+        Command::Start(Box::new(StartTurn {
+            turn: TurnId(turn),
+            key,
+            tenant: TenantId(0),
+            tenant_key,
+            hashes,
+            request,
+        }))
+    }
+
+    /// One step; rows by turn, and the turns that said something.
+    fn step(core: &mut Core, commands: Vec<Command>) -> (Vec<(u64, usize)>, Vec<u64>) {
+        let mut plan = core.plan(Tick(0), &mut commands.into_iter().collect());
+        let mut logits = Logits::default();
+        logits.reset(plan.sampled.len(), 8).fill(0.0);
+        let mut events = std::mem::take(&mut plan.events);
+        core.commit(Tick(0), &plan, Ok(&mut logits), &mut events);
+        let said = events.into_iter().filter_map(|event| match event {
+            Event::Turn(turn, TurnEvent::Token(_)) => Some(turn.0),
+            _ => None,
+        });
+        (plan.spans.iter().map(|span| (span.turn.0, span.rows)).collect(), said.collect())
+    }
+
+    #[test]
+    fn a_short_prompt_does_not_wait_for_the_end_of_a_long_one() {
+        let mut core = core();
+        assert_eq!(step(&mut core, vec![start(0, 4000)]).0, [(0, STEP)], "alone it has the whole step");
+        let (rows, said) = step(&mut core, vec![start(1, 20)]);
+        assert_eq!((rows, said), (vec![(0, STEP / 2), (1, 20)], vec![1]));
+        assert_eq!(step(&mut core, vec![]).0, [(0, STEP)]);
+    }
+
+    #[test]
+    fn each_of_many_prompts_gets_on_and_the_oldest_most() {
+        let mut core = core();
+        let (rows, _) = step(&mut core, (0..4).map(|turn| start(turn, 500)).collect());
+        assert_eq!(rows, [(0, 32), (1, 16), (2, 8), (3, 8)]);
+        let (rows, _) = step(&mut core, vec![]);
+        assert_eq!(rows, [(0, 32), (1, 16), (2, 8), (3, 8)]);
     }
 }

@@ -113,7 +113,12 @@ impl Handler<Command> for Session {
                 let turns = usize::from(matches!(phase, Phase::Working { turn: Some(_) }));
                 self.phase = phase;
                 match command {
-                    Command::Items { .. } | Command::Copy { .. } | Command::Describe { .. } => self.tell(command),
+                    Command::Fork { after_item: None, reply } if turns + self.turns_waiting() > 0 => {
+                        answer(reply, Err(SessionError::Busy));
+                    }
+                    Command::Items { .. } | Command::Copy { .. } | Command::Fork { .. } | Command::Describe { .. } => {
+                        self.tell(command)
+                    }
                     Command::Respond(queued) if queued.follows.tip().is_some() && turns + self.turns_waiting() > 0 => {
                         answer(queued.reply, Ok(Taken::NotTip));
                     }
@@ -229,7 +234,7 @@ impl Session {
             Command::Warm { instructions, reply } => self.warm(instructions, reply, kv, context),
             Command::Offload { to, reply } => self.offload(to, reply, kv, context),
             Command::Delete { reply } => self.delete(reply, kv, context),
-            Command::Items { .. } | Command::Copy { .. } | Command::Describe { .. } => {
+            Command::Items { .. } | Command::Copy { .. } | Command::Fork { .. } | Command::Describe { .. } => {
                 self.tell(command);
                 self.rest(kv, context);
             }
@@ -241,6 +246,13 @@ impl Session {
         match command {
             Command::Items { reply } => answer(reply, Ok(self.transcript.items.clone())),
             Command::Copy { up_to, reply } => answer(reply, Ok(self.transcript.up_to(&up_to))),
+            Command::Fork { after_item, reply } => {
+                let history = match after_item {
+                    Some(item) => self.transcript.up_to(&item).ok_or(SessionError::NoItem(item)),
+                    None => Ok((*self.transcript).clone()),
+                };
+                answer(reply, history);
+            }
             Command::Describe { reply } => {
                 let Transcript { log, last_used_at, .. } = &*self.transcript;
                 let turns = self.transcript.turns();

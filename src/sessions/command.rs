@@ -40,6 +40,11 @@ pub(super) enum Command {
         up_to: String,
         reply: Reply<Option<Transcript>, SessionError>,
     },
+    /// The history up to an item; all of it if none is named, unless a turn runs or waits.
+    Fork {
+        after_item: Option<String>,
+        reply: Reply<Transcript, SessionError>,
+    },
     Describe {
         reply: Reply<Description, SessionError>,
     },
@@ -129,6 +134,7 @@ impl Command {
             Command::Append { reply, .. } | Command::Items { reply } => refuse(reply, refusal),
             Command::DeleteItem { reply, .. } => refuse(reply, refusal),
             Command::Copy { reply, .. } => refuse(reply, refusal),
+            Command::Fork { reply, .. } => refuse(reply, refusal),
             Command::Describe { reply } => refuse(reply, refusal),
             Command::Warm { reply, .. } => refuse(reply, refusal),
             Command::Offload { reply, .. } => refuse(reply, refusal),
@@ -143,6 +149,7 @@ impl Command {
             Command::Append { reply, .. } | Command::Items { reply } => reply.is_closed(),
             Command::DeleteItem { reply, .. } => reply.is_closed(),
             Command::Copy { reply, .. } => reply.is_closed(),
+            Command::Fork { reply, .. } => reply.is_closed(),
             Command::Describe { reply } => reply.is_closed(),
             Command::Warm { reply, .. } => reply.is_closed(),
             Command::Offload { reply, .. } => reply.is_closed(),

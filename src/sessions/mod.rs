@@ -8,6 +8,7 @@ mod completion;
 #[cfg(test)]
 mod fixtures;
 mod forecast;
+mod fork;
 mod gate;
 mod kept;
 mod listing;

@@ -149,6 +149,11 @@ impl TokenLog {
     }
 
     /// Keeps this many tokens of the front.
+    /// Says that nothing of it was encoded for this conversation.
+    pub fn forget_encoded(&mut self) {
+        self.encoded = 0;
+    }
+
     pub fn truncate(&mut self, tokens: usize) {
         self.tokens.truncate(tokens);
         self.encoded = self.encoded.min(tokens);

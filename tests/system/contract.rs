@@ -182,7 +182,7 @@ async fn every_field_of_real_answers_is_in_the_document() {
 async fn schemathesis_finds_nothing_that_the_document_does_not_say() {
     let _alone = machine().await;
     // Beside the tests' own scratch folder, wherever the target folder is.
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("venv").join("bin/schemathesis");
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("sdk").join("schemathesis/bin/schemathesis");
     assert!(program.exists(), "there is no {}; `scripts/setup test` installs it", program.display());
     let home = Home::new();
     let tenants = Tenants::new(&home);

@@ -13,6 +13,8 @@ mod commands;
 #[cfg(test)]
 mod contract;
 #[cfg(test)]
+mod crowd;
+#[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
 mod many;

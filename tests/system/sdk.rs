@@ -1,4 +1,4 @@
-//! Do the real SDKs work with the real server, unchanged?
+//! Do the real SDKs, and what people build on them, work with the real server, unchanged?
 //!
 //! The checks are in `tests/sdk`, one script for each SDK; `scripts/setup test` installs what they need beside the build.
 
@@ -9,16 +9,15 @@ use super::client::Client;
 use super::server::{Home, Server, machine};
 use super::tenants::Tenants;
 
-/// Without checks of what this server doesn't have yet: sockets, and the verbs on a conversation's KV.
-const PYTHON_PARTS: &str = "chat,errors,responses,conversations";
-const NODE_WITHOUT: &str = "websocket";
+/// What this server doesn't have yet: pins.
+const PYTHON_WITHOUT: &str = "ext_residency_warm_pin";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_python_sdk_finds_what_it_expects() {
     let python = folder().join("python/bin/python");
     assert_installed(&python);
     let mut script = Command::new(python);
-    script.arg(script_path("conformance.py")).args(["--part", PYTHON_PARTS]);
+    script.arg(script_path("conformance.py")).args(["--without", PYTHON_WITHOUT]);
     check(script, |tenants| vec!["--api-key2".to_owned(), tenants.b.clone()]).await;
 }
 
@@ -26,8 +25,42 @@ async fn the_python_sdk_finds_what_it_expects() {
 async fn the_node_sdk_finds_what_it_expects() {
     assert_installed(&folder().join("node_modules/openai"));
     let mut script = Command::new("node");
-    script.arg(script_path("conformance.mjs")).args(["--without", NODE_WITHOUT]).current_dir(folder());
+    script.arg(script_path("conformance.mjs")).current_dir(folder());
     check(script, |_| Vec::new()).await;
+}
+
+/// Chats of several turns, in all ways that a framework has; each fails unless its history was reused.
+#[tokio::test(flavor = "multi_thread")]
+async fn frameworks_keep_their_conversations_and_find_their_history() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let server = Server::start(&home, &[]);
+    let client = Client::of(&server.url);
+    let models = client.json(client.get("/v1/models")).await;
+    let (base, model) = (format!("{}/v1", server.url), models["data"][0]["id"].as_str().unwrap());
+    let llm = tempfile::tempdir().unwrap();
+    // A module is looked for beside its script, whose folder must then be that of the packages.
+    let ai_sdk = folder().join("with_ai_sdk.mjs");
+    std::fs::copy(script_path("with_ai_sdk.mjs"), &ai_sdk).unwrap();
+    let python = |environment: &str| folder().join(environment).join("bin/python");
+    for (program, script) in [
+        (python("python"), script_path("with_agents.py")),
+        (python("python"), script_path("with_langchain.py")),
+        (python("python"), script_path("with_llm.py")),
+        (python("llamaindex"), script_path("with_llamaindex.py")),
+        (PathBuf::from("node"), ai_sdk),
+    ] {
+        if program.is_absolute() {
+            assert_installed(&program);
+        }
+        let mut command = Command::new(program);
+        let output = command.arg(&script).args([&base, model]).arg(llm.path()).output().expect("the script runs");
+        let told = String::from_utf8_lossy(&output.stdout);
+        let complained = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: {}\n{told}\n{complained}", script.display(), output.status);
+        assert!(told.contains("cached"), "{} checked nothing:\n{told}", script.display());
+    }
+    server.finish().await;
 }
 
 /// Runs a script against a server of its own; it names each check and what was wrong.

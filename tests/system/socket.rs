@@ -140,6 +140,14 @@ impl Socket {
         }
     }
 
+    /// The next event of a server that may be busy for longer.
+    pub async fn event_within(&mut self, patience: Duration) -> Value {
+        match timeout(patience, self.read()).await.expect("the server says something") {
+            Ok(Heard::Event(event)) => event,
+            other => panic!("no event but {other:?}"),
+        }
+    }
+
     /// All events up to the first of one of these kinds.
     pub async fn until(&mut self, kinds: &[&str]) -> Vec<Value> {
         let mut events = Vec::new();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::client::Client;
-use super::server::{Home, Server, eventually, machine};
+use super::server::{END, Home, Server, eventually, machine};
 use super::socket::{BINARY, CONTINUATION, FIN, Heard, PING, Socket, TEXT, kind};
 
 const STORY: &str = "Tell a very long story about a lighthouse.";
@@ -273,7 +273,7 @@ async fn an_old_an_idle_and_a_draining_socket_say_why_they_close() {
     server.finish().await;
 
     let home = Home::new();
-    let server = Server::start(&home, &["ws.idle_s=1".to_owned()]);
+    let mut server = Server::start(&home, &["ws.idle_s=1".to_owned()]);
     let mut socket = Socket::open(&server.url).await;
     assert_eq!(socket.goodbye().await, Some(1001));
 
@@ -287,7 +287,7 @@ async fn an_old_an_idle_and_a_draining_socket_say_why_they_close() {
     let last = socket.response().await.pop().unwrap();
     assert_ne!(last["response"]["status"], "cancelled");
     assert_eq!(socket.goodbye().await, Some(1012));
-    server.finish().await;
+    assert!(server.ended(END).await.success());
 }
 
 #[tokio::test(flavor = "multi_thread")]

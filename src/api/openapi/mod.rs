@@ -91,6 +91,7 @@ fn operation(method: &str, path: &str, access: Access, doc: &Doc) -> Value {
         Access::Tenant => codes::KEY,
         Access::Reader => codes::ADMIN_KEY,
     };
+    let once = if access == Access::Tenant && ["POST", "DELETE"].contains(&method) { codes::ONCE } else { &[] };
     let security = match access {
         Access::Open => json!([]),
         Access::Tenant | Access::Reader => json!([{"key": []}]),
@@ -101,7 +102,7 @@ fn operation(method: &str, path: &str, access: Access, doc: &Doc) -> Value {
         "tags": [tag(path)],
         "security": security,
         "parameters": parameters,
-        "responses": doc.responses(codes::ANY.iter().chain(key_codes).copied()),
+        "responses": doc.responses(codes::ANY.iter().chain(once).chain(key_codes).copied()),
     });
     if let (Some(body), Value::Object(object)) = (doc.body(), &mut object) {
         object.insert("requestBody".to_owned(), body);

@@ -240,6 +240,50 @@ pub struct Offload {
 }
 
 #[derive(Serialize, ToSchema)]
+pub struct Warm {
+    #[schema(pattern = "^conversation.warm$")]
+    pub object: String,
+    pub conversation: String,
+    /// `warming`, `warm`, `skipped` or `refused`.
+    pub state: String,
+    /// Why it was refused: `budget` or `pressure`.
+    pub reason: Option<String>,
+    pub cost: WarmCost,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct WarmCost {
+    /// The tier that has it: `device`, `host` or `none`.
+    pub from: String,
+    pub reload_tokens: u64,
+    pub reencode_tokens: u64,
+    pub bytes: u64,
+    #[schema(required)]
+    pub predicted_ms: Option<u64>,
+    #[schema(required)]
+    pub elapsed_ms: Option<u64>,
+}
+
+/// The branch.
+#[derive(Serialize, ToSchema)]
+pub struct Fork {
+    pub id: String,
+    #[schema(pattern = "^conversation$")]
+    pub object: String,
+    pub created_at: i64,
+    pub metadata: BTreeMap<String, String>,
+    pub rekindle: ForkedFrom,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct ForkedFrom {
+    pub forked_from: String,
+    /// Tokens of its history whose KV some tier has.
+    pub shared_tokens: u64,
+    pub items: u64,
+}
+
+#[derive(Serialize, ToSchema)]
 pub struct ModelList {
     #[schema(pattern = "^list$")]
     pub object: String,

@@ -31,7 +31,7 @@ pub struct ChatRequest {
     /// The same build, model, seed, prompt and parameters give the same tokens.
     pub seed: Option<i64>,
     pub stop: Option<Stop>,
-    /// Only 1.
+    /// Answers; they share the prompt.
     #[schema(minimum = 1, maximum = 8)]
     pub n: Option<u32>,
     pub logprobs: Option<bool>,
@@ -55,7 +55,7 @@ pub struct ChatRequest {
     #[schema(max_items = 1)]
     pub modalities: Option<Vec<Modality>>,
     pub metadata: Option<Metadata>,
-    /// Without effect.
+    /// `none` turns thinking off, where the model's template can.
     pub reasoning_effort: Option<String>,
     /// Without effect.
     pub service_tier: Option<String>,
@@ -93,7 +93,7 @@ pub struct OurSampling {
     #[schema(minimum = 0, maximum = 4294967295u64)]
     pub min_tokens: Option<u64>,
     pub ignore_eos: Option<bool>,
-    /// None yet: only an empty object.
+    /// Values for variables of the model's chat template.
     pub chat_template_kwargs: Option<BTreeMap<String, Value>>,
 }
 
@@ -104,6 +104,10 @@ pub struct ChatMessage {
     pub content: Option<Content>,
     pub name: Option<String>,
     pub refusal: Option<String>,
+    /// Of an assistant, where the model's template renders them.
+    pub tool_calls: Option<Vec<Value>>,
+    /// Of a tool's message.
+    pub tool_call_id: Option<String>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -114,6 +118,8 @@ pub enum ChatRole {
     Developer,
     User,
     Assistant,
+    /// Where the model's template renders it.
+    Tool,
 }
 
 /// A text, or parts.
@@ -181,6 +187,10 @@ pub struct ResponseRequest {
     /// Required, unless there is a conversation: then the model answers the history as it stands.
     pub input: Option<Input>,
     pub conversation: Option<ConversationId>,
+    /// Continues that response; excludes `conversation`. Continuing an older one branches.
+    pub previous_response_id: Option<String>,
+    /// Runs without a client; needs `store: true`.
+    pub background: Option<bool>,
     /// One system message before everything, for this response only. Changing it re-encodes the history.
     pub instructions: Option<String>,
     #[schema(minimum = 1, maximum = 4294967295u64)]
@@ -214,7 +224,7 @@ pub struct ResponseRequest {
     pub parallel_tool_calls: Option<bool>,
     #[schema(minimum = 1, maximum = 4294967295u64)]
     pub max_tool_calls: Option<u64>,
-    /// Only true, which is the default.
+    /// False: the input is encoded, and nothing is said.
     pub generate: Option<bool>,
     pub metadata: Option<Metadata>,
     pub store: Option<bool>,
@@ -237,13 +247,15 @@ pub enum Input {
     Items(Vec<InputItem>),
 }
 
-/// A message. Everything that the server returns as an item is taken back.
+/// A message, or a reference to an item. Everything that the server returns as an item is taken back.
 #[derive(Serialize, ToSchema)]
 pub struct InputItem {
     #[serde(rename = "type")]
     pub kind: Option<ItemKind>,
-    pub role: ChatRole,
-    pub content: Content,
+    /// Of a message.
+    pub role: Option<ChatRole>,
+    /// Of a message.
+    pub content: Option<Content>,
     /// Kept if it is 1 to 128 of letters, digits, `_` and `-`.
     pub id: Option<String>,
 }
@@ -252,6 +264,8 @@ pub struct InputItem {
 #[serde(rename_all = "snake_case")]
 pub enum ItemKind {
     Message,
+    /// An item of the tenant, by its `id`.
+    ItemReference,
 }
 
 /// Its id, or an object that has it.
@@ -265,7 +279,10 @@ pub enum ConversationId {
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Truncation {
+    /// What is too long is refused.
     Disabled,
+    /// The oldest whole turns are left out.
+    Auto,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -282,7 +299,7 @@ pub struct ReasoningRequest {
 
 #[derive(Serialize, ToSchema)]
 pub struct CacheOptions {
-    /// Only false.
+    /// As `generate: false`.
     pub prewarm: Option<bool>,
 }
 
@@ -321,6 +338,28 @@ pub struct NewMetadata {
 pub struct NewItems {
     #[schema(min_items = 1, max_items = 20)]
     pub items: Vec<InputItem>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct WarmRequest {
+    /// Whether to answer only when it is warm.
+    pub wait: Option<bool>,
+    pub tier: Option<WarmTier>,
+    /// Those that the next turn will have.
+    pub instructions: Option<String>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WarmTier {
+    Device,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct ForkRequest {
+    /// The last item of the branch; the newest if left out.
+    pub after_item_id: Option<String>,
+    pub metadata: Option<Metadata>,
 }
 
 #[derive(Serialize, ToSchema)]

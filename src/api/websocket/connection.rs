@@ -22,11 +22,11 @@ use super::super::error::ApiError;
 use super::super::fields::Fields;
 use super::super::responses::events::Events;
 use super::super::responses::request::{self, Sent};
+use super::super::warming::{self, Wanted};
 use super::super::{ApiState, body, unix_now};
 use super::lanes::{Bounds, Full, Lanes, Name};
 use super::outbox::{Close, Outbox};
-use super::requests::{self, Ask, Refused, Wanted, error_event, in_lane};
-use super::warming;
+use super::requests::{self, Ask, Refused, error_event, in_lane};
 use crate::sessions::messages::{ConversationId, Place, ResponseId};
 use crate::telemetry::metrics::SOCKETS;
 use crate::tenants::Tenant;
@@ -144,7 +144,7 @@ impl Connection {
                 // The sender is in `lanes`, so this can't fail.
                 _ = activity.changed() => {
                     self.used = Instant::now();
-                    None
+                    self.lanes.is_broken().then(|| close(CloseCode::Error, "the server failed in a turn; its log says why"))
                 }
                 Some(()) = self.errands.next() => None,
             };
@@ -236,7 +236,13 @@ impl Connection {
     fn warm(&mut self, lane: Name, wanted: Wanted, instructions: Option<String>) -> Result<(), ApiError> {
         let on = Rc::clone(&self.on);
         self.errand(async move {
-            let told = |event: Value| on.outbox.push(in_lane(event, &lane));
+            let told = |step: warming::Step| {
+                let mut event = step.object();
+                if let Value::Object(event) = &mut event {
+                    event.insert("type".into(), json!("session.warm"));
+                }
+                on.outbox.push(in_lane(event, &lane));
+            };
             if let Err(error) = warming::warm(&on.state, &on.tenant, wanted, instructions, told).await {
                 on.outbox.push(error_event(&error, &lane));
             }

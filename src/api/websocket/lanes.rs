@@ -7,9 +7,11 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
 
 use actix_web::rt;
+use futures_util::FutureExt;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -44,11 +46,13 @@ pub struct Lanes<T> {
     lanes: HashMap<Name, Lane<T>>,
     /// Creates that run or wait.
     busy: watch::Sender<usize>,
+    /// Whether a create panicked.
+    broken: Rc<Cell<bool>>,
 }
 
 impl<T: 'static> Lanes<T> {
     pub fn new(bounds: Bounds) -> Self {
-        Self { bounds, lanes: HashMap::new(), busy: watch::Sender::new(0) }
+        Self { bounds, lanes: HashMap::new(), busy: watch::Sender::new(0), broken: Rc::default() }
     }
 
     /// Runs the create when its lane's turn has come.
@@ -84,14 +88,21 @@ impl<T: 'static> Lanes<T> {
         let (creates, mut waiting) = mpsc::channel::<T>(self.bounds.depth + 1);
         let pending = Rc::new(Cell::new(0));
         let (run, busy, left) = (Rc::clone(run), self.busy.clone(), Rc::clone(&pending));
+        let broken = Rc::clone(&self.broken);
         let task = rt::spawn(async move {
             while let Some(create) = waiting.recv().await {
-                run(name.clone(), create).await;
+                let run = AssertUnwindSafe(run(name.clone(), create)).catch_unwind();
+                broken.set(run.await.is_err() || broken.get());
                 left.set(left.get() - 1);
                 busy.send_modify(|busy| *busy -= 1);
             }
         });
         Lane { creates, pending, task }
+    }
+
+    /// Whether a create panicked: nobody will hear the end of it.
+    pub fn is_broken(&self) -> bool {
+        self.broken.get()
     }
 
     /// Whether nothing runs or waits.
@@ -185,6 +196,18 @@ mod tests {
         world.permits.add_permits(4);
         world.settle().await;
         world.submit("c", 6).unwrap();
+    }
+
+    #[actix_web::test]
+    async fn a_panic_is_noticed_and_the_lane_goes_on() {
+        let mut lanes = Lanes::new(Bounds { lanes: 1, depth: 1 });
+        let run = Rc::new(|_, create: u32| async move { assert_ne!(create, 1, "a panic of the test") });
+        lanes.submit(&None, 1, &run).unwrap();
+        lanes.submit(&None, 2, &run).unwrap();
+        for _ in 0..20 {
+            tokio::task::yield_now().await;
+        }
+        assert!(lanes.is_broken() && lanes.is_idle());
     }
 
     #[actix_web::test]

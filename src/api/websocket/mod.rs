@@ -1,15 +1,13 @@
 //! How does a client talk over one socket instead of many requests?
 //!
 //! WebSocket mode: the same creates and the same events as over HTTP, one JSON object a frame. `requests` reads what clients
-//! send, `lanes` keep its order, `outbox` holds what they have not read yet, `warming` tells what warming costs, and
-//! `connection` is one socket's life.
+//! send, `lanes` keep its order, `outbox` holds what they have not read yet, and `connection` is one socket's life.
 #![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 mod connection;
 mod lanes;
 mod outbox;
 mod requests;
-mod warming;
 
 use std::time::Duration;
 

@@ -7,17 +7,10 @@ use serde_json::{Map, Value, json};
 
 use super::super::error::ApiError;
 use super::super::fields::{self, Fields};
+use super::super::warming::{self, Wanted};
 use super::super::{ids, items};
 use super::lanes::Name;
 use crate::sessions::messages::{ConversationId, ResponseId};
-
-/// Whose KV to warm.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Wanted {
-    Conversation(ConversationId),
-    /// The chain that this response is the tip of.
-    Chain(ResponseId),
-}
 
 /// What a frame asks for.
 #[derive(Clone, PartialEq, Debug)]
@@ -91,11 +84,7 @@ fn ask(object: &mut Map<String, Value>) -> Result<Ask, ApiError> {
         "session.typing" | "session.warm" => {
             let mut fields = Fields::of(object);
             let instructions = fields.string("instructions")?.map(str::to_owned);
-            if let Some(tier) = fields.string("tier")?
-                && tier != "device"
-            {
-                return Err(ApiError::unsupported_value("tier", "a session is warmed on the device; leave `tier` out"));
-            }
+            warming::check_tier(&mut fields)?;
             Ok(Ask::Warm { wanted: wanted(&mut fields)?, instructions, typing: kind == "session.typing" })
         }
         _ => {
@@ -108,10 +97,12 @@ fn ask(object: &mut Map<String, Value>) -> Result<Ask, ApiError> {
 
 fn wanted(fields: &mut Fields<'_>) -> Result<Wanted, ApiError> {
     if let Some(id) = fields.string("previous_response_id")? {
-        return ids::parse_response(id).map(Wanted::Chain).ok_or_else(ApiError::response_not_found);
+        let missing = || ApiError::response_not_found().about("previous_response_id");
+        return ids::parse_response(id).map(Wanted::Chain).ok_or_else(missing);
     }
     let id = fields.required_string("conversation")?;
-    ids::parse_conversation(id).map(Wanted::Conversation).ok_or_else(ApiError::conversation_not_found)
+    let missing = || ApiError::conversation_not_found().about("conversation");
+    ids::parse_conversation(id).map(Wanted::Conversation).ok_or_else(missing)
 }
 
 /// `?conversation=…` of the upgrade.
@@ -150,7 +141,9 @@ mod tests {
                 .unwrap();
         assert_eq!(lane.as_deref(), Some("a.b-1"));
         let Ask::Create(fields) = ask else { panic!("{ask:?}") };
-        assert_eq!(fields.keys().collect::<Vec<_>>(), ["input", "generate"]);
+        let mut names: Vec<_> = fields.keys().collect();
+        names.sort_unstable();
+        assert_eq!(names, ["generate", "input"]);
     }
 
     #[test]

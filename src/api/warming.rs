@@ -1,4 +1,4 @@
-//! What does a client hear while a conversation is warmed?
+//! What does a client hear while a conversation is warmed, over HTTP or a socket?
 //!
 //! What it will cost, and then what it did; or why it was not done.
 #![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
@@ -7,11 +7,57 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::super::error::ApiError;
-use super::super::{ApiState, ids};
-use super::requests::Wanted;
-use crate::sessions::messages::{ConversationId, ConversationResidency, ReturnPath, SessionError};
+use super::error::ApiError;
+use super::fields::Fields;
+use super::{ApiState, ids};
+use crate::sessions::messages::{ConversationId, ConversationResidency, ResponseId, ReturnPath, SessionError};
 use crate::tenants::Tenant;
+
+/// Whose KV to warm.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Wanted {
+    Conversation(ConversationId),
+    /// The chain that this response is the tip of.
+    Chain(ResponseId),
+}
+
+/// Most steps that one warming tells.
+pub const STATES: usize = 2;
+
+/// `tier`: where to bring it.
+pub fn check_tier(fields: &mut Fields<'_>) -> Result<(), ApiError> {
+    match fields.string("tier")? {
+        None | Some("device") => Ok(()),
+        Some(_) => Err(ApiError::unsupported_value("tier", "a session is warmed on the device; leave `tier` out")),
+    }
+}
+
+/// One thing to tell.
+pub struct Step {
+    pub id: ConversationId,
+    /// `warming`, then `warm`; or `skipped` or `refused`.
+    pub state: &'static str,
+    cost: Cost,
+    reason: Option<&'static str>,
+}
+
+impl Step {
+    pub fn object(&self) -> Value {
+        let Cost { from, reload_tokens, reencode_tokens, bytes, predicted_ms, elapsed_ms } = self.cost;
+        let mut object = json!({
+            "conversation": ids::conversation(self.id),
+            "state": self.state,
+            "cost": {
+                "from": from, "reload_tokens": reload_tokens, "reencode_tokens": reencode_tokens, "bytes": bytes,
+                "predicted_ms": predicted_ms, "elapsed_ms": elapsed_ms,
+            },
+        });
+        if let (Value::Object(object), Some(reason)) = (&mut object, self.reason) {
+            object.insert("reason".into(), json!(reason));
+        }
+        object
+    }
+}
 
 /// Warms a conversation on the device, and tells of it.
 pub async fn warm(
@@ -19,7 +65,7 @@ pub async fn warm(
     tenant: &Tenant,
     wanted: Wanted,
     instructions: Option<String>,
-    told: impl Fn(Value),
+    told: impl Fn(Step),
 ) -> Result<(), ApiError> {
     let id = match wanted {
         Wanted::Conversation(id) => id,
@@ -28,17 +74,18 @@ pub async fn warm(
     let started = Instant::now();
     let before = state.sessions.residency(tenant, id).await?;
     let predicted = Cost::predicted(&before);
+    let tell = |state, cost, reason| told(Step { id, state, cost, reason });
     let nothing_to_do = before.predicted.is_some_and(|predicted| predicted.choice == ReturnPath::Resident);
     if nothing_to_do && instructions.is_none() || before.turns == 0 && before.tokens.0 == 0 {
-        told(event(id, "skipped", &predicted, None));
+        tell("skipped", predicted, None);
         return Ok(());
     }
     // Turns that somebody waits for come first.
     if (state.status)().queued > 0 {
-        told(event(id, "refused", &predicted, Some("pressure")));
+        tell("refused", predicted, Some("pressure"));
         return Ok(());
     }
-    told(event(id, "warming", &predicted, None));
+    tell("warming", predicted, None);
     let elapsed_ms = |cost: Cost| Cost { elapsed_ms: Some(ms(started)), ..cost };
     match state.sessions.warm(tenant, id, instructions).await {
         Ok(Some(usage)) => {
@@ -47,11 +94,11 @@ pub async fn warm(
                 reencode_tokens: u64::from(usage.prompt.reencoded.0),
                 ..predicted
             };
-            told(event(id, "warm", &elapsed_ms(cost), None));
+            tell("warm", elapsed_ms(cost), None);
         }
-        Ok(None) | Err(SessionError::Busy) => told(event(id, "skipped", &elapsed_ms(predicted), None)),
+        Ok(None) | Err(SessionError::Busy) => tell("skipped", elapsed_ms(predicted), None),
         Err(SessionError::Overloaded(_)) => {
-            told(event(id, "refused", &elapsed_ms(predicted), Some("budget")));
+            tell("refused", elapsed_ms(predicted), Some("budget"));
         }
         Err(error) => return Err(error.into()),
     }
@@ -99,21 +146,4 @@ impl Cost {
             elapsed_ms: None,
         }
     }
-}
-
-fn event(id: ConversationId, state: &str, cost: &Cost, reason: Option<&str>) -> Value {
-    let Cost { from, reload_tokens, reencode_tokens, bytes, predicted_ms, elapsed_ms } = *cost;
-    let mut event = json!({
-        "type": "session.warm",
-        "conversation": ids::conversation(id),
-        "state": state,
-        "cost": {
-            "from": from, "reload_tokens": reload_tokens, "reencode_tokens": reencode_tokens, "bytes": bytes,
-            "predicted_ms": predicted_ms, "elapsed_ms": elapsed_ms,
-        },
-    });
-    if let (Value::Object(event), Some(reason)) = (&mut event, reason) {
-        event.insert("reason".into(), json!(reason));
-    }
-    event
 }
