@@ -291,6 +291,33 @@ async fn an_old_an_idle_and_a_draining_socket_say_why_they_close() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_asks_without_end_and_never_reads_is_dropped_and_holds_up_nobody() {
+    /// Far more answers than the buffers of both systems hold.
+    const QUESTIONS: usize = 400_000;
+    let _alone = machine().await;
+    let home = Home::new();
+    let server = Server::start(&home, &[]);
+    let client = Client::of(&server.url);
+    let mut deaf = Socket::open(&server.url).await;
+    let mut other = Socket::open(&server.url).await;
+    let before = client.metrics().await.count("rekindle_process_resident_bytes");
+    let question = json!({"type": "nonsense", "padding": "x".repeat(100)});
+    let mut asked = 0;
+    while client.metrics().await.count("rekindle_websocket_connections") > 1 {
+        assert!(asked < QUESTIONS, "{asked} answers wait for a client that reads none");
+        for _ in 0..QUESTIONS / 40 {
+            deaf.send(&question).await;
+        }
+        asked += QUESTIONS / 40;
+        other.send(&json!({"type": "response.steer", "input": asked})).await;
+        assert_eq!(other.event().await["input"], asked);
+    }
+    let grown = client.metrics().await.count("rekindle_process_resident_bytes").saturating_sub(before);
+    assert!(grown < 32 << 20, "{} MiB more than before", grown >> 20);
+    server.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_socket_warms_what_was_offloaded_and_tells_only_who_asked() {
     let _alone = machine().await;
     let home = Home::new();
