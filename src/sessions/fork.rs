@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::command::Command;
 use super::messages::{Conversation, ConversationId, SessionError};
-use super::transcript::{Transcript, render};
+use super::transcript::Transcript;
 use super::work::rows;
 use super::{Sessions, unix_now};
 use crate::store::{Commit, ConversationRecord};
@@ -64,12 +64,7 @@ impl Sessions {
     async fn with_its_own_log(&self, mut history: Transcript) -> Result<Transcript, SessionError> {
         let language = Arc::clone(&self.shared.language);
         let cut = tokio::task::spawn_blocking(move || {
-            let messages = history.items.iter().map(|item| &item.message);
-            // What the template can't render has no front in common with anything.
-            let keep = match render(&language, None, messages, false, &[]) {
-                Ok(rendered) => history.log.prefix_of(&language, &rendered).0,
-                Err(_) => 0,
-            };
+            let keep = history.log.standing_for(&language, history.items.iter().map(|item| &item.message));
             history.log.truncate(keep);
             history
         });

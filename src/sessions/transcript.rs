@@ -149,6 +149,12 @@ impl TokenLog {
     }
 
     /// Keeps this many tokens of the front.
+    /// How many of its tokens stand for the front of these messages. What the template can't render has no front in common
+    /// with anything.
+    pub fn standing_for<'a>(&self, language: &Language, messages: impl Iterator<Item = &'a Message>) -> usize {
+        render(language, None, messages, false, &[]).map_or(0, |rendered| self.prefix_of(language, &rendered).0)
+    }
+
     /// Says that nothing of it was encoded for this conversation.
     pub fn forget_encoded(&mut self) {
         self.encoded = 0;

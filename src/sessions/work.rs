@@ -15,7 +15,7 @@ use super::messages::{
 };
 use super::registry::Identity;
 use super::stream::TurnWriter;
-use super::transcript::{Birth, Prompt, TokenLog, Transcript, render};
+use super::transcript::{Birth, Prompt, TokenLog, Transcript};
 use super::turn::{Answered, Ended, PromptRules, RunningTurn, prepare};
 use super::{Shared, new_item_id, stored, unix_now};
 use crate::engine::KvHandle;
@@ -200,11 +200,7 @@ pub(super) async fn remove(
         let language = Arc::clone(&work.shared.language);
         let log_keep = tokio::task::spawn_blocking(move || {
             let rest = transcript.items.iter().enumerate().filter(|(at, _)| *at != index);
-            // What the template can't render without the item has no front in common with anything.
-            match render(&language, None, rest.map(|(_, item)| &item.message), false, &[]) {
-                Ok(rendered) => transcript.log.prefix_of(&language, &rendered).0,
-                Err(_) => 0,
-            }
+            transcript.log.standing_for(&language, rest.map(|(_, item)| &item.message))
         });
         let log_keep = log_keep.await.map_err(|error| SessionError::Internal(error.to_string()))?;
         kv.offload(OffloadTo::None).await?;

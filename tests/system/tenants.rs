@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::client::Client;
 use super::server::{Home, Server, eventually, machine};
+use super::socket::Socket;
 use super::workload::BLOCK_BYTES;
 
 /// Longest time from an edit of the tenants file to its effect.
@@ -295,4 +296,21 @@ async fn without_a_tenants_file_any_key_will_do_and_admins_have_one_in_the_data_
     let said = home.serve_at("0.0.0.0:0", &[]).output().unwrap();
     assert!(!said.status.success());
     assert!(String::from_utf8_lossy(&said.stderr).contains("--tenants FILE"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_that_is_suspended_loses_its_sockets_whatever_they_run() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let tenants = Tenants::new(&home);
+    let server = Server::start(&home, &tenants.settings());
+    let key = format!("Bearer {}", tenants.a);
+    let opened = Socket::try_open(&server.url, "/v1/responses", &[("Authorization", &key)]).await;
+    let Ok(mut socket) = opened else { panic!("no socket for a tenant's key") };
+    let long = json!({"type": "response.create", "input": "Hi.", "max_output_tokens": 1500, "ignore_eos": true});
+    socket.send(&long).await;
+    socket.until(&["response.output_text.delta"]).await;
+    tenants.write("status = \"suspended\"", "");
+    assert_eq!(socket.goodbye().await, Some(1008));
+    server.finish().await;
 }

@@ -272,6 +272,10 @@ impl Connection {
         if let Some(end) = self.is_slow() {
             return Some(end);
         }
+        // Whatever runs: a key that is taken away must not go on by never resting.
+        if self.on.state.tenants.tenant_of(self.on.key.as_deref(), unix_now()).is_err() {
+            return Some(close(CloseCode::Policy, "the key is no longer good"));
+        }
         if now - self.heard >= 2 * PING_EVERY {
             return Some(End::Gone);
         }
@@ -288,9 +292,6 @@ impl Connection {
         }
         if self.on.state.sessions.is_draining() {
             return Some(close(CloseCode::Restart, "the server restarts; connect again"));
-        }
-        if self.on.state.tenants.tenant_of(self.on.key.as_deref(), unix_now()).is_err() {
-            return Some(close(CloseCode::Policy, "the key is no longer good"));
         }
         if self.aged {
             return Some(close(CloseCode::Away, "the connection is too old; connect again"));
