@@ -158,6 +158,7 @@ pub struct Tenants {
     /// `None`: one tenant, for whoever can reach the port.
     #[serde(deserialize_with = "empty_is_none")]
     pub file: Option<PathBuf>,
+    pub max_pin_ttl_s: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -271,6 +272,7 @@ impl Layers {
         self.range("api.limits.concurrent_turns", limits.concurrent_turns, 1..=100_000)?;
         self.range("api.limits.sockets", limits.sockets, 0..=100_000)?;
         self.range("ws.message_bytes", ws.message_bytes, Bytes(1 << 10)..=Bytes(1 << 30))?;
+        self.range("tenants.max_pin_ttl_s", tenants.max_pin_ttl_s, 1..=31_536_000)?;
         self.range("ws.max_lanes", ws.max_lanes, 1..=64)?;
         self.range("ws.lane_depth", ws.lane_depth, 0..=64)?;
         self.range("ws.max_age_s", ws.max_age_s, 1..=86_400)?;

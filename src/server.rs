@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 use actix_web::middleware::{NormalizePath, TrailingSlash, from_fn};
 use actix_web::{App, HttpServer, web};
 use parking_lot::Mutex;
+use tokio::net::TcpStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -49,6 +50,8 @@ const HEADER_BYTES: usize = 32 << 10;
 const STALLED: Duration = Duration::from_secs(20);
 /// How long open connections may take to send what is left, once their turns have ended.
 const HTTP_SHUTDOWN_S: u64 = 5;
+/// A connection whose client takes nothing of what was written to it for so long is closed by the kernel.
+const STUCK: Duration = Duration::from_secs(30);
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 /// `EX_SOFTWARE`: the engine panicked.
 const EXIT_ENGINE_PANICKED: i32 = 70;
@@ -136,6 +139,7 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     let server = HttpServer::new(app)
         .workers(HTTP_WORKERS)
         .h1_allow_half_closed(false)
+        .on_connect(|io, _| give_up_on_the_stuck(io))
         .disable_signals()
         .shutdown_timeout(HTTP_SHUTDOWN_S)
         .listen(listener)
@@ -279,6 +283,20 @@ fn session_settings(config: &Config) -> SessionSettings {
     }
 }
 
+/// Lets the kernel close a connection whose client acknowledges or reads nothing of what waits for it, as nobody else
+/// can: what is written to it is in the kernel's hands. RFC 5482; elsewhere than on Linux such a one stays.
+fn give_up_on_the_stuck(io: &dyn std::any::Any) {
+    #[cfg(target_os = "linux")]
+    if let Some(stream) = io.downcast_ref::<TcpStream>() {
+        let set = socket2::SockRef::from(stream).set_tcp_user_timeout(Some(STUCK));
+        if let Err(error) = set {
+            tracing::debug!(%error, "a connection has no bound for a client that reads nothing");
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = io;
+}
+
 fn api_settings(
     config: &Config,
     spec: &ModelSpec,
@@ -314,6 +332,7 @@ fn api_settings(
             body_timeout: Duration::from_secs(limits.body_timeout_s),
         },
         queue_deadline: Duration::from_secs(config.engine.queue_deadline_s),
+        max_pin_ttl: Duration::from_secs(config.tenants.max_pin_ttl_s),
         keep_alive: KEEP_ALIVE,
         sockets: SocketSettings {
             bounds: Bounds { lanes: config.ws.max_lanes, depth: config.ws.lane_depth },

@@ -134,6 +134,8 @@ pub struct TierBudget {
     pub floor: Option<PoolPart>,
     /// What it may have once memory is short.
     pub ceiling: Option<PoolPart>,
+    /// What of it its pinned conversations may keep from everybody.
+    pub pins: Option<PoolPart>,
 }
 
 /// A tenant's part where there is not enough for all, in thousandths: an ordinary tenant has 1000.

@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use rekindle::kv::block::PrefixHash;
 use rekindle::kv::manager::{Admission, Admit, Found};
+use rekindle::kv::pins::PinRefused;
 use rekindle::kv::transfer::{Direction, TransferDone, TransferOrder};
 use rekindle::kv::{KvSettings, Manager};
 use rekindle::types::{
@@ -47,13 +48,19 @@ enum Op {
         damage: bool,
     },
     WorkAhead,
-    /// Floors and ceilings in thousandths of the pools, by tenant; one without any is gone.
-    Grant(Vec<Option<(u32, u32)>>),
+    /// Floors, ceilings and what may be pinned in thousandths of the pools, by tenant; one without any is gone.
+    Grant(Vec<Option<(u32, u32, u32)>>),
+    /// Keeps a conversation's blocks for so many of the world's ticks.
+    Pin {
+        conversation: usize,
+        ticks: u64,
+    },
+    Unpin(usize),
 }
 
 fn op() -> impl Strategy<Value = Op> {
     let conversation = 0..CONVERSATIONS;
-    let part = (0..=1000u32, 0..=1000u32);
+    let part = (0..=1000u32, 0..=1000u32, 0..=1000u32);
     prop_oneof![
         4 => (conversation.clone(), 0..=2 * WINDOW, 1..8usize, 0..3u32)
             .prop_map(|(conversation, keep, words, voice)| Op::Admit { conversation, keep, words, voice }),
@@ -61,7 +68,9 @@ fn op() -> impl Strategy<Value = Op> {
         3 => conversation.clone().prop_map(Op::Rest),
         1 => conversation.clone().prop_map(Op::Forget),
         1 => conversation.clone().prop_map(Op::Leave),
-        1 => conversation.prop_map(Op::End),
+        1 => conversation.clone().prop_map(Op::End),
+        2 => (conversation.clone(), 1..40u64).prop_map(|(conversation, ticks)| Op::Pin { conversation, ticks }),
+        1 => conversation.prop_map(Op::Unpin),
         4 => proptest::bool::weighted(0.1).prop_map(|damage| Op::Copy { damage }),
         2 => Just(Op::WorkAhead),
         1 => vec(proptest::option::weighted(0.8, part), TENANTS as usize).prop_map(Op::Grant),
@@ -93,6 +102,8 @@ struct World {
     written: HashSet<(TenantId, u64)>,
     copies: VecDeque<TransferOrder>,
     forgetting: HashSet<KvKey>,
+    /// Until when who is pinned.
+    pinned: HashMap<KvKey, Tick>,
     leaving: HashSet<KvKey>,
 }
 
@@ -114,8 +125,9 @@ fn tenant_key(tenant: TenantId) -> TenantKey {
     TenantKey([tenant.0 as u8 + 1; 32])
 }
 
-fn grant(tenant: TenantId, (floor, ceiling): (u32, u32)) -> Grant {
-    let budget = TierBudget { floor: Some(PoolPart::Permille(floor)), ceiling: Some(PoolPart::Permille(ceiling)) };
+fn grant(tenant: TenantId, (floor, ceiling, pins): (u32, u32, u32)) -> Grant {
+    let part = |permille| Some(PoolPart::Permille(permille));
+    let budget = TierBudget { floor: part(floor), ceiling: part(ceiling), pins: part(pins) };
     Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget }
 }
 
@@ -144,6 +156,7 @@ impl World {
             written: HashSet::new(),
             copies: VecDeque::new(),
             forgetting: HashSet::new(),
+            pinned: HashMap::new(),
             leaving: HashSet::new(),
         }
     }
@@ -151,7 +164,10 @@ impl World {
     fn apply(&mut self, op: &Op) -> Result<(), TestCaseError> {
         self.now.0 += 1_000;
         let held = |manager: &Manager| (0..TENANTS).map(|id| manager.held(TenantId(id)).0).collect::<Vec<u32>>();
+        self.manager.expire_pins(self.now);
+        self.pinned.retain(|_, until| *until > self.now);
         let before = held(&self.manager);
+        let pinned = self.pinned_at_rest();
         match *op {
             Op::Admit { conversation, keep, words, voice } => self.admit(conversation, keep, words, voice)?,
             Op::Append { conversation, tokens } => self.append(conversation, tokens)?,
@@ -159,6 +175,7 @@ impl World {
             Op::Forget(conversation) => {
                 self.rest(conversation);
                 if self.forgetting.insert(key(conversation)) {
+                    self.pinned.remove(&key(conversation));
                     self.manager.forget(key(conversation));
                     self.sequences[conversation].tokens.clear();
                 }
@@ -172,6 +189,11 @@ impl World {
             Op::End(conversation) => self.manager.end(key(conversation)),
             Op::Copy { damage } => self.copy(damage)?,
             Op::WorkAhead => self.manager.work_ahead(self.now),
+            Op::Pin { conversation, ticks } => self.pin(conversation, ticks)?,
+            Op::Unpin(conversation) => {
+                self.manager.unpin(key(conversation));
+                self.pinned.remove(&key(conversation));
+            }
             Op::Grant(ref parts) => {
                 let given = (0..TENANTS).map(TenantId).zip(parts);
                 let given: Vec<Grant> = given.filter_map(|(tenant, part)| Some(grant(tenant, (*part)?))).collect();
@@ -185,9 +207,59 @@ impl World {
                 prop_assert!(safe, "tenant {other} fell from {was} to {is}, below its floor of {floor}");
             }
         }
+        if let Op::Admit { .. } | Op::Append { .. } | Op::WorkAhead = *op {
+            self.check_kept(op, &pinned)?;
+        }
         self.do_chores()?;
         self.manager.assert_invariants();
         self.check_tables()
+    }
+
+    fn pin(&mut self, conversation: usize, ticks: u64) -> Result<(), TestCaseError> {
+        let (key, tenant) = (key(conversation), tenant(conversation));
+        let until = Tick(self.now.0 + 1_000 * ticks);
+        let before = self.manager.pin_budget(tenant);
+        match self.manager.pin(tenant, tenant_key(tenant), key, until) {
+            Ok(budget) => {
+                prop_assert!(budget.used <= budget.limit, "{:?}", budget);
+                self.pinned.insert(key, until);
+            }
+            Err(PinRefused::OverBudget(budget, size)) => {
+                prop_assert!(!self.pinned.contains_key(&key), "a pin is renewed without asking for more");
+                prop_assert!(budget.used.0 + size.0 > budget.limit.0, "{budget:?} has room for {size}");
+                prop_assert!(budget.limit <= before.limit, "a new tenant makes no other one's budget larger");
+            }
+            Err(PinRefused::Forgetting) => prop_assert!(self.forgetting.contains(&key)),
+        }
+        Ok(())
+    }
+
+    /// The pinned conversations of tenants of which none runs: (who, its device tokens, all blocks of the tenant's pins).
+    fn pinned_at_rest(&self) -> Vec<(KvKey, TokenCount, u32)> {
+        let mut blocks = HashMap::<TenantId, u32>::new();
+        let mut at_rest = Vec::new();
+        for key in self.pinned.keys() {
+            let at = self.manager.whereabouts(*key).expect("a pinned conversation is known");
+            let all = |(private, shared): (BlockCount, BlockCount)| private.0 + shared.0;
+            let size = if at.running { u32::MAX / 64 } else { all(at.device_blocks).max(all(at.host_blocks)).max(1) };
+            *blocks.entry(at.tenant).or_default() += size;
+            at_rest.push((*key, at.device_tokens, at.tenant));
+        }
+        at_rest.into_iter().map(|(key, tokens, tenant)| (key, tokens, blocks[&tenant])).collect()
+    }
+
+    /// Nothing that others asked for has taken device blocks of tenants whose pins fit their budget together.
+    fn check_kept(&self, op: &Op, before: &[(KvKey, TokenCount, u32)]) -> Result<(), TestCaseError> {
+        let own = match op {
+            Op::Admit { conversation, .. } | Op::Append { conversation, .. } => Some(*conversation),
+            _ => None,
+        };
+        for (key, was, blocks) in before.iter().filter(|(key, ..)| Some(key.0 as usize) != own) {
+            let limit = self.manager.pin_budget(tenant(key.0 as usize)).limit;
+            let is = self.manager.whereabouts(*key).map_or(TokenCount(0), |at| at.device_tokens);
+            prop_assert!(is >= *was || *blocks > limit.0, "{op:?} left {is} of {was} tokens of the pinned {key:?}");
+        }
+        Ok(())
     }
 
     fn admit(&mut self, conversation: usize, keep: usize, words: usize, voice: u32) -> Result<(), TestCaseError> {

@@ -17,7 +17,7 @@ use super::{ApiSettings, ApiState, unix_now};
 use crate::telemetry::metrics::LIMITED;
 use crate::tenants::Tenant;
 use crate::tenants::directory::KeyError;
-use crate::tenants::quota::{REQUESTS_PER_MINUTE, RequestsLeft};
+use crate::tenants::quota::{REQUESTS_PER_MINUTE, RateExceeded, RequestsLeft};
 
 /// The tenant whose key a request brought.
 pub type Caller = web::ReqData<Tenant>;
@@ -38,10 +38,9 @@ pub async fn tenant(
         Err(error) => return Ok(refuse(request, &error.into())),
     };
     tracing::Span::current().record("tenant", tenant.name.as_str());
-    let left = match tenant.quota.take_request(Instant::now()) {
+    let left = match count(&tenant) {
         Ok(left) => left,
         Err(exceeded) => {
-            LIMITED.add(1, &[("tenant", &tenant.name), ("limit", REQUESTS_PER_MINUTE)]);
             let mut response = refuse(request, &exceeded.into());
             tell(&exceeded.left, response.headers_mut());
             return Ok(response);
@@ -74,6 +73,13 @@ pub async fn reader(
     next: Next<BoxBody>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
     if state.tenants.is_open() { next.call(request).await } else { admin(state, request, next).await }
+}
+
+/// Counts one request against the tenant's limit.
+pub fn count(tenant: &Tenant) -> Result<Option<RequestsLeft>, RateExceeded> {
+    tenant.quota.take_request(Instant::now()).inspect_err(|_| {
+        LIMITED.add(1, &[("tenant", &tenant.name), ("limit", REQUESTS_PER_MINUTE)]);
+    })
 }
 
 fn refuse(request: ServiceRequest, error: &ApiError) -> ServiceResponse<BoxBody> {

@@ -48,6 +48,7 @@ codes! {
     408 "request_timeout" "the body did not arrive in time";
     409 "idempotency_in_progress" "the request with this `Idempotency-Key` runs still";
     409 "conversation_busy" "a turn of the conversation runs or waits";
+    409 "pin_budget_exceeded" "the tenant's pins would keep more than its budget";
     413 "request_too_large" "the body is too large";
     415 "unsupported_media_type" "the body is not plain JSON";
     426 "upgrade_required" "this is the route of the WebSocket mode, which is off";

@@ -391,6 +391,10 @@ impl From<SessionError> for ApiError {
                 should_retry: Some(false),
                 ..Self::new(StatusCode::CONFLICT, "conflict_error", "conversation_busy", message)
             },
+            SessionError::PinBudget(_) => Self {
+                should_retry: Some(false),
+                ..Self::new(StatusCode::CONFLICT, "conflict_error", "pin_budget_exceeded", message)
+            },
             SessionError::Overloaded(_) => Self::unavailable("engine_overloaded", message, Duration::from_secs(1)),
             SessionError::Store(reason) => Self::store_unavailable(&reason),
             SessionError::Internal(reason) => {

@@ -17,6 +17,7 @@ pub mod input;
 pub mod items;
 pub mod openapi;
 pub mod ops;
+pub mod pinning;
 pub mod residency;
 pub mod responses;
 pub mod routes;
@@ -89,6 +90,8 @@ pub struct ApiSettings {
     pub cors: Arc<cors::Cors>,
     pub limits: Limits,
     pub queue_deadline: Duration,
+    /// Longest time for which a conversation is pinned.
+    pub max_pin_ttl: Duration,
     /// Silence on a stream after which a comment is sent.
     pub keep_alive: Duration,
     pub sockets: websocket::SocketSettings,
@@ -153,6 +156,7 @@ mod tests {
             cors: Arc::default(),
             limits: LIMITS,
             queue_deadline: Duration::from_secs(60),
+            max_pin_ttl: Duration::from_secs(86_400),
             keep_alive: Duration::from_secs(15),
             sockets: websocket::SocketSettings {
                 bounds: websocket::Bounds { lanes: 8, depth: 4 },

@@ -12,9 +12,11 @@ use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::warming::{self, Wanted};
-use super::{ApiSettings, ApiState, body, conversations, ids, input};
+use super::{ApiSettings, ApiState, body, conversations, ids, input, unix_now};
 use crate::engine::status::{ResidencyState, TierShare};
-use crate::sessions::messages::{ConversationId, ConversationResidency, OffloadTo, Predicted, Residency, ReturnPath};
+use crate::sessions::messages::{
+    ConversationId, ConversationResidency, OffloadTo, Predicted, Residency, ReturnPath, SessionError,
+};
 use crate::tenants::Tenant;
 use crate::types::{TenantId, Tick, TokenCount};
 
@@ -130,10 +132,13 @@ pub async fn fork(
 }
 
 /// A conversation's id, or that of the chain whose newest response has this one.
-async fn id_or_tip(state: &ApiState, tenant: &Tenant, path: &str) -> Result<ConversationId, ApiError> {
+pub async fn id_or_tip(state: &ApiState, tenant: &Tenant, path: &str) -> Result<ConversationId, ApiError> {
     if let Some(response) = ids::parse_response(path) {
-        let chain = state.sessions.chain_of(tenant, response).await;
-        return chain.map_err(|_| ApiError::conversation_not_found());
+        let chain = state.sessions.chain_of(tenant, response, false).await;
+        return chain.map_err(|error| match error {
+            SessionError::NoResponse => ApiError::conversation_not_found(),
+            other => other.into(),
+        });
     }
     ids::parse_conversation(path).ok_or_else(ApiError::conversation_not_found)
 }
@@ -141,6 +146,8 @@ async fn id_or_tip(state: &ApiState, tenant: &Tenant, path: &str) -> Result<Conv
 fn residency_object(id: ConversationId, of: &ConversationResidency, tenant: TenantId, settings: &ApiSettings) -> Value {
     let now = of.residency.as_ref();
     let state = state_word(now, of.tokens);
+    // The engine takes note of an end with its next step, which may be long in coming.
+    let pin_expires_at = pin_expiry(now.and_then(|now| now.pinned_until), settings).filter(|end| *end > unix_now());
     let last_eviction = now.and_then(|now| now.last_eviction.as_ref()).map(|eviction| {
         json!({
             "id": format!("jrn_{:032x}", eviction.journal),
@@ -157,8 +164,8 @@ fn residency_object(id: ConversationId, of: &ConversationResidency, tenant: Tena
         "tokens": of.tokens.0,
         "turns": of.turns,
         "last_used": of.last_used_at,
-        "pinned": false,
-        "pin_expires_at": null,
+        "pinned": pin_expires_at.is_some(),
+        "pin_expires_at": pin_expires_at,
         "tiers": {
             "device": tier(now.map(|now| now.device).unwrap_or_default()),
             "host": tier(now.map(|now| now.host).unwrap_or_default()),
@@ -172,8 +179,8 @@ fn residency_object(id: ConversationId, of: &ConversationResidency, tenant: Tena
 /// In one word, where a conversation's KV is.
 pub fn state_word(now: Option<&Residency>, tokens: TokenCount) -> &'static str {
     match now.map(|now| now.state) {
-        None if tokens.0 == 0 => "empty",
-        None => "none",
+        None | Some(ResidencyState::Nowhere) if tokens.0 == 0 => "empty",
+        None | Some(ResidencyState::Nowhere) => "none",
         Some(ResidencyState::Running) => "running",
         Some(ResidencyState::Reloading) => "reloading",
         Some(ResidencyState::Resident) => "resident",
@@ -197,6 +204,11 @@ fn predicted(forecast: Option<Predicted>) -> Value {
         "reencode_ms": forecast.map(|forecast| forecast.reencode_ms),
         "choice": choice,
     })
+}
+
+/// The second in which a pin ends, rounded up: it holds at least as long as it says.
+pub fn pin_expiry(until: Option<Tick>, settings: &ApiSettings) -> Option<i64> {
+    until.map(|until| unix_seconds(Tick(until.0.saturating_add(999_999)), settings))
 }
 
 fn unix_seconds(tick: Tick, settings: &ApiSettings) -> i64 {
@@ -232,6 +244,7 @@ mod tests {
                 host,
                 last_used: Tick(1),
                 last_eviction: Some(eviction),
+                pinned_until: Some(Tick(u64::MAX / 4)),
             }),
             predicted: Some(Predicted { reload_ms: Some(9), reencode_ms: 410, choice: ReturnPath::Reload }),
         };
@@ -255,6 +268,7 @@ mod tests {
         );
         assert_eq!((&shown["state"], &shown["tiers"]["host"]["tokens"]), (&json!("offloaded"), &json!(32)));
         assert_eq!(shown["predicted"], json!({"reload_ms": 9, "reencode_ms": 410, "choice": "reload"}));
+        assert_eq!(shown["pinned"], true);
         assert_eq!(shown["last_eviction"]["at"], 1_790_000_003);
         assert_eq!(shown["last_eviction"]["for_tenant"], "other");
         assert_eq!(shown["last_eviction"]["id"], format!("jrn_{:032x}", 7));

@@ -12,13 +12,16 @@ use super::error::ApiError;
 use super::openapi::events::{ChatEvent, ResponseEvent};
 use super::openapi::objects::{
     self, ChatCompletion, Conversation, ConversationList, DeletedConversation, DeletedResponse, Fork, Health,
-    InputTokens, Item, ItemList, Model, ModelList, Offload, Readiness, Residency, Warm,
+    InputTokens, Item, ItemList, Model, ModelList, Offload, Pin, Readiness, Residency, Warm,
 };
 use super::openapi::operation::{Doc, doc};
 use super::openapi::requests::{
-    ChatRequest, ForkRequest, NewConversation, NewItems, NewMetadata, OffloadRequest, ResponseRequest, WarmRequest,
+    ChatRequest, ForkRequest, NewConversation, NewItems, NewMetadata, OffloadRequest, PinRequest, ResponseRequest,
+    WarmRequest,
 };
-use super::{auth, chat_completions, conversations, idempotency, openapi, ops, residency, responses, websocket};
+use super::{
+    auth, chat_completions, conversations, idempotency, openapi, ops, pinning, residency, responses, websocket,
+};
 
 /// What a request must bring.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -146,6 +149,13 @@ table! {
         POST residency::warm => doc("Brings a conversation's KV to the device before its next turn")
             .may_take::<WarmRequest>().gives::<Warm>().gives_as::<Warm>(202).stored()
             .refuses(CONVERSATION),
+    }
+    Tenant "/v1/conversations/{id}/pin" {
+        POST pinning::pin => doc("Keeps a conversation's KV from the evictor, within the tenant's budget")
+            .may_take::<PinRequest>().gives::<Pin>().stored()
+            .refuses(CONVERSATION).refuses(&["pin_budget_exceeded"]),
+        DELETE pinning::unpin => doc("Gives a conversation's KV back to the evictor")
+            .gives::<Pin>().stored().refuses(CONVERSATION),
     }
     Tenant "/v1/conversations/{id}/fork" {
         POST residency::fork => doc("Branches a conversation; no KV is copied")

@@ -17,8 +17,11 @@ use crate::tenants::Tenant;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Wanted {
     Conversation(ConversationId),
-    /// The chain that this response is the tip of.
-    Chain(ResponseId),
+    /// The chain that this response is the tip of, though it was not to be stored if `sees_unkept`.
+    Chain {
+        tip: ResponseId,
+        sees_unkept: bool,
+    },
 }
 
 /// Most steps that one warming tells.
@@ -69,7 +72,7 @@ pub async fn warm(
 ) -> Result<(), ApiError> {
     let id = match wanted {
         Wanted::Conversation(id) => id,
-        Wanted::Chain(tip) => state.sessions.chain_of(tenant, tip).await?,
+        Wanted::Chain { tip, sees_unkept } => state.sessions.chain_of(tenant, tip, sees_unkept).await?,
     };
     let started = Instant::now();
     let before = state.sessions.residency(tenant, id).await?;

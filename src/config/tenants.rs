@@ -68,11 +68,11 @@ pub struct TenantEntry {
 
 impl TenantEntry {
     pub fn device(&self) -> TierBudget {
-        TierBudget { floor: self.floor.device, ceiling: self.ceiling.device }
+        TierBudget { floor: self.floor.device, ceiling: self.ceiling.device, pins: self.pin_budget.device }
     }
 
     pub fn host(&self) -> TierBudget {
-        TierBudget { floor: self.floor.host, ceiling: self.ceiling.host }
+        TierBudget { floor: self.floor.host, ceiling: self.ceiling.host, pins: self.pin_budget.host }
     }
 }
 
@@ -159,18 +159,25 @@ impl TenantsFile {
         Ok(())
     }
 
-    /// Floors that are fixed fit under their ceilings, and together into the pool.
+    /// Floors and pin budgets that are fixed fit under their ceilings, and the floors together into the pool.
     fn check_pool(&self, tier: &str, pool: Bytes, of: fn(&TenantEntry) -> TierBudget) -> Result<(), TenantsError> {
         let mut floors = 0_u64;
         for (index, tenant) in self.tenants.iter().enumerate() {
-            let TierBudget { floor, ceiling } = of(tenant);
-            let (floor, ceiling) = (floor.map(|part| part.bytes(pool.0)), ceiling.map(|part| part.bytes(pool.0)));
+            let TierBudget { floor, ceiling, pins } = of(tenant);
+            let bytes = |part: Option<PoolPart>| part.map(|part| part.bytes(pool.0));
+            let (floor, ceiling, pins) = (bytes(floor), bytes(ceiling), bytes(pins));
             floors = floors.saturating_add(floor.unwrap_or(0));
             if let (Some(floor), Some(ceiling)) = (floor, ceiling)
                 && floor > ceiling
             {
                 let reason = format!("the floor of {} is above the ceiling of {}", Bytes(floor), Bytes(ceiling));
                 return Err(impossible(format!("tenant[{index}].floor.{tier}"), reason));
+            }
+            if let (Some(pins), Some(ceiling)) = (pins, ceiling)
+                && pins > ceiling
+            {
+                let reason = format!("the pin budget of {} is above the ceiling of {}", Bytes(pins), Bytes(ceiling));
+                return Err(impossible(format!("tenant[{index}].pin_budget.{tier}"), reason));
             }
             if floors > pool.0 {
                 let reason = format!("with it the floors are more than the pool's {pool}");

@@ -12,8 +12,11 @@ use super::sequence::{Phase, Sequence};
 use super::status::{EngineStatus, LastEviction, PoolStatus, PromptTotals, Residency, ResidencyState, TierShare};
 use super::{FinishReason, Token, TurnEvent, TurnFailure, TurnRequest};
 use crate::kv::block::PrefixHash;
+use crate::kv::chores::Chores;
 use crate::kv::journal::Rule;
-use crate::kv::manager::{Chores, Freed, Rate};
+use crate::kv::manager::Freed;
+use crate::kv::pins::{PinBudget, PinRefused};
+use crate::kv::rate::Rate;
 use crate::kv::transfer::{TransferDone, TransferOrder};
 use crate::kv::{KvSettings, Manager};
 use crate::model::{ForwardError, Logits};
@@ -44,6 +47,13 @@ pub enum Command {
     LetGo(KvKey),
     /// The conversation is over.
     End(KvKey),
+    /// Keep a conversation's blocks from the evictor for so many microseconds; `None`: no longer.
+    Pin {
+        key: KvKey,
+        tenant: TenantId,
+        tenant_key: TenantKey,
+        for_us: Option<u64>,
+    },
     Transferred(TransferDone),
     /// What all tenants are given from now on.
     Grant(Vec<Grant>),
@@ -57,6 +67,8 @@ pub enum Event {
     Forgotten(KvKey, Freed),
     /// An asked-for offload is over, with the device bytes given up. `None`: a turn runs or waits.
     Left(KvKey, Option<u64>),
+    /// The answers to `Pin` come in the order of the commands: until when it is pinned, or why it isn't.
+    Pinned(Result<(PinBudget, Option<Tick>), PinRefused>),
 }
 
 /// Bounds of the scheduler.
@@ -154,6 +166,7 @@ impl Core {
     /// model on `rows` unless the plan is empty, and commits it.
     pub fn plan(&mut self, now: Tick, commands: &mut Vec<Command>) -> Plan {
         let mut plan = Plan { started: now, ..Plan::default() };
+        self.manager.expire_pins(now);
         for command in commands.drain(..) {
             self.take_in(now, command, &mut plan.events);
         }
@@ -310,6 +323,15 @@ impl Core {
                 }
             }
             Command::End(key) => self.manager.end(key),
+            Command::Pin { key, tenant, tenant_key, for_us: Some(for_us) } => {
+                let until = Tick(now.0.saturating_add(for_us));
+                let pinned = self.manager.pin(tenant, tenant_key, key, until);
+                events.push(Event::Pinned(pinned.map(|budget| (budget, Some(until)))));
+            }
+            Command::Pin { key, tenant, for_us: None, .. } => {
+                self.manager.unpin(key);
+                events.push(Event::Pinned(Ok((self.manager.pin_budget(tenant), None))));
+            }
             Command::Grant(grants) => {
                 grants.iter().for_each(|grant| self.fairness.weigh(grant.tenant, grant.weight));
                 self.manager.grant(&grants);
@@ -410,10 +432,13 @@ impl Core {
             bytes_private: u64::from(private.0) * block_bytes,
             bytes_shared: u64::from(shared.0) * block_bytes,
         };
+        let nothing = at.device_tokens.0 == 0 && at.host_tokens.0 == 0;
         let state = if at.reloading {
             ResidencyState::Reloading
         } else if at.running {
             ResidencyState::Running
+        } else if nothing {
+            ResidencyState::Nowhere
         } else if at.device_tokens.0 == 0 {
             ResidencyState::Offloaded
         } else if at.device_tokens < at.host_tokens {
@@ -427,6 +452,7 @@ impl Core {
             device: share(at.device_tokens, at.device_blocks),
             host: share(at.host_tokens, at.host_blocks),
             last_used: at.last_used,
+            pinned_until: at.pinned_until,
             last_eviction: at.last_eviction.map(|entry| LastEviction {
                 journal: entry.id,
                 at: entry.at,
@@ -441,7 +467,13 @@ impl Core {
     /// A snapshot of counters and gauges. Cost: O(running sequences).
     pub fn status(&self, now: Tick) -> EngineStatus {
         let settings = self.manager.settings();
-        let pool = |tier, total| PoolStatus { total, free: self.manager.free(tier), block_bytes: settings.block_bytes };
+        let pool = |tier, total, pinned| PoolStatus {
+            total,
+            free: self.manager.free(tier),
+            pinned,
+            block_bytes: settings.block_bytes,
+        };
+        let (device_pinned, host_pinned) = self.manager.pinned();
         let reloading = self.running.iter().filter(|turn| self.sequences[*turn].phase == Phase::Reloading).count();
         let counters = self.manager.counters();
         let small = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
@@ -451,8 +483,9 @@ impl Core {
             running: small(self.running.len()),
             queued: small(self.fairness.waiting()),
             reloading: small(reloading),
-            device: pool(Tier::Device, settings.device_blocks),
-            host: pool(Tier::Host, settings.host_blocks),
+            running_blocks: self.running.iter().map(|turn| self.manager.blocks(self.sequences[turn].key)).sum(),
+            device: pool(Tier::Device, settings.device_blocks, device_pinned),
+            host: pool(Tier::Host, settings.host_blocks, host_pinned),
             turns_finished: self.finished,
             turns_cancelled: self.cancelled,
             turns_failed: self.failed,

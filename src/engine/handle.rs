@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use dashmap::DashMap;
@@ -19,7 +20,7 @@ use super::{TurnEvent, TurnRequest};
 use crate::kv::block::PrefixHash;
 use crate::kv::transfer::TransferDone;
 use crate::model::ModelSpec;
-use crate::types::{BlockSize, Grant, KvKey, TenantId, TenantKey, TokenCount, TurnId};
+use crate::types::{BlockSize, Grant, KvKey, TenantId, TenantKey, Tick, TokenCount, TurnId};
 
 /// Why the engine did not take a command.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -54,6 +55,30 @@ pub struct Offloaded {
     pub ms: u64,
 }
 
+/// A conversation's pin, and what of its tenant's budget all its pins keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pinned {
+    /// `None`: it isn't pinned.
+    pub until: Option<Tick>,
+    pub limit_bytes: u64,
+    pub used_bytes: u64,
+}
+
+/// Why a conversation was not pinned.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PinError {
+    #[error(
+        "it takes {size_bytes} bytes on the device, {used_bytes} are pinned already, and the tenant may pin {limit_bytes}; \
+         unpin another conversation, or raise `pin_budget`"
+    )]
+    OverBudget { size_bytes: u64, used_bytes: u64, limit_bytes: u64 },
+    /// Deleted meanwhile.
+    #[error("the conversation is being forgotten")]
+    Forgetting,
+    #[error(transparent)]
+    NotAsked(#[from] SubmitError),
+}
+
 /// Where an asked-for offload goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OffloadTo {
@@ -68,6 +93,13 @@ pub(super) enum Message {
     Forget(KvKey, oneshot::Sender<Forgotten>),
     Offload(KvKey, OffloadTo, oneshot::Sender<Result<Offloaded, SubmitError>>),
     End(KvKey),
+    Pin {
+        key: KvKey,
+        tenant: TenantId,
+        tenant_key: TenantKey,
+        for_us: Option<u64>,
+        reply: oneshot::Sender<Result<Pinned, PinError>>,
+    },
     Transferred(TransferDone),
     Grant(Vec<Grant>),
     /// Cancels wait in `Shared::cancels`.
@@ -163,6 +195,24 @@ impl EngineHandle {
     /// Replaces what all tenants are given: whoever is not named is gone. Heard with the next step.
     pub fn grant(&self, grants: Vec<Grant>) -> Result<(), SubmitError> {
         self.send(Message::Grant(grants))
+    }
+
+    /// Keeps a conversation's blocks from the evictor for so long, within its tenant's budget; `None`: no longer. Asked of
+    /// the engine at once, whether or not a turn runs; resolves with its next step.
+    pub fn pin(
+        &self,
+        tenant: TenantId,
+        tenant_key: TenantKey,
+        key: KvKey,
+        time: Option<Duration>,
+    ) -> impl Future<Output = Result<Pinned, PinError>> + use<> {
+        let for_us = time.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+        let (reply, answer) = oneshot::channel();
+        let asked = self.send(Message::Pin { key, tenant, tenant_key, for_us, reply });
+        async move {
+            asked?;
+            answer.await.map_err(|_| SubmitError::Gone)?
+        }
     }
 
     /// Asks the engine to end its running turns as cancelled and stop. Returns at once.

@@ -36,6 +36,7 @@ impl EngineStatus {
         metrics::VERIFICATION_FAILURES.set_total(self.verification_failures, &[]);
         metrics::OFFLOADED_BYTES.set_total(self.offloaded_bytes, &[]);
         metrics::RELOADED_BYTES.set_total(self.reloaded_bytes, &[]);
+        metrics::RUNNING_BYTES.set((self.running_blocks * self.device.block_bytes) as f64, &[]);
         publish_pool(Tier::Device, &self.device);
         publish_pool(Tier::Host, &self.host);
         metrics::PREFILL_RATE.set(self.prefill_tokens_per_s as f64, &[]);
@@ -47,6 +48,7 @@ fn publish_pool(tier: Tier, pool: &PoolStatus) {
     let bytes = |blocks: u32| (u64::from(blocks) * pool.block_bytes) as f64;
     metrics::POOL_BYTES.set(bytes(pool.total.0), &[("tier", tier.name())]);
     metrics::POOL_FREE_BYTES.set(bytes(pool.free.0), &[("tier", tier.name())]);
+    metrics::POOL_PINNED_BYTES.set(bytes(pool.pinned.0), &[("tier", tier.name())]);
 }
 
 #[cfg(test)]
@@ -63,7 +65,12 @@ mod tests {
             turns_finished: 41,
             evictions: 5,
             prompt: PromptTotals { encoded_tokens: 900, reencoded_tokens: 30, ..PromptTotals::default() },
-            device: PoolStatus { total: BlockCount(100), free: BlockCount(40), block_bytes: 368_640 },
+            device: PoolStatus {
+                total: BlockCount(100),
+                free: BlockCount(40),
+                pinned: BlockCount(2),
+                block_bytes: 368_640,
+            },
             ..EngineStatus::default()
         };
         status.publish();
@@ -75,6 +82,7 @@ mod tests {
             "rekindle_prompt_tokens_total{source=\"encoded\"} 900",
             "rekindle_reencoded_tokens_total 30",
             "rekindle_pool_free_bytes{tier=\"device\"} 14745600",
+            "rekindle_pool_pinned_bytes{tier=\"device\"} 737280",
             "rekindle_isolation_faults_total 0",
         ] {
             assert!(text.lines().any(|l| l == line), "`{line}` is not in:\n{text}");

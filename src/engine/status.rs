@@ -13,6 +13,8 @@ pub struct EngineStatus {
     pub running: u32,
     pub queued: u32,
     pub reloading: u32,
+    /// Device blocks of running turns; one that several share counts for each.
+    pub running_blocks: u64,
     pub device: PoolStatus,
     pub host: PoolStatus,
     pub turns_finished: u64,
@@ -47,6 +49,8 @@ pub struct PromptTotals {
 pub struct PoolStatus {
     pub total: BlockCount,
     pub free: BlockCount,
+    /// Blocks that pins keep from the evictor.
+    pub pinned: BlockCount,
     pub block_bytes: u64,
 }
 
@@ -59,6 +63,7 @@ pub struct Residency {
     pub host: TierShare,
     pub last_used: Tick,
     pub last_eviction: Option<LastEviction>,
+    pub pinned_until: Option<Tick>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +77,8 @@ pub enum ResidencyState {
     Partial,
     /// None on the device, some of it below.
     Offloaded,
+    /// None anywhere; it is pinned for when there is.
+    Nowhere,
 }
 
 /// What a tier holds of a conversation. Shared bytes are counted whole for every sharer.

@@ -15,10 +15,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use super::core::{Command, Core, CoreSettings, Event};
-use super::handle::{EngineHandle, Forgotten, Message, OffloadTo, Offloaded, Shared, SubmitError};
+use super::handle::{EngineHandle, Forgotten, Message, OffloadTo, Offloaded, PinError, Pinned, Shared, SubmitError};
 use super::{TurnEvent, TurnFailure};
 use crate::kernels::memory::{Arena, ArenaError};
 use crate::kv::KvSettings;
+use crate::kv::pins::{PinBudget, PinRefused};
 use crate::kv::transfer::{self, TransferDone, TransferOrder};
 use crate::model::{Logits, Model};
 use crate::types::{BlockCount, BlockSize, KvKey, Tick, TokenCount, TurnId};
@@ -121,6 +122,7 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
             backlog: VecDeque::new(),
             listeners: HashMap::new(),
             replies: HashMap::new(),
+            pin_replies: VecDeque::new(),
             commands: Vec::new(),
             started: 0,
             left_queue: 0,
@@ -186,6 +188,8 @@ struct Driver {
     backlog: VecDeque<TransferOrder>,
     listeners: HashMap<TurnId, mpsc::Sender<TurnEvent>>,
     replies: HashMap<KvKey, Vec<Reply>>,
+    /// In the order in which pins were asked for.
+    pin_replies: VecDeque<oneshot::Sender<Result<Pinned, PinError>>>,
     commands: Vec<Command>,
     /// Turns ever started, and those of them that are in the queue no more.
     started: usize,
@@ -262,6 +266,10 @@ impl Driver {
                 });
             }
             Message::End(key) => self.commands.push(Command::End(key)),
+            Message::Pin { key, tenant, tenant_key, for_us, reply } => {
+                self.pin_replies.push_back(reply);
+                self.commands.push(Command::Pin { key, tenant, tenant_key, for_us });
+            }
             Message::Transferred(done) => self.commands.push(Command::Transferred(done)),
             Message::Grant(grants) => self.commands.push(Command::Grant(grants)),
             Message::Wake => {}
@@ -343,6 +351,23 @@ impl Driver {
                             Reply::Offload(reply, asked) => self.offloaded(reply, asked, forgotten.device_bytes),
                         }
                     }
+                }
+                Event::Pinned(pinned) => {
+                    let block_bytes = self.core.manager().settings().block_bytes;
+                    let bytes = |blocks: BlockCount| u64::from(blocks.0) * block_bytes;
+                    let told = match pinned {
+                        Ok((PinBudget { limit, used }, until)) => {
+                            Ok(Pinned { until, limit_bytes: bytes(limit), used_bytes: bytes(used) })
+                        }
+                        Err(PinRefused::OverBudget(PinBudget { limit, used }, size)) => Err(PinError::OverBudget {
+                            size_bytes: bytes(size),
+                            used_bytes: bytes(used),
+                            limit_bytes: bytes(limit),
+                        }),
+                        Err(PinRefused::Forgetting) => Err(PinError::Forgetting),
+                    };
+                    let reply = self.pin_replies.pop_front().expect("each answer was asked for");
+                    drop(reply.send(told));
                 }
                 Event::Left(key, bytes) => {
                     for reply in self.replies.remove(&key).unwrap_or_default() {

@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod elementwise;
+pub mod files;
 pub mod isa;
 pub mod linear;
 pub mod mapped;

@@ -1,9 +1,10 @@
 //! How much of a pool is a tenant's own, and how much may it have?
 //!
 //! The floor is what no other tenant's turn takes from it; the ceiling what it may have once memory is short. By default
-//! half of the tenant's weighted share among the active tenants, and 30 % of the pool or the share where that is more.
+//! half of the tenant's weighted share among the active tenants, and 30 % of the pool or the share where that is more. Its
+//! pins keep from everybody as much as its floor, unless it was given something else.
 //! Invariants: floors together leave room for one sequence of the full window, and so does every ceiling, so that a
-//! tenant's oldest turn always gets on. Cost: O(1) to ask, O(tenants) when a tenant comes, goes or is given something else.
+//! tenant's oldest turn always gets on; the same holds of what floors and pins keep together. Cost: O(1) to ask, O(tenants) when a tenant comes, goes or is given something else.
 
 use crate::types::{BlockCount, PoolPart, TenantId, TierBudget, Weight};
 
@@ -20,15 +21,17 @@ struct Account {
     seen: bool,
     floor: BlockCount,
     ceiling: BlockCount,
+    pins: BlockCount,
 }
 
 impl Account {
     const NEW: Account = Account {
         weight: Some(Weight::ORDINARY),
-        budget: TierBudget { floor: None, ceiling: None },
+        budget: TierBudget { floor: None, ceiling: None, pins: None },
         seen: false,
         floor: BlockCount(0),
         ceiling: BlockCount(0),
+        pins: BlockCount(0),
     };
 }
 
@@ -49,13 +52,14 @@ impl Budget {
         Self { total, block_bytes, window, accounts: Vec::new() }
     }
 
-    /// Notes that a tenant has a turn: from now on it is one of those who share.
-    pub fn see(&mut self, tenant: TenantId) {
+    /// Notes that a tenant has a turn: from now on it is one of those who share. Says whether that is new.
+    pub fn see(&mut self, tenant: TenantId) -> bool {
         let account = self.account(tenant);
-        if !account.seen {
-            account.seen = true;
+        let is_new = !std::mem::replace(&mut account.seen, true);
+        if is_new {
             self.share_out();
         }
+        is_new
     }
 
     /// Replaces what everybody was given. Whoever is not named is gone.
@@ -76,6 +80,11 @@ impl Budget {
     /// Blocks that it may have while others want some.
     pub fn ceiling(&self, tenant: TenantId) -> BlockCount {
         self.accounts.get(tenant.0 as usize).map_or(self.total, |account| account.ceiling)
+    }
+
+    /// Blocks that its pins may keep from everybody.
+    pub fn pins(&self, tenant: TenantId) -> BlockCount {
+        self.accounts.get(tenant.0 as usize).map_or(BlockCount(0), |account| account.pins)
     }
 
     fn account(&mut self, tenant: TenantId) -> &mut Account {
@@ -112,6 +121,23 @@ impl Budget {
                 account.floor.0 = (u64::from(account.floor.0) * spare / floors) as u32;
             }
         }
+        // A turn at the ceiling displaces only its own tenant's, so that its pins leave it a window below that.
+        for account in self.accounts.iter_mut() {
+            let most = BlockCount(account.ceiling.0 - window.0.min(account.ceiling.0));
+            let given = account.budget.pins.map_or(account.floor, blocks);
+            account.pins = if account.weight.is_some() { given.min(most) } else { BlockCount(0) };
+        }
+        // Beyond the floors they share what neither floors nor the window need.
+        let beyond = |account: &Account| u64::from(account.pins.0.saturating_sub(account.floor.0));
+        let wanted: u64 = self.accounts.iter().map(beyond).sum();
+        let left = spare.saturating_sub(self.accounts.iter().map(|account| u64::from(account.floor.0)).sum());
+        if wanted > left {
+            for account in &mut self.accounts {
+                // No larger than it was: `left` is less than `wanted`.
+                let kept = (beyond(account) * left / wanted) as u32;
+                account.pins.0 = account.pins.0.min(account.floor.0 + kept);
+            }
+        }
     }
 }
 
@@ -128,7 +154,7 @@ mod tests {
     }
 
     fn given(floor: Option<PoolPart>, ceiling: Option<PoolPart>) -> TierBudget {
-        TierBudget { floor, ceiling }
+        TierBudget { floor, ceiling, pins: None }
     }
 
     #[test]
@@ -136,7 +162,9 @@ mod tests {
         let mut budget = pool(100, 90);
         budget.see(A);
         assert_eq!(budget.floor(A), BlockCount(10));
-        (1..5).for_each(|tenant| budget.see(TenantId(tenant)));
+        for tenant in 1..5 {
+            assert!(budget.see(TenantId(tenant)));
+        }
         assert_eq!(budget.floor(A), BlockCount(2));
         let mut budget = pool(100, 10);
         budget.see(A);
@@ -169,6 +197,33 @@ mod tests {
         assert_eq!((budget.floor(A), budget.ceiling(A)), (BlockCount(100), BlockCount(100)));
         budget.grant([(A, Weight(1000), given(None, Some(PoolPart::Permille(10))))].into_iter());
         assert_eq!(budget.ceiling(A), BlockCount(50));
+    }
+
+    #[test]
+    fn pins_keep_the_floor_by_default_and_never_what_others_floors_and_the_window_need() {
+        let given = |floor, pins| TierBudget {
+            floor: Some(PoolPart::Permille(floor)),
+            ceiling: Some(PoolPart::Permille(1000)),
+            pins: Some(PoolPart::Permille(pins)),
+        };
+        let mut budget = pool(100, 10);
+        budget.see(A);
+        assert_eq!((budget.floor(A), budget.pins(A)), (BlockCount(50), BlockCount(50)));
+        budget.see(B);
+        budget.grant([(A, Weight(1000), given(100, 700)), (B, Weight(1000), given(200, 500))].into_iter());
+        // 60 are left beside floors and window; 60 and 30 are wanted.
+        assert_eq!((budget.pins(A), budget.pins(B)), (BlockCount(50), BlockCount(40)));
+        budget.grant([(A, Weight(1000), given(100, 0))].into_iter());
+        assert_eq!((budget.pins(A), budget.pins(B)), (BlockCount(0), BlockCount(0)));
+    }
+
+    #[test]
+    fn pins_leave_a_window_below_the_ceiling() {
+        let mut budget = pool(100, 30);
+        budget.see(A);
+        let low = TierBudget { ceiling: Some(PoolPart::Permille(400)), ..TierBudget::default() };
+        budget.grant([(A, Weight(1000), low)].into_iter());
+        assert_eq!((budget.ceiling(A), budget.pins(A)), (BlockCount(40), BlockCount(10)));
     }
 
     #[test]

@@ -45,8 +45,9 @@ impl Manager {
                     let ids: Vec<_> = sealed.chain(running.open.iter().map(OpenBlock::id)).chain(spare).collect();
                     assert_eq!(running.ids, ids, "the block table names the blocks in order");
                 }
-            } else if conversation.is_idle() && !conversation.device.is_empty() {
-                assert!(self.device_line.contains(conversation.tenant, conversation.key), "an idle one is not in line");
+            } else if conversation.is_idle() {
+                let in_line = self.device_line.contains(conversation.tenant, conversation.key);
+                assert_eq!(in_line, conversation.exposes_device(), "in line is who is idle, but for what pins keep");
             }
             in_flight += conversation.in_flight;
         }
@@ -79,6 +80,9 @@ impl Manager {
         host.extend(self.chores.zero_host.iter().map(Slot::place));
         assert_eq!(self.device.free().get() + device.len(), self.device.total().get(), "device places add up");
         assert_eq!(self.host.free().get() + host.len(), self.host.total().get(), "host places add up");
+        let (kept, _) = self.pinned();
+        let window = self.settings.window.blocks(self.settings.block_size);
+        assert!(kept.0 + window.0 <= self.device.total().0, "pins leave room for a sequence of the full window");
         assert_eq!(self.counters.isolation_faults, 0, "nobody was pushed below the floor for another");
     }
 }

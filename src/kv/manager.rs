@@ -11,16 +11,18 @@ use std::sync::Arc;
 
 use super::block::{OpenBlock, Places, PrefixHash, Slot};
 use super::budget::Budget;
+use super::chores::Chores;
 use super::evictor::{Evictor, UseOrder};
 use super::journal::{Entry, Journal, Rule};
 use super::lookup::{Match, Matched, TailMatch};
+use super::pins::Pins;
 use super::prefix::PrefixIndex;
+use super::rate::Rates;
 use super::reclaim::Room;
 use super::residency::{Activity, Conversation, Running};
 use super::table::{BlockTable, Resident};
 use super::tiers::{Arrival, ArrivingTail, InFlight};
 use super::transfer::{Ticket, TransferOrder};
-use crate::kernels::memory::Arena;
 use crate::types::{
     BlockCount, BlockId, BlockSize, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId,
 };
@@ -109,56 +111,6 @@ pub struct Counters {
     pub reloaded_bytes: u64,
 }
 
-/// A moving average of a rate, in units a second.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Rate {
-    per_s: f64,
-}
-
-impl Rate {
-    /// Takes in that `amount` units took `took_us`; the newest observation weighs a fifth.
-    pub fn add(&mut self, amount: u64, took_us: u64) {
-        let seen = amount as f64 * 1e6 / took_us.max(1) as f64;
-        self.per_s = if self.per_s == 0.0 { seen } else { 0.8 * self.per_s + 0.2 * seen };
-    }
-
-    /// Units a second; 0 before the first observation.
-    pub fn per_s(self) -> u64 {
-        self.per_s as u64
-    }
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Rates {
-    pub reload_bytes_per_s: Rate,
-}
-
-/// What a driver has to do to the bytes, in this order: copies, then zeros; places are held until it has.
-#[derive(Debug, Default)]
-pub struct Chores {
-    /// Device blocks to copy before the step, (from, to): copy-on-write.
-    pub copies: Vec<(BlockId, BlockId)>,
-    pub(super) copied_from: Vec<Arc<super::block::TailBlock<BlockId>>>,
-    /// Places of forgotten blocks, to overwrite with zeros.
-    pub zero_device: Vec<Slot<BlockId>>,
-    pub zero_host: Vec<Slot<HostBlockId>>,
-}
-
-impl Chores {
-    /// Does them. The places that they hold are free once the chores are dropped.
-    pub fn execute(&self, device: &Arena, host: &Arena) {
-        for (from, to) in &self.copies {
-            device.copy_from(to.0, device, from.0);
-        }
-        for slot in &self.zero_device {
-            device.zero(slot.place().0);
-        }
-        for slot in &self.zero_host {
-            host.zero(slot.place().0);
-        }
-    }
-}
-
 /// The block manager.
 #[derive(Debug)]
 pub struct Manager {
@@ -172,6 +124,7 @@ pub struct Manager {
     pub(super) host_line: Evictor,
     pub(super) device_budget: Budget,
     pub(super) host_budget: Budget,
+    pub(super) pins: Pins,
     /// Idle conversations whose newest blocks have no host copy.
     pub(super) uncopied: VecDeque<KvKey>,
     pub(super) in_flight: HashMap<Ticket, InFlight>,
@@ -205,6 +158,7 @@ impl Manager {
             device_budget: Budget::new(settings.device_blocks, settings.block_bytes, window),
             // No sequence runs there, so that none must find room.
             host_budget: Budget::new(settings.host_blocks, settings.block_bytes, BlockCount(0)),
+            pins: Pins::default(),
             uncopied: VecDeque::new(),
             in_flight: HashMap::new(),
             offloads_under_way: 0,
@@ -228,8 +182,9 @@ impl Manager {
     /// Panics if the conversation runs already: an actor runs one turn at a time.
     pub fn admit(&mut self, now: Tick, admit: Admit<'_>) -> Admission {
         let Admit { key, tenant, tenant_key, tokens, .. } = admit;
-        self.device_budget.see(tenant);
-        self.host_budget.see(tenant);
+        if self.device_budget.see(tenant) | self.host_budget.see(tenant) {
+            self.settle_all_pins();
+        }
         let conversation = self.conversations.entry(key).or_insert_with(|| Conversation::new(key, tenant, tenant_key));
         assert_eq!(conversation.tenant, tenant, "a conversation crossed tenants");
         if matches!(conversation.activity, Activity::Forgetting) {
@@ -254,6 +209,7 @@ impl Manager {
         match self.make_room(now, need, tenant) {
             Room::Made => {}
             room @ (Room::Coming | Room::None) => {
+                self.settle_pin_of(key);
                 self.back_in_line(key);
                 self.drop_if_empty(key);
                 return if room == Room::Coming { Admission::Wait } else { Admission::NoRoom };
@@ -405,6 +361,7 @@ impl Manager {
             conversation.device = BlockTable::default();
         }
         self.touched.push(key);
+        self.settle_pin_of(key);
         self.back_in_line(key);
         if self.settings.background_offload && self.host.total().0 > 0 {
             self.uncopied.push_back(key);
@@ -440,6 +397,11 @@ impl Manager {
             return;
         };
         assert!(conversation.running().is_none(), "a turn ends before its conversation is forgotten");
+        self.unpin(key);
+        let Some(conversation) = self.conversations.get_mut(&key) else {
+            self.forgotten.push((key, Freed::default()));
+            return;
+        };
         if conversation.leaving {
             conversation.leaving = false;
             self.left.push((key, 0));
@@ -469,8 +431,9 @@ impl Manager {
         let conversation = self.conversation(key);
         let (tenant, used, ended) =
             (conversation.tenant, conversation.used, matches!(conversation.activity, Activity::Ended));
+        let exposes = conversation.exposes_device();
         let (device, host) = (!conversation.device.is_empty(), !conversation.host.is_empty());
-        if device {
+        if exposes {
             self.device_line.add(tenant, key, used, ended);
         }
         if host || (device && self.host.total().0 > 0) {
@@ -482,7 +445,8 @@ impl Manager {
     pub(super) fn drop_if_empty(&mut self, key: KvKey) {
         let Some(conversation) = self.conversations.get(&key) else { return };
         let empty = conversation.device.is_empty() && conversation.host.is_empty();
-        if conversation.is_idle() && empty && conversation.in_flight == 0 && !conversation.leaving {
+        let wanted = conversation.leaving || conversation.pin.is_some();
+        if conversation.is_idle() && empty && conversation.in_flight == 0 && !wanted {
             let tenant = conversation.tenant;
             self.device_line.remove(tenant, key);
             self.host_line.remove(tenant, key);
@@ -506,6 +470,11 @@ impl Manager {
     fn running_mut(&mut self, key: KvKey) -> &mut Running {
         let conversation = self.conversations.get_mut(&key).expect("the caller knows the conversation");
         conversation.running_mut().expect("the conversation runs")
+    }
+
+    /// Device blocks of a running sequence.
+    pub fn blocks(&self, key: KvKey) -> u64 {
+        self.running(key).ids.len() as u64
     }
 
     /// Whether a conversation runs.

@@ -2,12 +2,15 @@
 
 pub mod block;
 pub mod budget;
+pub mod chores;
 pub mod evictor;
 pub mod invariants;
 pub mod journal;
 pub mod lookup;
 pub mod manager;
+pub mod pins;
 pub mod prefix;
+pub mod rate;
 pub mod reclaim;
 pub mod residency;
 pub mod table;

@@ -41,6 +41,7 @@ impl Manager {
     pub fn grant(&mut self, grants: &[Grant]) {
         self.device_budget.grant(grants.iter().map(|grant| (grant.tenant, grant.weight, grant.device)));
         self.host_budget.grant(grants.iter().map(|grant| (grant.tenant, grant.weight, grant.host)));
+        self.settle_all_pins();
     }
 
     /// The part of the device pool that other tenants' turns leave this one.
@@ -108,7 +109,8 @@ impl Manager {
         let for_one_at_its_ceiling = self.device.held(for_tenant).0 + need.0 > self.device_budget.ceiling(for_tenant).0;
         let starts_clean = conversation.end_is_clean();
         let (mut freed, mut lost) = (BlockCount(0), BlockCount(0));
-        while self.device.free() < need && conversation.end_is_clean() == starts_clean {
+        while self.device.free() < need && conversation.exposes_device() && conversation.end_is_clean() == starts_clean
+        {
             if tenant != for_tenant && self.device.held(tenant) <= keeps {
                 break;
             }
@@ -119,8 +121,7 @@ impl Manager {
         if tenant != for_tenant && (self.device.held(tenant) < floor || for_one_at_its_ceiling) {
             self.counters.isolation_faults += 1;
         }
-        let empty = conversation.device.is_empty();
-        if empty {
+        if !conversation.exposes_device() {
             self.device_line.remove(tenant, key);
         }
         self.counters.evictions += 1;
@@ -157,13 +158,14 @@ impl Manager {
         let tenant = conversation.tenant;
         let floor = self.host_budget.floor(tenant);
         let (mut freed, mut lost) = (BlockCount(0), BlockCount(0));
-        while self.host.free() < need && (tenant == for_tenant || self.host.held(tenant) > floor) {
+        let may_lose = |held: BlockCount| tenant == for_tenant || held > floor;
+        while self.host.free() < need && conversation.exposes_host() && may_lose(self.host.held(tenant)) {
             let is_last_copy = conversation.host.blocks() > conversation.device.blocks();
             let Some(taken) = take_end(&mut conversation.host) else { break };
             freed.0 += u32::from(taken.freed);
             lost.0 += u32::from(taken.freed && is_last_copy);
         }
-        if conversation.host.is_empty() {
+        if !conversation.exposes_host() {
             self.host_line.remove(tenant, key);
         }
         if lost.0 > 0 {
@@ -187,6 +189,7 @@ impl Manager {
 mod tests {
     use super::super::block::PrefixHash;
     use super::super::manager::{Admission, Admit};
+    use super::super::pins::{PinBudget, PinRefused};
     use super::*;
     use crate::kv::KvSettings;
     use crate::types::{BlockSize, PoolPart, TenantKey, TierBudget, TokenCount, TokenId, Weight};
@@ -194,6 +197,12 @@ mod tests {
     const A: TenantId = TenantId(0);
     const B: TenantId = TenantId(1);
     const BLOCKS: u32 = 4;
+
+    impl Manager {
+        fn device_tokens(&self, conversation: u128) -> u32 {
+            self.whereabouts(KvKey(conversation)).map_or(0, |at| at.device_tokens.0)
+        }
+    }
 
     /// A pool for five conversations of four blocks each; the window is one.
     struct Pool {
@@ -217,7 +226,7 @@ mod tests {
             let mut manager = Manager::new(settings);
             let grant = |tenant, (floor, ceiling): (u64, u64)| {
                 let part = |blocks| Some(PoolPart::Bytes(blocks * 64));
-                let budget = TierBudget { floor: part(floor), ceiling: part(ceiling) };
+                let budget = TierBudget { floor: part(floor), ceiling: part(ceiling), pins: None };
                 Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget }
             };
             manager.grant(&[grant(A, a), grant(B, b)]);
@@ -237,6 +246,11 @@ mod tests {
             self.manager.append(key, &tokens);
             self.manager.rest(now, key);
             self.manager.assert_invariants();
+        }
+
+        fn pin(&mut self, tenant: TenantId, conversation: u128, until: u64) -> Result<PinBudget, PinRefused> {
+            let tenant_key = TenantKey([tenant.0 as u8; 32]);
+            self.manager.pin(tenant, tenant_key, KvKey(conversation), Tick(until))
         }
 
         fn held(&self) -> (u32, u32) {
@@ -277,5 +291,43 @@ mod tests {
         assert_eq!(pool.held(), (8, 12), "A had 4 above its floor");
         pool.turn(B);
         assert_eq!(pool.held(), (8, 12), "A is colder, and at its floor");
+    }
+
+    #[test]
+    fn a_pinned_conversation_stays_until_its_time_is_over() {
+        let mut pool = Pool::granted((8, 20), (0, 20));
+        [A, A, B, B, B].into_iter().for_each(|tenant| pool.turn(tenant));
+        let budget = PinBudget { limit: BlockCount(8), used: BlockCount(4) };
+        assert_eq!(pool.pin(A, 1, 7), Ok(budget), "a tenant may pin its floor");
+        pool.turn(A);
+        assert_eq!(pool.manager.device_tokens(2), 0, "the coldest that is not pinned");
+        pool.turn(A);
+        assert_eq!((pool.manager.device_tokens(1), pool.manager.device_tokens(3)), (16, 0));
+        pool.manager.expire_pins(Tick(6));
+        assert!(pool.manager.whereabouts(KvKey(1)).unwrap().pinned_until.is_some());
+        pool.manager.expire_pins(Tick(7));
+        // As if it had been used just now: everybody else goes first.
+        (0..4).for_each(|_| pool.turn(A));
+        assert_eq!(pool.manager.device_tokens(1), 16);
+        pool.turn(A);
+        assert_eq!(pool.manager.device_tokens(1), 0);
+    }
+
+    #[test]
+    fn pins_beyond_the_budget_are_refused_and_growth_beyond_it_goes() {
+        let mut pool = Pool::granted((5, 20), (0, 20));
+        [A, A, B, B, B].into_iter().for_each(|tenant| pool.turn(tenant));
+        assert!(pool.pin(A, 1, 100).is_ok());
+        let budget = PinBudget { limit: BlockCount(5), used: BlockCount(4) };
+        assert_eq!(pool.pin(A, 2, 100), Err(PinRefused::OverBudget(budget, BlockCount(4))));
+        pool.manager.unpin(KvKey(1));
+        assert!(pool.pin(A, 2, 100).is_ok());
+        // A smaller budget keeps the front of what is pinned.
+        let given = |floor: u64| TierBudget { floor: Some(PoolPart::Bytes(floor * 64)), ..TierBudget::default() };
+        let grant = |tenant, budget| Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget };
+        pool.manager.grant(&[grant(A, given(3)), grant(B, given(0))]);
+        (0..6).for_each(|_| pool.turn(A));
+        assert_eq!(pool.manager.device_tokens(2), 12);
+        pool.manager.assert_invariants();
     }
 }

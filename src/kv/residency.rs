@@ -4,6 +4,7 @@ use super::Manager;
 use super::block::{OpenBlock, PrefixHash, Slot};
 use super::evictor::UseOrder;
 use super::journal::Entry;
+use super::pins::Pin;
 use super::table::BlockTable;
 use super::transfer::Ticket;
 use crate::types::{BlockCount, BlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick, TokenCount};
@@ -29,6 +30,7 @@ pub(super) struct Conversation {
     pub in_flight: u32,
     /// A client wants it off the device, as soon as it is copied.
     pub leaving: bool,
+    pub pin: Option<Pin>,
 }
 
 #[derive(Debug)]
@@ -78,6 +80,7 @@ impl Conversation {
             copying: None,
             in_flight: 0,
             leaving: false,
+            pin: None,
         }
     }
 
@@ -132,10 +135,11 @@ pub struct Whereabouts {
     pub host_blocks: (BlockCount, BlockCount),
     pub last_used: Tick,
     pub last_eviction: Option<Entry>,
+    pub pinned_until: Option<Tick>,
 }
 
 impl Manager {
-    /// Where a conversation is; `None` if no tier holds any of it.
+    /// Where a conversation is; `None` if no tier holds any of it, and it isn't pinned.
     pub fn whereabouts(&self, key: KvKey) -> Option<Whereabouts> {
         let conversation = self.conversations.get(&key)?;
         let size = self.settings.block_size;
@@ -149,6 +153,7 @@ impl Manager {
             host_blocks: conversation.host.shares(),
             last_used: conversation.last_used,
             last_eviction: conversation.last_eviction,
+            pinned_until: conversation.pinned_until(),
         })
     }
 }

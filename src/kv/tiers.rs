@@ -219,14 +219,18 @@ impl Manager {
         if !conversation.is_idle() {
             return;
         }
+        self.settle_pin_of(key);
+        let conversation = self.conversation(key);
         let (tenant, used, ended) =
             (conversation.tenant, conversation.used, matches!(conversation.activity, Activity::Ended));
-        if !conversation.host.is_empty() && !self.host_line.contains(tenant, key) {
+        let (exposes, leaving) = (conversation.exposes_host(), conversation.leaving);
+        let clean = conversation.end_is_clean();
+        if exposes && !self.host_line.contains(tenant, key) {
             self.host_line.add_first(tenant, key, used, ended);
         }
-        if conversation.leaving {
+        if leaving {
             self.go_on_leaving(now, key);
-        } else if !conversation.end_is_clean() && self.settings.background_offload {
+        } else if !clean && self.settings.background_offload {
             self.uncopied.push_back(key);
         }
         self.touch(key);
@@ -342,6 +346,7 @@ impl Manager {
             self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant: tenant, rule, from, freed, lost });
         }
         self.left.push((key, u64::from(freed.0) * self.settings.block_bytes));
+        self.settle_pin_of(key);
         self.touch(key);
     }
 }

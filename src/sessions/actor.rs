@@ -116,9 +116,11 @@ impl Handler<Command> for Session {
                     Command::Fork { after_item: None, reply } if turns + self.turns_waiting() > 0 => {
                         answer(reply, Err(SessionError::Busy));
                     }
-                    Command::Items { .. } | Command::Copy { .. } | Command::Fork { .. } | Command::Describe { .. } => {
-                        self.tell(command)
-                    }
+                    Command::Items { .. }
+                    | Command::Copy { .. }
+                    | Command::Fork { .. }
+                    | Command::Describe { .. }
+                    | Command::Pin { .. } => self.tell(command),
                     Command::Respond(queued) if queued.follows.tip().is_some() && turns + self.turns_waiting() > 0 => {
                         answer(queued.reply, Ok(Taken::NotTip));
                     }
@@ -234,7 +236,11 @@ impl Session {
             Command::Warm { instructions, reply } => self.warm(instructions, reply, kv, context),
             Command::Offload { to, reply } => self.offload(to, reply, kv, context),
             Command::Delete { reply } => self.delete(reply, kv, context),
-            Command::Items { .. } | Command::Copy { .. } | Command::Fork { .. } | Command::Describe { .. } => {
+            Command::Items { .. }
+            | Command::Copy { .. }
+            | Command::Fork { .. }
+            | Command::Describe { .. }
+            | Command::Pin { .. } => {
                 self.tell(command);
                 self.rest(kv, context);
             }
@@ -257,6 +263,12 @@ impl Session {
                 let Transcript { log, last_used_at, .. } = &*self.transcript;
                 let turns = self.transcript.turns();
                 answer(reply, Ok(Description { tokens: log.len(), turns, last_used_at: *last_used_at }));
+            }
+            // Asked of the engine now, so that a deletion comes after it there too.
+            Command::Pin { time, reply } => {
+                let Identity { tenant, id } = &self.who;
+                let pinned = self.shared.engine.pin(tenant.id, tenant.key, KvKey(id.0), time);
+                actix::spawn(async move { answer(reply, pinned.await.map_err(SessionError::from)) });
             }
             other @ (Command::Respond(_)
             | Command::Append { .. }

@@ -4,6 +4,7 @@
 //! successor, or be refused by whoever holds it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use actix::Message;
 use tokio::sync::oneshot;
@@ -11,10 +12,11 @@ use tokio::time::Instant;
 
 use super::live::Turn;
 use super::messages::{
-    Deleted, Item, NewItem, OffloadTo, Offloaded, Respond, ResponseId, SessionError, TurnError, TurnUsage,
+    Deleted, Item, NewItem, OffloadTo, Offloaded, Pinned, Respond, ResponseId, SessionError, TurnError, TurnUsage,
 };
 use super::transcript::Transcript;
 use crate::engine::SubmitError;
+use crate::engine::handle::PinError;
 use crate::store::StoreError;
 
 pub(super) type Reply<T, E> = oneshot::Sender<Result<T, E>>;
@@ -56,6 +58,11 @@ pub(super) enum Command {
     Offload {
         to: OffloadTo,
         reply: Reply<Offloaded, SessionError>,
+    },
+    /// Keep the KV from the evictor for so long; `None`: no longer.
+    Pin {
+        time: Option<Duration>,
+        reply: Reply<Pinned, SessionError>,
     },
     Delete {
         reply: Reply<Deleted, SessionError>,
@@ -138,6 +145,7 @@ impl Command {
             Command::Describe { reply } => refuse(reply, refusal),
             Command::Warm { reply, .. } => refuse(reply, refusal),
             Command::Offload { reply, .. } => refuse(reply, refusal),
+            Command::Pin { reply, .. } => refuse(reply, refusal),
             Command::Delete { reply } => refuse(reply, refusal),
         }
     }
@@ -153,6 +161,7 @@ impl Command {
             Command::Describe { reply } => reply.is_closed(),
             Command::Warm { reply, .. } => reply.is_closed(),
             Command::Offload { reply, .. } => reply.is_closed(),
+            Command::Pin { reply, .. } => reply.is_closed(),
             Command::Delete { reply } => reply.is_closed(),
         }
     }
@@ -230,6 +239,16 @@ impl From<SubmitError> for SessionError {
             SubmitError::PromptTooLong { .. } | SubmitError::PromptEmpty | SubmitError::Gone => {
                 SessionError::Internal(error.to_string())
             }
+        }
+    }
+}
+
+impl From<PinError> for SessionError {
+    fn from(error: PinError) -> Self {
+        match error {
+            PinError::OverBudget { .. } => SessionError::PinBudget(error.to_string()),
+            PinError::Forgetting => SessionError::NoConversation,
+            PinError::NotAsked(error) => error.into(),
         }
     }
 }

@@ -49,6 +49,7 @@ mod tests {
             host: share(host),
             last_used: Tick(0),
             last_eviction: None,
+            pinned_until: None,
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-pub use crate::engine::handle::{OffloadTo, Offloaded};
+pub use crate::engine::handle::{OffloadTo, Offloaded, Pinned};
 pub use crate::engine::status::Residency;
 pub use crate::engine::{Argument, FinishReason, RESERVED, Sampling, ToolCall, TurnUsage};
 use crate::tenants::quota::TurnsExceeded;
@@ -301,6 +301,8 @@ pub enum SessionError {
     DuplicateItem(String),
     #[error("a turn of this conversation runs or waits; retry when it is done")]
     Busy,
+    #[error("the conversation can't be pinned: {0}")]
+    PinBudget(String),
     #[error("{0}")]
     Overloaded(String),
     #[error("the store can't be reached: {0}")]

@@ -41,7 +41,7 @@ use live::Live;
 pub use live::Turn;
 use messages::{
     Complete, Conversation, ConversationId, ConversationResidency, Deleted, Item, NewItem, OffloadTo, Offloaded,
-    SessionError, TurnError,
+    Pinned, SessionError, TurnError,
 };
 pub use once::{Claim, Once};
 use recall::Recall;
@@ -214,6 +214,16 @@ impl Sessions {
     /// Moves the KV down a tier, or forgets it. `Busy` while a turn runs or waits.
     pub async fn offload(&self, tenant: &Tenant, id: ConversationId, to: OffloadTo) -> Result<Offloaded, SessionError> {
         self.ask(tenant, id, |reply| Command::Offload { to, reply }).await
+    }
+
+    /// Keeps the KV from the evictor for so long, within the tenant's budget; `None`: no longer. Doesn't wait for turns.
+    pub async fn pin(
+        &self,
+        tenant: &Tenant,
+        id: ConversationId,
+        time: Option<Duration>,
+    ) -> Result<Pinned, SessionError> {
+        self.ask(tenant, id, |reply| Command::Pin { time, reply }).await
     }
 
     /// Conversations that have an actor now.

@@ -362,7 +362,9 @@ impl From<SessionError> for TurnError {
             SessionError::DuplicateItem(item) => TurnError::DuplicateItem(item),
             SessionError::Overloaded(reason) => TurnError::Overloaded(reason),
             SessionError::Store(reason) => TurnError::Store(reason),
-            SessionError::NoItem(_) | SessionError::Busy => TurnError::Internal(error.to_string()),
+            SessionError::NoItem(_) | SessionError::Busy | SessionError::PinBudget(_) => {
+                TurnError::Internal(error.to_string())
+            }
             SessionError::Internal(reason) => TurnError::Internal(reason),
         }
     }

@@ -18,6 +18,7 @@ use super::transcript::Transcript;
 use super::turn::{Ended, PromptRules, prepare, start};
 use super::work::Work;
 use crate::engine::KvHandle;
+use crate::store::NewestOf;
 use crate::tenants::Tenant;
 use crate::types::TokenCount;
 
@@ -33,10 +34,23 @@ impl Sessions {
         self.ask(tenant, id, |reply| Command::Warm { instructions, reply }).await
     }
 
-    /// The conversation, or nameless chain, whose newest response this is.
-    pub async fn chain_of(&self, tenant: &Tenant, tip: ResponseId) -> Result<ConversationId, SessionError> {
-        let found = self.shared.store.response(&tenant.name, tip.0).await?;
-        found.map(|found| ConversationId(found.conversation)).ok_or(SessionError::NoResponse)
+    /// The conversation, or nameless chain, whose newest response this is. `sees_unkept`: also one that was not to be
+    /// stored.
+    pub async fn chain_of(
+        &self,
+        tenant: &Tenant,
+        tip: ResponseId,
+        sees_unkept: bool,
+    ) -> Result<ConversationId, SessionError> {
+        let store = &self.shared.store;
+        let found = store.response(&tenant.name, tip.0).await?;
+        let found = found.filter(|found| found.response.kept || sees_unkept).ok_or(SessionError::NoResponse)?;
+        let newest = store.newest_response(&tenant.name, NewestOf::Conversation(found.conversation)).await?;
+        if newest.is_some_and(|newest| newest.response.id == tip.0) {
+            Ok(ConversationId(found.conversation))
+        } else {
+            Err(SessionError::NoResponse)
+        }
     }
 }
 

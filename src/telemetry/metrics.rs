@@ -60,8 +60,10 @@ table! {
         "Blocks whose bytes did not match their checksum on reload; each was re-encoded.";
     Counter OFFLOADED_BYTES, "rekindle_offloaded_bytes_total", Bytes, "KV copied down a tier.";
     Counter RELOADED_BYTES, "rekindle_reloaded_bytes_total", Bytes, "KV copied back up.";
+    Gauge RUNNING_BYTES, "rekindle_running_bytes", Bytes, "KV of running turns on the device; what several share counts for each.";
     Gauge POOL_BYTES, "rekindle_pool_bytes", Bytes, "Size of a tier's pool.";
     Gauge POOL_FREE_BYTES, "rekindle_pool_free_bytes", Bytes, "Bytes of a tier's pool that hold nothing.";
+    Gauge POOL_PINNED_BYTES, "rekindle_pool_pinned_bytes", Bytes, "Bytes of a tier's pool that pins keep from the evictor.";
     Gauge PREFILL_RATE, "rekindle_prefill_tokens_per_second", CountPerSecond,
         "Moving average of prefill; 0 before the first.";
     Gauge RELOAD_RATE, "rekindle_reload_bytes_per_second", CountPerSecond,

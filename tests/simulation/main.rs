@@ -49,6 +49,8 @@ fn every_answer_is_the_one_that_the_conversation_alone_would_get() {
         ("reloaded tokens", seen.reloaded_tokens),
         ("forgotten conversations", seen.forgotten),
         ("offloads that were asked for", seen.left),
+        ("pins", seen.pins),
+        ("pins beyond the budget", seen.pins_refused),
     ] {
         assert!(count > 100, "only {count} {what}");
     }

@@ -113,6 +113,8 @@ pub struct Seen {
     pub encoded_tokens: u64,
     pub forgotten: u64,
     pub left: u64,
+    pub pins: u64,
+    pub pins_refused: u64,
     /// Steps of the turn that took the most.
     pub longest_turn: u64,
 }
@@ -135,6 +137,8 @@ impl Seen {
             encoded_tokens: self.encoded_tokens + other.encoded_tokens,
             forgotten: self.forgotten + other.forgotten,
             left: self.left + other.left,
+            pins: self.pins + other.pins,
+            pins_refused: self.pins_refused + other.pins_refused,
             longest_turn: self.longest_turn.max(other.longest_turn),
         }
     }
@@ -164,6 +168,8 @@ pub struct World {
     prompt: PromptTotals,
     /// Sums of host blocks, by place; kept for `Damage::HostUnchecked`.
     sums: HashMap<u32, u32>,
+    /// Pins asked for and not answered.
+    pins_asked: usize,
     seen: Seen,
 }
 
@@ -205,6 +211,7 @@ impl World {
             next_id: 0,
             prompt: PromptTotals::default(),
             sums: HashMap::new(),
+            pins_asked: 0,
             seen: Seen::default(),
             scenario,
         }
@@ -220,6 +227,7 @@ impl World {
         self.step_until("every turn and copy ends once nobody asks for more", quiet);
         assert!(self.core.is_idle());
         assert!(self.conversations.iter().all(|conversation| !conversation.leaving), "an offload was never answered");
+        assert_eq!(self.pins_asked, 0, "a pin was never answered");
         self.core.manager().assert_invariants();
         for index in 0..self.conversations.len() {
             self.forget(index);
@@ -265,6 +273,7 @@ impl World {
                 3 => self.end_one(),
                 4 => self.forget_one(),
                 5 => self.fork_one(),
+                6 => self.pin_one(),
                 _ => self.start_one(),
             }
         }
@@ -284,8 +293,8 @@ impl World {
     fn grant(&mut self, tenant: TenantId) -> Option<Grant> {
         let luck = &mut self.luck;
         let mut part = || (!luck.once_in(3)).then(|| PoolPart::Permille(luck.below(1001) as u32));
-        let (device, host) =
-            (TierBudget { floor: part(), ceiling: part() }, TierBudget { floor: part(), ceiling: part() });
+        let mut budget = || TierBudget { floor: part(), ceiling: part(), pins: part() };
+        let (device, host) = (budget(), budget());
         let weight = Weight(luck.between(100, 4000) as u32);
         (!luck.once_in(10)).then_some(Grant { tenant, weight, device, host })
     }
@@ -442,6 +451,16 @@ impl World {
         }
     }
 
+    /// Pins a conversation for a while, or unpins it.
+    fn pin_one(&mut self) {
+        let Some(index) = self.pick() else { return };
+        let conversation = &self.conversations[index];
+        let (key, tenant) = (conversation.key, conversation.tenant);
+        let for_us = (!self.luck.once_in(4)).then(|| self.luck.between(1, 1_000_000) as u64);
+        self.pins_asked += 1;
+        self.commands.push(Command::Pin { key, tenant, tenant_key: tenant_key(tenant), for_us });
+    }
+
     /// Another conversation of the tenant takes up the history of one.
     fn fork_one(&mut self) {
         let (Some(from), Some(to)) = (self.pick(), self.pick()) else { return };
@@ -567,6 +586,17 @@ impl World {
                 assert!(conversation.leaving, "an offload is answered twice, or without being asked");
                 conversation.leaving = false;
                 self.seen.left += 1;
+            }
+            Event::Pinned(pinned) => {
+                self.pins_asked -= 1;
+                match pinned {
+                    Ok((budget, Some(_))) => {
+                        assert!(budget.used <= budget.limit, "{budget:?}");
+                        self.seen.pins += 1;
+                    }
+                    Ok((_, None)) => {}
+                    Err(_) => self.seen.pins_refused += 1,
+                }
             }
             Event::Turn(id, TurnEvent::Started(usage)) => {
                 let turn = self.turn(id);

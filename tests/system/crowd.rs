@@ -149,6 +149,7 @@ async fn slow_readers_slow_nobody_and_all_that_500_clients_took_is_given_back() 
             "rekindle_engine_running_turns",
             "rekindle_engine_queued_turns",
             "rekindle_engine_reloading_turns",
+            "rekindle_running_bytes",
             "rekindle_websocket_connections",
         ];
         left.iter().all(|name| metrics.count(name) == 0).then_some(())

@@ -19,6 +19,8 @@ mod lifecycle;
 #[cfg(test)]
 mod many;
 #[cfg(test)]
+mod pins;
+#[cfg(test)]
 mod recovery;
 #[cfg(test)]
 mod report;

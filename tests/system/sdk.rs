@@ -9,15 +9,12 @@ use super::client::Client;
 use super::server::{Home, Server, machine};
 use super::tenants::Tenants;
 
-/// What this server doesn't have yet: pins.
-const PYTHON_WITHOUT: &str = "ext_residency_warm_pin";
-
 #[tokio::test(flavor = "multi_thread")]
 async fn the_python_sdk_finds_what_it_expects() {
     let python = folder().join("python/bin/python");
     assert_installed(&python);
     let mut script = Command::new(python);
-    script.arg(script_path("conformance.py")).args(["--without", PYTHON_WITHOUT]);
+    script.arg(script_path("conformance.py"));
     check(script, |tenants| vec!["--api-key2".to_owned(), tenants.b.clone()]).await;
 }
 

@@ -76,6 +76,11 @@ impl Socket {
         Ok(Self { stream, protocol: header("sec-websocket-protocol") })
     }
 
+    /// The client's own port.
+    pub fn port(&self) -> u16 {
+        self.stream.get_ref().local_addr().unwrap().port()
+    }
+
     /// Sends an event as one frame.
     pub async fn send(&mut self, event: &Value) {
         self.frame(FIN | TEXT, event.to_string().as_bytes()).await;

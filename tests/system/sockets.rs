@@ -290,6 +290,16 @@ async fn an_old_an_idle_and_a_draining_socket_say_why_they_close() {
     assert!(server.ended(END).await.success());
 }
 
+/// Within this the kernel lets go of a connection whose client reads nothing.
+const LET_GO: Duration = Duration::from_secs(90);
+
+/// Whether some socket of this machine is connected to this port of it (proc(5), `/proc/net/tcp`).
+fn is_connected_to(port: u16) -> bool {
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let remote = table.lines().skip(1).filter_map(|line| line.split_whitespace().nth(2));
+    remote.into_iter().any(|address| address.ends_with(&format!(":{port:04X}")))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_asks_without_end_and_never_reads_is_dropped_and_holds_up_nobody() {
     /// Far more answers than the buffers of both systems hold.
@@ -314,6 +324,10 @@ async fn a_client_that_asks_without_end_and_never_reads_is_dropped_and_holds_up_
     }
     let grown = client.metrics().await.count("rekindle_process_resident_bytes").saturating_sub(before);
     assert!(grown < 32 << 20, "{} MiB more than before", grown >> 20);
+    // The kernel holds what is written, and lets go of it too.
+    let port = deaf.port();
+    assert!(is_connected_to(port), "the connection is in the kernel's table");
+    eventually(LET_GO, "the connection is closed", async || (!is_connected_to(port)).then_some(())).await;
     server.finish().await;
 }
 

@@ -314,3 +314,32 @@ async fn a_tenant_that_is_suspended_loses_its_sockets_whatever_they_run() {
     assert_eq!(socket.goodbye().await, Some(1008));
     server.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_is_open_heeds_what_the_tenants_file_says_by_now() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let tenants = Tenants::new(&home);
+    let server = Server::start(&home, &tenants.settings());
+    let (a, b) = (Client::with_key(&server.url, &tenants.a), Client::with_key(&server.url, &tenants.b));
+    let open = async |key: &str| {
+        let key = format!("Bearer {key}");
+        let opened = Socket::try_open(&server.url, "/v1/responses", &[("Authorization", &key)]).await;
+        opened.unwrap_or_else(|refused| panic!("no socket for a tenant's key: {refused:?}"))
+    };
+    let (mut of_a, mut of_b) = (open(&tenants.a).await, open(&tenants.b).await);
+    tenants.write("limits = { requests_per_minute = 0 }", "models = []");
+    eventually(HEARD, "the edit applies", async || {
+        let of_a = Seen::of(a.get("/v1/models")).await.code();
+        let models = b.json(b.get("/v1/models")).await["data"].clone();
+        (of_a == "rate_limit_exceeded" && models == json!([])).then_some(())
+    })
+    .await;
+    let create = json!({"type": "response.create", "input": "Hi.", "max_output_tokens": 1});
+    for (socket, status, code) in [(&mut of_a, 429, "rate_limit_exceeded"), (&mut of_b, 403, "model_not_allowed")] {
+        socket.send(&create).await;
+        let event = socket.event().await;
+        assert_eq!((&event["status"], &event["error"]["code"]), (&json!(status), &json!(code)), "{event}");
+    }
+    server.finish().await;
+}

@@ -107,6 +107,13 @@ async fn an_older_response_is_continued_beside_the_newer_one_and_shares_its_hist
     let third = turn("Well?", Some(&second["id"])).await;
     assert!(third["usage"]["rekindle"]["resident_tokens"].as_u64() > Some(0), "{}", third["usage"]);
 
+    // A chain is known by its newest response alone.
+    let residency = |of: &Value| client.get(&format!("/v1/conversations/{}/residency", of["id"].as_str().unwrap()));
+    assert_eq!(client.json(residency(&third)).await["object"], "conversation.residency");
+    for older in [&first, &second] {
+        assert_eq!(residency(older).send().await.unwrap().status(), 404);
+    }
+
     // A chain has no name, and ends with its last response.
     let listed = client.json(client.get("/v1/conversations")).await;
     assert_eq!(listed["data"], json!([]));

@@ -229,6 +229,25 @@ pub struct Eviction {
     pub freed_bytes: u64,
 }
 
+/// A pinned conversation, or one that is no more.
+#[derive(Serialize, ToSchema)]
+pub struct Pin {
+    #[schema(pattern = "^conversation.pin$")]
+    pub object: String,
+    pub conversation: String,
+    pub pinned: bool,
+    #[schema(required)]
+    pub expires_at: Option<i64>,
+    pub budget: PinBudget,
+}
+
+/// Of the device: what the tenant may pin, and what it has pinned.
+#[derive(Serialize, ToSchema)]
+pub struct PinBudget {
+    pub limit_bytes: u64,
+    pub used_bytes: u64,
+}
+
 #[derive(Serialize, ToSchema)]
 pub struct Offload {
     #[schema(pattern = "^conversation.offload$")]

@@ -363,6 +363,13 @@ pub struct ForkRequest {
 }
 
 #[derive(Serialize, ToSchema)]
+pub struct PinRequest {
+    /// Default: an hour. At most `tenants.max_pin_ttl_s`.
+    #[schema(minimum = 1)]
+    pub ttl_seconds: Option<i64>,
+}
+
+#[derive(Serialize, ToSchema)]
 pub struct OffloadRequest {
     /// Default: host.
     pub to: Option<OffloadTo>,

@@ -12,7 +12,7 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use futures_util::stream;
 use serde_json::json;
 
-use super::auth::{self, Caller};
+use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::items::{self, Page};
@@ -39,7 +39,6 @@ pub async fn create(
         deadline: queue_deadline(request.headers(), settings),
     };
     let turn = request::read(&state, &caller, &parsed, &mut fields, sent).await?;
-    auth::check_model(&caller, settings)?;
     let streams = fields.boolean("stream")?.unwrap_or(false);
     let ignored = body::unknown(&fields, settings)?;
 

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::super::error::ApiError;
 use super::super::fields::Fields;
 use super::super::input::Given;
-use super::super::{ApiSettings, ApiState, ids, input};
+use super::super::{ApiSettings, ApiState, auth, ids, input};
 use super::object::Echo;
 use crate::sessions::messages::{
     Audience, ConversationId, Goal, NewItem, NewResponse, OnConflict, Overflow, Place, Respond, ResponseId, TurnError,
@@ -38,6 +38,7 @@ pub async fn read(
     sent: Sent,
 ) -> Result<Respond, ApiError> {
     let (mut turn, given) = parse(body, fields, &state.settings, sent)?;
+    auth::check_model(tenant, &state.settings)?;
     for given in given {
         turn.input.push(match given {
             Given::Item(item) => item,

@@ -23,7 +23,7 @@ use super::super::fields::Fields;
 use super::super::responses::events::Events;
 use super::super::responses::request::{self, Sent};
 use super::super::warming::{self, Wanted};
-use super::super::{ApiState, body, unix_now};
+use super::super::{ApiState, auth, body, unix_now};
 use super::lanes::{Bounds, Full, Lanes, Name};
 use super::outbox::{Close, Outbox};
 use super::requests::{self, Ask, Refused, error_event, in_lane};
@@ -235,6 +235,10 @@ impl Connection {
 
     fn warm(&mut self, lane: Name, wanted: Wanted, instructions: Option<String>) -> Result<(), ApiError> {
         let on = Rc::clone(&self.on);
+        let wanted = match wanted {
+            Wanted::Chain { tip, .. } => Wanted::Chain { tip, sees_unkept: on.has_unstored(tip) },
+            Wanted::Conversation(_) => wanted,
+        };
         self.errand(async move {
             let told = |step: warming::Step| {
                 let mut event = step.object();
@@ -334,23 +338,31 @@ impl On {
 
     async fn create(&self, lane: &Name, body: &Map<String, Value>) -> Result<Events, ApiError> {
         let settings = &self.state.settings;
+        // As the tenants file has it by now: its limits, and the models that it may use.
+        let tenant = self.state.tenants.tenant_of(self.key.as_deref(), unix_now())?;
+        auth::count(&tenant)?;
         let mut fields = Fields::of(body);
         let sent = Sent { digest: [0; 32], is_retry: false, deadline: settings.queue_deadline };
-        let mut turn = request::read(&self.state, &self.tenant, body, &mut fields, sent).await?;
+        let mut turn = request::read(&self.state, &tenant, body, &mut fields, sent).await?;
         body::unknown(&fields, settings)?;
         let (id, kept) = (turn.response.id, turn.response.kept);
         if !kept && turn.place == Place::Alone {
             turn.place = Place::NewChain;
         }
         if let Place::After(previous) = turn.place {
-            turn.sees_unkept = self.unstored.borrow().values().any(|unstored| *unstored == previous);
+            turn.sees_unkept = self.has_unstored(previous);
         }
-        let turn = self.state.sessions.respond(&self.tenant, turn).await;
+        let turn = self.state.sessions.respond(&tenant, turn).await;
         let turn = turn.map_err(|error| ApiError::from(error).of_param("messages", "input"))?;
         if !kept {
             self.unstored.borrow_mut().insert(lane.clone(), id);
         }
         Events::of(turn, None)
+    }
+
+    /// Whether this response is one that only this socket may continue.
+    fn has_unstored(&self, response: ResponseId) -> bool {
+        self.unstored.borrow().values().any(|unstored| *unstored == response)
     }
 
     /// What was not to be stored goes with the socket.

@@ -98,7 +98,8 @@ fn ask(object: &mut Map<String, Value>) -> Result<Ask, ApiError> {
 fn wanted(fields: &mut Fields<'_>) -> Result<Wanted, ApiError> {
     if let Some(id) = fields.string("previous_response_id")? {
         let missing = || ApiError::response_not_found().about("previous_response_id");
-        return ids::parse_response(id).map(Wanted::Chain).ok_or_else(missing);
+        let chain = |tip| Wanted::Chain { tip, sees_unkept: false };
+        return ids::parse_response(id).map(chain).ok_or_else(missing);
     }
     let id = fields.required_string("conversation")?;
     let missing = || ApiError::conversation_not_found().about("conversation");

@@ -1,0 +1,512 @@
+//! Where do the bytes of KV blocks lie on disk, and how are they found again after a restart?
+//!
+//! A folder of preallocated files, cut into slots of one size. A slot is a page that says what is in it, its *label*, and
+//! a block's bytes. The labels are the whole index: there is no database beside them. A slot's bytes are written and synced
+//! before its label, so that a label on disk speaks of bytes on disk; what is torn all the same shows in the checksum.
+//! One process owns a folder. Which block is whose, and which slot is free, is `kv`'s business.
+//! Invariant: `read` gives out bytes that are what was asked for, whole, or an error.
+
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use bytemuck::{Pod, Zeroable};
+use rustix::fs::{FallocateFlags, OFlags, fallocate};
+
+use super::memory::Arena;
+
+/// Unit of direct transfers: a page, and a multiple of every disk's sector.
+const PAGE: usize = 4096;
+/// Largest size of one file.
+const FILE_BYTES: u64 = 1 << 30;
+/// Of the folder's format; a change of layout makes it another one.
+const FORMAT: &str = "rekindle kv tier, format 1";
+/// Opens every label.
+const MAGIC: [u8; 8] = *b"rkslot1\n";
+
+/// Why a folder can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    #[error("another process uses {}", .path.display())]
+    Locked { path: PathBuf },
+    #[error("{} holds other things than a tier; name an empty folder", .path.display())]
+    Foreign { path: PathBuf },
+    #[error("{} was written by another version ({found:?} instead of {FORMAT:?}); remove it, or name another folder", .path.display())]
+    Version { path: PathBuf, found: String },
+    #[error("{} is of another model, or of other settings of its KV ({found}, not {wanted}); remove it, or name another folder", .path.display())]
+    Model { path: PathBuf, found: String, wanted: String },
+    #[error("no room for a single block: {bytes} bytes are wanted at least")]
+    NoRoom { bytes: usize },
+    #[error("{}: {source}", .path.display())]
+    Io { path: PathBuf, source: io::Error },
+}
+
+/// Why a slot's bytes were not given out.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("the slot holds something else than it should, or nothing")]
+    Label,
+    #[error("the bytes do not match their checksum")]
+    Checksum,
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// What is in a slot: one full block, of whom, and where in its history.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Label {
+    /// A digest that only the tenant's hash key gives.
+    pub tenant: [u8; 16],
+    pub conversation: u128,
+    /// Which block of the conversation.
+    pub index: u32,
+    pub parent: [u8; 32],
+    pub hash: [u8; 32],
+    /// When the conversation was used, in the order of uses.
+    pub used: u64,
+}
+
+/// A label as it lies on disk, in the machine's own order of bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Page {
+    magic: [u8; 8],
+    fingerprint: [u8; 32],
+    tenant: [u8; 16],
+    conversation: [u8; 16],
+    parent: [u8; 32],
+    hash: [u8; 32],
+    used: u64,
+    index: u32,
+    /// CRC-32C of the block's bytes.
+    bytes_sum: u32,
+    /// CRC-32C of all above.
+    label_sum: u32,
+    padding: u32,
+}
+
+const LABEL_BYTES: usize = size_of::<Page>();
+const SUMMED: usize = LABEL_BYTES - 8;
+
+impl Page {
+    fn new(label: &Label, fingerprint: [u8; 32], bytes_sum: u32) -> Self {
+        let mut page = Self {
+            magic: MAGIC,
+            fingerprint,
+            tenant: label.tenant,
+            conversation: label.conversation.to_ne_bytes(),
+            parent: label.parent,
+            hash: label.hash,
+            used: label.used,
+            index: label.index,
+            bytes_sum,
+            label_sum: 0,
+            padding: 0,
+        };
+        page.label_sum = page.sum();
+        page
+    }
+
+    /// What a page of a slot says; `None` if it is no label of this model, or torn.
+    fn read(page: &[u8], fingerprint: [u8; 32]) -> Option<Self> {
+        let page: Self = bytemuck::pod_read_unaligned(page.get(..LABEL_BYTES)?);
+        let good = page.magic == MAGIC && page.fingerprint == fingerprint && page.label_sum == page.sum();
+        good.then_some(page)
+    }
+
+    fn sum(&self) -> u32 {
+        crc32c::crc32c(&bytemuck::bytes_of(self)[..SUMMED])
+    }
+
+    fn label(&self) -> Label {
+        Label {
+            tenant: self.tenant,
+            conversation: u128::from_ne_bytes(self.conversation),
+            index: self.index,
+            parent: self.parent,
+            hash: self.hash,
+            used: self.used,
+        }
+    }
+}
+
+/// A block that was found at the start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FoundSlot {
+    pub slot: u32,
+    pub label: Label,
+    pub bytes_sum: u32,
+}
+
+/// Room for one slot, aligned as direct transfers want it; one for each thread that reads or writes.
+#[derive(Debug)]
+pub struct Buffer {
+    room: Arena,
+}
+
+/// The slots of one folder.
+#[derive(Debug)]
+pub struct Slots {
+    files: Vec<File>,
+    slots: u32,
+    slots_per_file: u32,
+    block_bytes: usize,
+    fingerprint: [u8; 32],
+    direct: bool,
+    /// Held as long as this lives.
+    _lock: File,
+}
+
+impl Slots {
+    /// Opens a folder, or makes it, with as many slots as `bytes` hold, or as the filesystem has room for. `fingerprint`:
+    /// what the bytes depend on: weights, tokenizer, type and layout of the KV. Says what is there already.
+    pub fn open(
+        folder: &Path,
+        bytes: u64,
+        block_bytes: usize,
+        fingerprint: [u8; 32],
+    ) -> Result<(Self, Vec<FoundSlot>), FolderError> {
+        let at = |path: &Path| {
+            let path = path.to_owned();
+            move |source| FolderError::Io { path, source }
+        };
+        DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(at(folder))?;
+        let lock = lock(folder)?;
+        check_format(folder, block_bytes, fingerprint)?;
+        let slot_bytes = (PAGE + block_bytes.next_multiple_of(PAGE)) as u64;
+        let wanted = u32::try_from(bytes / slot_bytes).unwrap_or(u32::MAX);
+        let slots_per_file = u32::try_from((FILE_BYTES / slot_bytes).max(1)).unwrap_or(u32::MAX);
+        let (mut files, mut slots, mut direct) = (Vec::new(), 0, true);
+        for number in 0..wanted.div_ceil(slots_per_file) {
+            let path = folder.join(format!("slots.{number:04}"));
+            let here = slots_per_file.min(wanted - number * slots_per_file);
+            let file = match open_file(&path, &mut direct) {
+                Ok(file) => file,
+                Err(source) => return Err(FolderError::Io { path, source }),
+            };
+            if let Err(error) = set_size(&file, u64::from(here) * slot_bytes) {
+                tracing::warn!(%error, path = %path.display(), slots, wanted, "the disk tier is smaller than it was asked to be");
+                drop(file);
+                std::fs::remove_file(&path).map_err(at(&path))?;
+                break;
+            }
+            files.push(file);
+            slots += here;
+        }
+        remove_others(folder, files.len()).map_err(at(folder))?;
+        if slots == 0 {
+            return Err(FolderError::NoRoom { bytes: usize::try_from(slot_bytes).unwrap_or(usize::MAX) });
+        }
+        let this = Self { files, slots, slots_per_file, block_bytes, fingerprint, direct, _lock: lock };
+        let found = this.scan().map_err(at(folder))?;
+        Ok((this, found))
+    }
+
+    pub fn count(&self) -> u32 {
+        self.slots
+    }
+
+    /// Whether transfers pass by the system's page cache.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    pub fn buffer(&self) -> io::Result<Buffer> {
+        Arena::new(1, self.slot_bytes()).map(|room| Buffer { room }).map_err(io::Error::other)
+    }
+
+    fn slot_bytes(&self) -> usize {
+        PAGE + self.block_bytes.next_multiple_of(PAGE)
+    }
+
+    /// The file that a slot is in, and where. Panics if there is no such slot.
+    fn place(&self, slot: u32) -> (&File, u64) {
+        assert!(slot < self.slots, "slot {slot} of {}", self.slots);
+        let file = &self.files[(slot / self.slots_per_file) as usize];
+        (file, u64::from(slot % self.slots_per_file) * self.slot_bytes() as u64)
+    }
+
+    /// Writes a block's bytes, without their label; `label` makes them known. Returns their CRC-32C.
+    pub fn write(&self, slot: u32, bytes: &[u8], buffer: &Buffer) -> io::Result<u32> {
+        assert_eq!(bytes.len(), self.block_bytes, "a slot holds one block");
+        let (file, at) = self.place(slot);
+        buffer.room.with_bytes_mut(0, |room| {
+            room[PAGE..][..bytes.len()].copy_from_slice(bytes);
+            let sum = crc32c::crc32c(&room[PAGE..][..bytes.len()]);
+            file.write_all_at(&room[PAGE..], at + PAGE as u64)?;
+            Ok(sum)
+        })
+    }
+
+    /// Says what is in a slot whose bytes are written and synced.
+    pub fn label(&self, slot: u32, label: &Label, bytes_sum: u32, buffer: &Buffer) -> io::Result<()> {
+        let (file, at) = self.place(slot);
+        buffer.room.with_bytes_mut(0, |room| {
+            room[..PAGE].fill(0);
+            room[..LABEL_BYTES].copy_from_slice(bytemuck::bytes_of(&Page::new(label, self.fingerprint, bytes_sum)));
+            file.write_all_at(&room[..PAGE], at)
+        })
+    }
+
+    /// Reads a block into `bytes`, if the slot holds just this one. Returns the CRC-32C.
+    pub fn read(&self, slot: u32, wanted: &Label, bytes: &mut [u8], buffer: &Buffer) -> Result<u32, ReadError> {
+        assert_eq!(bytes.len(), self.block_bytes, "a slot holds one block");
+        let (file, at) = self.place(slot);
+        buffer.room.with_bytes_mut(0, |room| {
+            file.read_exact_at(room, at)?;
+            let page = Page::read(room, self.fingerprint).ok_or(ReadError::Label)?;
+            // When it was used, and by which of the conversations that share it, is no part of what it is.
+            let label = page.label();
+            let same = (label.tenant, label.index, label.parent, label.hash)
+                == (wanted.tenant, wanted.index, wanted.parent, wanted.hash);
+            if !same {
+                return Err(ReadError::Label);
+            }
+            let found = &room[PAGE..][..bytes.len()];
+            if crc32c::crc32c(found) != page.bytes_sum {
+                return Err(ReadError::Checksum);
+            }
+            bytes.copy_from_slice(found);
+            Ok(page.bytes_sum)
+        })
+    }
+
+    /// Overwrites slots with zeros, labels first, and syncs.
+    pub fn erase(&self, slots: impl Iterator<Item = u32> + Clone, buffer: &Buffer) -> io::Result<()> {
+        buffer.room.with_bytes_mut(0, |room| {
+            room.fill(0);
+            for slot in slots.clone() {
+                let (file, at) = self.place(slot);
+                file.write_all_at(room, at)?;
+            }
+            self.sync(slots)
+        })
+    }
+
+    /// Waits until all that was written to these slots is on the disk.
+    pub fn sync(&self, slots: impl Iterator<Item = u32>) -> io::Result<()> {
+        let mut files: Vec<u32> = slots.map(|slot| slot / self.slots_per_file).collect();
+        files.sort_unstable();
+        files.dedup();
+        files.into_iter().try_for_each(|file| self.files[file as usize].sync_data())
+    }
+
+    /// Reads all labels.
+    fn scan(&self) -> io::Result<Vec<FoundSlot>> {
+        let buffer = self.buffer()?;
+        let mut found = Vec::new();
+        buffer.room.with_bytes_mut(0, |room| {
+            for slot in 0..self.slots {
+                let (file, at) = self.place(slot);
+                let page = &mut room[..PAGE];
+                // A slot that can't be read holds nothing that could be served.
+                if file.read_exact_at(page, at).is_err() {
+                    continue;
+                }
+                if let Some(page) = Page::read(page, self.fingerprint) {
+                    found.push(FoundSlot { slot, label: page.label(), bytes_sum: page.bytes_sum });
+                }
+            }
+        });
+        Ok(found)
+    }
+}
+
+fn lock(folder: &Path) -> Result<File, FolderError> {
+    let path = folder.join("lock");
+    let io = |source| FolderError::Io { path: path.clone(), source };
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(FolderError::Locked { path: folder.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(io(source)),
+    }
+}
+
+/// Checks that the folder is a tier of this format and of this model; an empty one becomes it.
+fn check_format(folder: &Path, block_bytes: usize, fingerprint: [u8; 32]) -> Result<(), FolderError> {
+    let path = folder.join("format");
+    let io = |source| FolderError::Io { path: path.clone(), source };
+    let hex: String = fingerprint.iter().map(|byte| format!("{byte:02x}")).collect();
+    let wanted = format!("blocks of {block_bytes} bytes, model {hex}");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => {
+            let (format, found) = text.trim_end().split_once('\n').unwrap_or((&text, ""));
+            if format != FORMAT {
+                let found = format.chars().take(80).collect();
+                return Err(FolderError::Version { path: folder.to_owned(), found });
+            }
+            if found != wanted {
+                let (path, found) = (folder.to_owned(), found.chars().take(160).collect());
+                return Err(FolderError::Model { path, found, wanted });
+            }
+            Ok(())
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let names = std::fs::read_dir(folder).map_err(io)?.filter_map(|entry| Some(entry.ok()?.file_name()));
+            if names.into_iter().any(|name| name != "lock" && name != "format.new") {
+                return Err(FolderError::Foreign { path: folder.to_owned() });
+            }
+            // Whole or not at all.
+            let new = folder.join("format.new");
+            std::fs::write(&new, format!("{FORMAT}\n{wanted}\n")).map_err(io)?;
+            File::open(&new).and_then(|file| file.sync_all()).map_err(io)?;
+            std::fs::rename(&new, &path).map_err(io)
+        }
+        Err(source) => Err(io(source)),
+    }
+}
+
+/// Opens a file past the page cache where the filesystem can; `direct` says whether it can.
+fn open_file(path: &Path, direct: &mut bool) -> io::Result<File> {
+    let open = |flags: i32| {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(flags).open(path)
+    };
+    if *direct {
+        let flag = i32::try_from(OFlags::DIRECT.bits()).unwrap_or(0);
+        match open(flag) {
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => *direct = false,
+            opened => return opened,
+        }
+    }
+    open(0)
+}
+
+/// Gives a file just this size, with room on the disk for all of it.
+fn set_size(file: &File, bytes: u64) -> io::Result<()> {
+    file.set_len(bytes)?;
+    match fallocate(file, FallocateFlags::empty(), 0, bytes) {
+        Ok(()) => Ok(()),
+        // A filesystem that reserves nothing: a full disk shows when it is written.
+        Err(error) if error == rustix::io::Errno::OPNOTSUPP => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Removes the files of a larger tier.
+fn remove_others(folder: &Path, files: usize) -> io::Result<()> {
+    for number in files.. {
+        match std::fs::remove_file(folder.join(format!("slots.{number:04}"))) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: usize = 5000;
+    const MODEL: [u8; 32] = [7; 32];
+
+    fn label(index: u32) -> Label {
+        Label {
+            tenant: [1; 16],
+            conversation: 9,
+            index,
+            parent: [index as u8; 32],
+            hash: [index as u8 + 1; 32],
+            used: 40 + u64::from(index),
+        }
+    }
+
+    fn bytes(seed: u8) -> Vec<u8> {
+        (0..BLOCK).map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed)).collect()
+    }
+
+    fn slots_of(bytes: usize) -> u64 {
+        (bytes * (PAGE + 2 * PAGE)) as u64
+    }
+
+    fn open(folder: &Path, slots: usize) -> (Slots, Vec<FoundSlot>) {
+        Slots::open(folder, slots_of(slots), BLOCK, MODEL).unwrap()
+    }
+
+    /// Writes a block into a slot, label and all.
+    fn store(slots: &Slots, slot: u32, index: u32) {
+        let buffer = slots.buffer().unwrap();
+        let sum = slots.write(slot, &bytes(index as u8), &buffer).unwrap();
+        slots.sync(std::iter::once(slot)).unwrap();
+        slots.label(slot, &label(index), sum, &buffer).unwrap();
+    }
+
+    fn load(slots: &Slots, slot: u32, index: u32) -> Result<Vec<u8>, ReadError> {
+        let mut into = vec![0; BLOCK];
+        slots.read(slot, &label(index), &mut into, &slots.buffer().unwrap()).map(|_| into)
+    }
+
+    #[test]
+    fn what_was_labelled_is_found_again_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let (slots, found) = open(folder.path(), 5);
+        assert_eq!((slots.count(), found.len()), (5, 0));
+        store(&slots, 3, 0);
+        store(&slots, 0, 1);
+        // Bytes without a label: the process died between the two.
+        slots.write(2, &bytes(9), &slots.buffer().unwrap()).unwrap();
+        drop(slots);
+        let (slots, found) = open(folder.path(), 5);
+        let seen: Vec<(u32, u32, u64)> = found.iter().map(|f| (f.slot, f.label.index, f.label.used)).collect();
+        assert_eq!(seen, [(0, 1, 41), (3, 0, 40)]);
+        assert_eq!(found[1].bytes_sum, crc32c::crc32c(&bytes(0)));
+        assert_eq!(load(&slots, 3, 0).unwrap(), bytes(0));
+        assert!(matches!(load(&slots, 2, 0), Err(ReadError::Label)));
+        assert!(matches!(load(&slots, 0, 0), Err(ReadError::Label)), "another block of the conversation");
+        slots.erase([3].into_iter(), &slots.buffer().unwrap()).unwrap();
+        assert!(matches!(load(&slots, 3, 0), Err(ReadError::Label)));
+        let raw = std::fs::read(folder.path().join("slots.0000")).unwrap();
+        assert!(raw[3 * 3 * PAGE..4 * 3 * PAGE].iter().all(|byte| *byte == 0), "forgotten bytes are gone");
+    }
+
+    #[test]
+    fn every_changed_byte_of_a_slot_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (slots, _) = open(folder.path(), 1);
+        store(&slots, 0, 0);
+        let file = OpenOptions::new().read(true).write(true).open(folder.path().join("slots.0000")).unwrap();
+        let places = (0..LABEL_BYTES - 4).chain((PAGE..PAGE + BLOCK).step_by(37));
+        for at in places {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at as u64).unwrap();
+            file.write_all_at(&[byte[0] ^ 0x10], at as u64).unwrap();
+            assert!(load(&slots, 0, 0).is_err(), "byte {at}");
+            file.write_all_at(&byte, at as u64).unwrap();
+        }
+        assert_eq!(load(&slots, 0, 0).unwrap(), bytes(0));
+    }
+
+    #[test]
+    fn a_tier_may_grow_and_shrink() {
+        let folder = tempfile::tempdir().unwrap();
+        let (slots, _) = open(folder.path(), 2);
+        store(&slots, 1, 0);
+        drop(slots);
+        let (slots, found) = open(folder.path(), 8);
+        assert_eq!((slots.count(), found.len()), (8, 1));
+        drop(slots);
+        let (slots, found) = open(folder.path(), 1);
+        assert_eq!((slots.count(), found.len()), (1, 0));
+    }
+
+    #[test]
+    fn a_folder_that_is_not_ours_or_of_another_model_is_refused_in_words() {
+        let folder = tempfile::tempdir().unwrap();
+        let said = |path: &Path, model| Slots::open(path, slots_of(2), BLOCK, model).map(drop).unwrap_err().to_string();
+        let (slots, _) = open(folder.path(), 2);
+        assert!(said(folder.path(), MODEL).contains("another process"));
+        drop(slots);
+        assert!(said(folder.path(), [8; 32]).contains("another model"));
+        assert!(Slots::open(folder.path(), slots_of(2), BLOCK + 1, MODEL).is_err(), "blocks of another size");
+        std::fs::write(folder.path().join("format"), "rekindle kv tier, format 0\nx").unwrap();
+        assert!(said(folder.path(), MODEL).contains("another version"));
+        let full = tempfile::tempdir().unwrap();
+        std::fs::write(full.path().join("letters.txt"), "x").unwrap();
+        assert!(said(full.path(), MODEL).contains("other things"));
+        assert!(Slots::open(&full.path().join("none"), 10, BLOCK, MODEL).is_err(), "no room for a block");
+    }
+}

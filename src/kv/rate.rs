@@ -1,0 +1,25 @@
+//! How fast does something go, as far as was seen?
+
+/// A moving average of a rate, in units a second.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rate {
+    per_s: f64,
+}
+
+impl Rate {
+    /// Takes in that `amount` units took `took_us`; the newest observation weighs a fifth.
+    pub fn add(&mut self, amount: u64, took_us: u64) {
+        let seen = amount as f64 * 1e6 / took_us.max(1) as f64;
+        self.per_s = if self.per_s == 0.0 { seen } else { 0.8 * self.per_s + 0.2 * seen };
+    }
+
+    /// Units a second; 0 before the first observation.
+    pub fn per_s(self) -> u64 {
+        self.per_s as u64
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rates {
+    pub reload_bytes_per_s: Rate,
+}
