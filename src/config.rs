@@ -85,6 +85,9 @@ pub struct Kv {
     pub host_bytes: Bytes,
     /// Always 0: there is no disk tier yet.
     pub disk_bytes: Bytes,
+    /// `None`: beside the conversations.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub disk_dir: Option<PathBuf>,
     pub block_size: u32,
     pub eviction_policy: EvictionPolicy,
     pub background_offload: bool,
@@ -235,9 +238,7 @@ impl Layers {
         self.set("model.path", &model.path)?;
         self.range("kv.device_bytes", kv.device_bytes, Bytes(MIB)..=Bytes(1 << 44))?;
         self.range("kv.host_bytes", kv.host_bytes, Bytes(0)..=Bytes(1 << 44))?;
-        if kv.disk_bytes != Bytes(0) {
-            return Err(self.impossible("kv.disk_bytes", "this build has no disk tier; leave it at 0"));
-        }
+        self.range("kv.disk_bytes", kv.disk_bytes, Bytes(0)..=Bytes(1 << 48))?;
         if kv.block_size != 16 {
             return Err(self.impossible("kv.block_size", "the CPU kernels work on blocks of 16 tokens"));
         }

@@ -23,7 +23,7 @@ use crate::api::{self, ApiSettings, ApiState, Limits, UnknownFields};
 use crate::config::tenants::TenantsError;
 use crate::config::{self, Config};
 use crate::engine::status::EngineStatus;
-use crate::engine::thread::{Engine, EngineSettings, StartError};
+use crate::engine::thread::{DiskSettings, Engine, EngineSettings, StartError};
 use crate::engine::{EngineHandle, Language};
 use crate::model::decoder::{Compute, Decoder, IsaError, LoadError};
 use crate::model::language::LanguageError;
@@ -37,8 +37,9 @@ use crate::tenants::admin_key::{self, AdminKeyError};
 use crate::tenants::directory::Directory;
 use crate::tenants::key::KeyHash;
 use crate::tenants::quota;
+use crate::tenants::secret::{Secret, SecretError};
 use crate::tenants::watch::Watch;
-use crate::types::{BlockSize, Grant, TokenCount};
+use crate::types::{BlockSize, Grant, TenantId, TenantKey, TokenCount};
 
 /// HTTP work is parsing and copying: the model gets the cores.
 const HTTP_WORKERS: usize = 2;
@@ -79,6 +80,8 @@ pub enum ServeError {
     Tenants(#[from] TenantsError),
     #[error(transparent)]
     AdminKey(#[from] AdminKeyError),
+    #[error(transparent)]
+    Secret(#[from] SecretError),
     #[error("the engine did not start")]
     Engine(#[from] StartError),
     #[error("`engine.instructions`: {0}")]
@@ -105,14 +108,15 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
 
     let (model, language) = load(&config)?;
     let spec = model.spec().clone();
-    let engine = crate::engine::thread::start(Box::new(model), engine_settings(&config))?;
+    let (tenants, followed) = tenants(&config)?;
+    let disk = disk_settings(&config, tenants.hash_keys());
+    let engine = crate::engine::thread::start(Box::new(model), engine_settings(&config, disk))?;
     let tick_zero_us = unix_us();
     let (engine, engine_ended) = watch(engine);
     print(&capacity(&config, &spec, engine.window()));
 
     let longest_token_bytes = language.longest_token_bytes();
-    let (tenants, watch) = tenants(&config)?;
-    if let Some((watch, grants, admin)) = watch {
+    if let Some((watch, grants, admin)) = followed {
         engine.grant(grants).map_err(|_| ServeError::EngineStopped)?;
         tokio::spawn(follow(watch, Arc::clone(&tenants), admin, engine.clone()));
     }
@@ -207,15 +211,16 @@ type Followed = (Watch, Vec<Grant>, KeyHash);
 /// Who may use the server.
 fn tenants(config: &Config) -> Result<(Arc<Directory>, Option<Followed>), ServeError> {
     let admin = admin_key::find_or_make(&config.server.data_dir)?;
+    let secret = Secret::find_or_make(&config.server.data_dir)?;
     let limits = &config.api.limits;
     let usual =
         quota::Limits { requests_per_minute: None, concurrent_turns: limits.concurrent_turns, sockets: limits.sockets };
     let Some(path) = &config.tenants.file else {
-        return Ok((Arc::new(Directory::open_to_all(admin, usual)), None));
+        return Ok((Arc::new(Directory::open_to_all(admin, usual, secret)), None));
     };
     let (watch, file) = Watch::begin(path.clone(), config.kv.clone())?;
     tracing::info!(path = %path.display(), tenants = file.tenants.len(), "tenants file read");
-    let (directory, grants) = Directory::of_file(&file, admin, usual);
+    let (directory, grants) = Directory::of_file(&file, admin, usual, secret);
     Ok((Arc::new(directory), Some((watch, grants, admin))))
 }
 
@@ -257,11 +262,21 @@ impl<'a> Progress<'a> {
     }
 }
 
-fn engine_settings(config: &Config) -> EngineSettings {
+/// The disk tier, if there is to be one.
+fn disk_settings(config: &Config, tenants: Vec<(TenantId, TenantKey)>) -> Option<DiskSettings> {
+    if config.kv.disk_bytes.0 == 0 {
+        return None;
+    }
+    let folder = config.kv.disk_dir.clone().unwrap_or_else(|| config.server.data_dir.join("kv"));
+    Some(DiskSettings { folder, bytes: config.kv.disk_bytes.0, tenants })
+}
+
+fn engine_settings(config: &Config, disk: Option<DiskSettings>) -> EngineSettings {
     EngineSettings {
         block_size: BlockSize(config.kv.block_size),
         device_bytes: config.kv.device_bytes.0,
         host_bytes: config.kv.host_bytes.0,
+        disk,
         background_offload: config.kv.background_offload,
         journal_entries: config.kv.journal_entries,
         max_running: config.engine.max_running,
@@ -483,6 +498,7 @@ fn capacity(config: &Config, spec: &ModelSpec, window: TokenCount) -> String {
         format!("kv      {:.1} KiB a token\n", token_bytes as f64 / 1024.0),
         tier("device", config.kv.device_bytes),
         tier("host", config.kv.host_bytes),
+        tier("disk", config.kv.disk_bytes),
         format!("data    {}\n", config.server.data_dir.display()),
     ]
     .concat()

@@ -39,6 +39,10 @@ pub struct BlockId(pub u32);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct HostBlockId(pub u32);
 
+/// A slot of the disk tier.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct DiskBlockId(pub u32);
+
 /// Microseconds since the engine started. The core has no clock: its driver tells the time.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Tick(pub u64);
@@ -105,7 +109,7 @@ macro_rules! display_inner {
         }
     )*};
 }
-display_inner!(TenantId, TurnId, TokenId, BlockId, HostBlockId, TokenCount, BlockCount, BlockSize);
+display_inner!(TenantId, TurnId, TokenId, BlockId, HostBlockId, DiskBlockId, TokenCount, BlockCount, BlockSize);
 
 /// A part of a tier's pool.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -153,6 +157,7 @@ pub struct Grant {
     pub weight: Weight,
     pub device: TierBudget,
     pub host: TierBudget,
+    pub disk: TierBudget,
 }
 
 /// Where KV may be, from fast to slow.
@@ -160,6 +165,7 @@ pub struct Grant {
 pub enum Tier {
     Device,
     Host,
+    Disk,
 }
 
 impl Tier {
@@ -168,6 +174,7 @@ impl Tier {
         match self {
             Tier::Device => "device",
             Tier::Host => "host",
+            Tier::Disk => "disk",
         }
     }
 }

@@ -24,7 +24,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("cluster", &["sessions", "store"]),
     ("tenants", &["config", "store"]),
     ("sessions", &["engine", "store", "tenants"]),
-    ("engine", &["kv", "model", "kernels::memory", "kernels::isa", "kernels::softmax"]), // arenas for both; sampling
+    ("engine", &["kv", "model", "kernels::memory", "kernels::files", "kernels::isa", "kernels::softmax"]), // arenas and slots; sampling
     ("kv", &["kernels::memory", "kernels::files"]),
     ("model", &["kernels"]),
     ("kernels", &[]),

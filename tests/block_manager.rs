@@ -10,6 +10,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
+use rekindle::kernels::files::{FoundSlot, Label};
 use rekindle::kv::block::PrefixHash;
 use rekindle::kv::manager::{Admission, Admit, Found};
 use rekindle::kv::pins::PinRefused;
@@ -41,12 +42,14 @@ enum Op {
     },
     Rest(usize),
     Forget(usize),
-    Leave(usize),
+    Leave(usize, Tier),
     End(usize),
     /// The oldest copy on its way is made, and told.
     Copy {
         damage: bool,
     },
+    /// The process dies, and another finds what is on disk.
+    Restart,
     WorkAhead,
     /// Floors, ceilings and what may be pinned in thousandths of the pools, by tenant; one without any is gone.
     Grant(Vec<Option<(u32, u32, u32)>>),
@@ -67,11 +70,13 @@ fn op() -> impl Strategy<Value = Op> {
         6 => (conversation.clone(), 1..10usize).prop_map(|(conversation, tokens)| Op::Append { conversation, tokens }),
         3 => conversation.clone().prop_map(Op::Rest),
         1 => conversation.clone().prop_map(Op::Forget),
-        1 => conversation.clone().prop_map(Op::Leave),
+        1 => (conversation.clone(), prop_oneof![Just(Tier::Host), Just(Tier::Disk)])
+            .prop_map(|(conversation, to)| Op::Leave(conversation, to)),
         1 => conversation.clone().prop_map(Op::End),
         2 => (conversation.clone(), 1..40u64).prop_map(|(conversation, ticks)| Op::Pin { conversation, ticks }),
         1 => conversation.prop_map(Op::Unpin),
-        4 => proptest::bool::weighted(0.1).prop_map(|damage| Op::Copy { damage }),
+        6 => proptest::bool::weighted(0.1).prop_map(|damage| Op::Copy { damage }),
+        1 => proptest::bool::weighted(0.3).prop_map(|dies| if dies { Op::Restart } else { Op::WorkAhead }),
         2 => Just(Op::WorkAhead),
         1 => vec(proptest::option::weighted(0.8, part), TENANTS as usize).prop_map(Op::Grant),
     ]
@@ -98,6 +103,9 @@ struct World {
     now: Tick,
     device: Pool,
     host: Pool,
+    /// Label, bytes and their sum.
+    disk: Vec<Option<(Label, [Cell; SIZE.0 as usize], u32)>>,
+    settings: KvSettings,
     sequences: Vec<Sequence>,
     written: HashSet<(TenantId, u64)>,
     copies: VecDeque<TransferOrder>,
@@ -128,7 +136,7 @@ fn tenant_key(tenant: TenantId) -> TenantKey {
 fn grant(tenant: TenantId, (floor, ceiling, pins): (u32, u32, u32)) -> Grant {
     let part = |permille| Some(PoolPart::Permille(permille));
     let budget = TierBudget { floor: part(floor), ceiling: part(ceiling), pins: part(pins) };
-    Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget }
+    Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget, disk: budget }
 }
 
 fn sum(cells: &[Cell]) -> u32 {
@@ -136,12 +144,13 @@ fn sum(cells: &[Cell]) -> u32 {
 }
 
 impl World {
-    fn new(device: u32, host: u32, background_offload: bool) -> Self {
+    fn new(device: u32, host: u32, disk: u32, background_offload: bool) -> Self {
         let settings = KvSettings {
             block_size: SIZE,
             block_bytes: 64,
             device_blocks: BlockCount(device),
             host_blocks: BlockCount(host),
+            disk_blocks: BlockCount(disk),
             window: TokenCount(WINDOW as u32),
             background_offload,
             journal_entries: 16,
@@ -152,6 +161,8 @@ impl World {
             now: Tick(0),
             device: vec![[None; SIZE.0 as usize]; device as usize],
             host: vec![[None; SIZE.0 as usize]; host as usize],
+            disk: vec![None; disk as usize],
+            settings,
             sequences: (0..CONVERSATIONS).map(|_| Sequence { tokens: Vec::new(), state: State::Idle }).collect(),
             written: HashSet::new(),
             copies: VecDeque::new(),
@@ -180,15 +191,16 @@ impl World {
                     self.sequences[conversation].tokens.clear();
                 }
             }
-            Op::Leave(conversation) => {
+            Op::Leave(conversation, to) => {
                 let idle = self.sequences[conversation].state == State::Idle;
                 if idle && !self.forgetting.contains(&key(conversation)) && self.leaving.insert(key(conversation)) {
-                    self.manager.leave(self.now, key(conversation));
+                    self.manager.leave(self.now, key(conversation), to);
                 }
             }
             Op::End(conversation) => self.manager.end(key(conversation)),
             Op::Copy { damage } => self.copy(damage)?,
             Op::WorkAhead => self.manager.work_ahead(self.now),
+            Op::Restart => self.restart(),
             Op::Pin { conversation, ticks } => self.pin(conversation, ticks)?,
             Op::Unpin(conversation) => {
                 self.manager.unpin(key(conversation));
@@ -277,7 +289,7 @@ impl World {
         let (tokens, tenant_key) = (&sequence.tokens, tenant_key(tenant));
         let hashes = PrefixHash::chain(&tenant_key, tokens, SIZE);
         let admission = self.manager.admit(self.now, Admit { key, tenant, tenant_key, tokens, hashes: &hashes });
-        let found = |Found { resident, shared, reloaded }| (resident.0 + shared.0 + reloaded.0) as usize;
+        let found = |Found { resident, shared, reloaded, .. }| (resident.0 + shared.0 + reloaded.0) as usize;
         let (state, found) = match admission {
             Admission::Ready(tiers) => (State::Running, found(tiers)),
             Admission::Reloading(_, tiers) => (State::Reloading, found(tiers)),
@@ -339,16 +351,20 @@ impl World {
     fn copy(&mut self, damage: bool) -> Result<(), TestCaseError> {
         let Some(order) = self.copies.pop_front() else { return Ok(()) };
         let mut sums = Vec::new();
-        for &(from, to) in &order.pairs {
+        for (index, &(from, to)) in order.pairs.iter().enumerate() {
             let (source, destination) = match order.direction {
                 Direction::Offload => (&mut self.device, &mut self.host),
                 Direction::Reload => (&mut self.host, &mut self.device),
+                Direction::Store { .. } | Direction::Load | Direction::Erase => {
+                    sums.push(self.move_on_disk(&order, index, damage));
+                    continue;
+                }
             };
             if damage && order.direction == Direction::Reload {
                 source[from as usize][0] = Some((TenantId(99), self.now.0));
             }
             destination[to as usize] = source[from as usize];
-            sums.push(sum(&source[from as usize]));
+            sums.push(Some(sum(&source[from as usize])));
         }
         let failures = self.manager.counters().verification_failures;
         let (direction, ticket) = (order.direction, order.ticket);
@@ -358,12 +374,53 @@ impl World {
             prop_assert_eq!(sequence.state, State::Reloading);
             sequence.state = State::Running;
             prop_assert_eq!(self.manager.resident(reloaded.key).context(), reloaded.context);
-            if damage {
+            if damage && !order.pairs.is_empty() {
                 prop_assert!(self.manager.counters().verification_failures > failures, "the damage was overlooked");
             }
         }
-        prop_assert!(reloaded.is_none() || direction == Direction::Reload);
+        prop_assert!(reloaded.is_none() || matches!(direction, Direction::Reload | Direction::Load));
         Ok(())
+    }
+
+    /// One block of a transfer from or to disk; `damage` is a write that fails, or bytes that have changed.
+    fn move_on_disk(&mut self, order: &TransferOrder, index: usize, damage: bool) -> Option<u32> {
+        let (from, to) = (order.pairs[index].0 as usize, order.pairs[index].1 as usize);
+        match order.direction {
+            Direction::Store { from: tier } => {
+                let source = if tier == Tier::Host { &self.host } else { &self.device };
+                let sum = sum(&source[from]);
+                assert!(self.disk[to].is_none(), "slot {to} was not overwritten before it was used again");
+                self.disk[to] = Some((order.labels[index].0, source[from], sum));
+                (!damage).then_some(sum)
+            }
+            Direction::Load => {
+                let (label, cells, sum) = self.disk[from].as_ref()?;
+                self.device[to] = *cells;
+                assert_eq!(label.hash, order.labels[index].0.hash, "a slot holds what the manager thinks");
+                (!damage).then_some(*sum)
+            }
+            Direction::Erase => {
+                self.disk[to] = None;
+                Some(0)
+            }
+            Direction::Offload | Direction::Reload => unreachable!("copies between memories"),
+        }
+    }
+
+    /// What was in memory is gone, and what nobody was told to have happened need not have.
+    fn restart(&mut self) {
+        self.manager = Manager::new(self.settings);
+        self.copies.clear();
+        self.forgetting.clear();
+        self.leaving.clear();
+        self.pinned.clear();
+        self.sequences.iter_mut().for_each(|sequence| sequence.state = State::Idle);
+        let found = self.disk.iter().enumerate().filter_map(|(slot, held)| {
+            let (label, _, bytes_sum) = (*held)?;
+            Some(FoundSlot { slot: slot as u32, label, bytes_sum })
+        });
+        let tenants: Vec<_> = (0..TENANTS).map(TenantId).map(|id| (id, tenant_key(id))).collect();
+        self.manager.recover(found.collect(), &tenants);
     }
 
     fn do_chores(&mut self) -> Result<(), TestCaseError> {
@@ -421,6 +478,9 @@ impl World {
         let settings = *self.manager.settings();
         prop_assert_eq!(self.manager.free(Tier::Device), settings.device_blocks);
         prop_assert_eq!(self.manager.free(Tier::Host), settings.host_blocks);
+        let bad = self.manager.bad_slots() as u32;
+        prop_assert_eq!(self.manager.free(Tier::Disk).0 + bad, settings.disk_blocks.0);
+        prop_assert!(self.disk.iter().all(Option::is_none), "something is left on disk of what was forgotten");
         Ok(())
     }
 }
@@ -428,7 +488,7 @@ impl World {
 /// Retried at a block's border, its last full block is encoded anew: the copy of it that is under way is not its own.
 #[test]
 fn a_prompt_asked_again_while_it_is_copied_down_is_not_taken_for_copied() {
-    let mut world = World::new(15, 8, true);
+    let mut world = World::new(15, 8, 0, true);
     for op in [
         Op::Admit { conversation: 4, keep: 0, words: 1, voice: 0 },
         Op::Append { conversation: 4, tokens: 16 },
@@ -452,10 +512,11 @@ proptest! {
     fn the_block_manager_agrees_with_a_reference_that_shares_nothing(
         device in 6..24u32,
         host in prop_oneof![Just(0u32), 2..60u32],
+        disk in prop_oneof![Just(0u32), 2..20u32, 20..200u32],
         background in any::<bool>(),
         ops in vec(op(), 1..400),
     ) {
-        let mut world = World::new(device, host, background);
+        let mut world = World::new(device, host, disk, background);
         for op in &ops {
             world.apply(op)?;
         }

@@ -169,6 +169,7 @@ impl Engine {
             block_bytes: block_bytes as u64,
             device_blocks: blocks,
             host_blocks: blocks,
+            disk_blocks: BlockCount(0),
             window,
             background_offload: true,
             journal_entries: 10_000,

@@ -151,9 +151,9 @@ pub async fn delete(
         "object": "conversation.deleted",
         "deleted": true,
         "rekindle": {
-            "freed": {"device_bytes": deleted.device_bytes, "host_bytes": deleted.host_bytes, "disk_bytes": 0},
+            "freed": {"device_bytes": deleted.device_bytes, "host_bytes": deleted.host_bytes, "disk_bytes": deleted.disk_bytes},
             "kept_shared_bytes": deleted.kept_shared_bytes,
-            "remaining_bytes": 0,
+            "remaining_bytes": deleted.remaining_bytes,
             "nodes": 1,
         },
     })))

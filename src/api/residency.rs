@@ -34,6 +34,7 @@ pub async fn offload(
     let (to, word) = match fields.string("to")? {
         None | Some("host") => (OffloadTo::Host, "host"),
         Some("none") => (OffloadTo::None, "none"),
+        Some("disk") if (state.status)().disk.total.0 > 0 => (OffloadTo::Disk, "disk"),
         Some("disk") => {
             return Err(ApiError::unsupported_value("to", "this server has no disk tier; offload to host or none"));
         }
@@ -169,7 +170,7 @@ fn residency_object(id: ConversationId, of: &ConversationResidency, tenant: Tena
         "tiers": {
             "device": tier(now.map(|now| now.device).unwrap_or_default()),
             "host": tier(now.map(|now| now.host).unwrap_or_default()),
-            "disk": tier(TierShare::default()),
+            "disk": tier(now.map(|now| now.disk).unwrap_or_default()),
         },
         "predicted": predicted(of.predicted),
         "last_eviction": last_eviction,
@@ -242,6 +243,7 @@ mod tests {
                 state: ResidencyState::Offloaded,
                 device: TierShare::default(),
                 host,
+                disk: TierShare::default(),
                 last_used: Tick(1),
                 last_eviction: Some(eviction),
                 pinned_until: Some(Tick(u64::MAX / 4)),

@@ -41,10 +41,10 @@ fn ours(done: &TurnDone) -> Value {
     json!({
         "resident_tokens": prompt.resident.0,
         "shared_tokens": prompt.shared.0,
-        "reloaded_tokens": prompt.reloaded_host.0,
+        "reloaded_tokens": prompt.reloaded().0,
         "encoded_tokens": prompt.encoded.0,
         "reencoded_tokens": prompt.reencoded.0,
-        "reloaded": {"host": prompt.reloaded_host.0, "disk": 0},
+        "reloaded": {"host": prompt.reloaded_host.0, "disk": prompt.reloaded_disk.0},
         "decision": decision(usage),
         "queue_ms": prompt.queue_ms,
         "reload_ms": prompt.reload_ms,
@@ -59,7 +59,7 @@ fn ours(done: &TurnDone) -> Value {
 fn decision(usage: &TurnUsage) -> &'static str {
     let prompt = &usage.prompt;
     let on_device = prompt.resident.0 + prompt.shared.0 > 0;
-    match (prompt.reloaded_host.0 > 0, prompt.reencoded.0 > 0) {
+    match (prompt.reloaded().0 > 0, prompt.reencoded.0 > 0) {
         (true, true) => "split",
         (true, false) => "reload",
         (false, true) => "reencode",

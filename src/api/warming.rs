@@ -93,7 +93,7 @@ pub async fn warm(
     match state.sessions.warm(tenant, id, instructions).await {
         Ok(Some(usage)) => {
             let cost = Cost {
-                reload_tokens: u64::from(usage.prompt.reloaded_host.0),
+                reload_tokens: u64::from(usage.prompt.reloaded().0),
                 reencode_tokens: u64::from(usage.prompt.reencoded.0),
                 ..predicted
             };
@@ -125,10 +125,13 @@ struct Cost {
 
 impl Cost {
     fn predicted(of: &ConversationResidency) -> Self {
-        let (device, host) = of.residency.as_ref().map(|found| (found.device, found.host)).unwrap_or_default();
+        let found = of.residency.as_ref().map(|found| (found.device, found.host, found.disk));
+        let (device, host, disk) = found.unwrap_or_default();
         let missing = u64::from(of.tokens.0.saturating_sub(device.tokens.0));
-        let below = u64::from(host.tokens.0.saturating_sub(device.tokens.0)).min(missing);
-        let token_bytes = (host.bytes_private + host.bytes_shared).checked_div(u64::from(host.tokens.0)).unwrap_or(0);
+        let (lower, from) = if host.tokens >= disk.tokens { (host, "host") } else { (disk, "disk") };
+        let below = u64::from(lower.tokens.0.saturating_sub(device.tokens.0)).min(missing);
+        let bytes = lower.bytes_private + lower.bytes_shared;
+        let token_bytes = bytes.checked_div(u64::from(lower.tokens.0)).unwrap_or(0);
         let predicted_ms = of.predicted.map(|predicted| match predicted.choice {
             ReturnPath::Resident => 0,
             ReturnPath::Reload => predicted.reload_ms.unwrap_or(predicted.reencode_ms),
@@ -138,7 +141,7 @@ impl Cost {
             from: if missing == 0 {
                 "device"
             } else if below > 0 {
-                "host"
+                from
             } else {
                 "none"
             },

@@ -74,6 +74,10 @@ impl TenantEntry {
     pub fn host(&self) -> TierBudget {
         TierBudget { floor: self.floor.host, ceiling: self.ceiling.host, pins: self.pin_budget.host }
     }
+
+    pub fn disk(&self) -> TierBudget {
+        TierBudget { floor: self.floor.disk, ceiling: self.ceiling.disk, pins: self.pin_budget.disk }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
@@ -84,7 +88,7 @@ pub enum Status {
     Suspended,
 }
 
-/// A part of each tier's pool. There is no disk tier yet, so that its part can't be set.
+/// A part of each tier's pool.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ByTier {
@@ -92,6 +96,8 @@ pub struct ByTier {
     pub device: Option<PoolPart>,
     #[serde(default, deserialize_with = "part")]
     pub host: Option<PoolPart>,
+    #[serde(default, deserialize_with = "part")]
+    pub disk: Option<PoolPart>,
 }
 
 /// What a tenant may ask for; `None` is no limit of its own. 0 allows nothing.
@@ -133,6 +139,7 @@ impl TenantsFile {
         file.check_names()?;
         file.check_pool("device", kv.device_bytes, TenantEntry::device)?;
         file.check_pool("host", kv.host_bytes, TenantEntry::host)?;
+        file.check_pool("disk", kv.disk_bytes, TenantEntry::disk)?;
         Ok(file)
     }
 
@@ -320,7 +327,10 @@ mod tests {
             ("[[tenant]]\nid = \"a\"\nfloor.device = \"lots\"".into(), "\"30%\""),
             ("[[tenant]]\nid = \"a\"\nfloor.device = \"101%\"".into(), "`tenant[0].floor.device`"),
             ("[[tenant]]\nid = \"a\"\nfloor.device = -1".into(), "`tenant[0].floor.device`"),
-            ("[[tenant]]\nid = \"a\"\nfloor.disk = 1".into(), "disk"),
+            (
+                "[[tenant]]\nid = \"a\"\nfloor.disk = 1".into(),
+                "`tenant[0].floor.disk` can't be that: with it the floors are more",
+            ),
             ("[[tenant]]\nid = \"a\"\nfloor.device = \"50%\"\nceiling.device = \"40%\"".into(), "above the ceiling"),
             (
                 "[[tenant]]\nid = \"a\"\nfloor.host = \"60%\"\n[[tenant]]\nid = \"b\"\nfloor.host = \"50%\"".into(),

@@ -41,8 +41,8 @@ pub enum Command {
     Cancel(TurnId),
     /// Give up every copy of a conversation's KV; a running turn of it is cancelled.
     Forget(KvKey),
-    /// Take an idle conversation off the device.
-    Leave(KvKey),
+    /// Take an idle conversation down to a tier, and off those above it.
+    Leave(KvKey, Tier),
     /// Give up every copy of an idle conversation's KV.
     LetGo(KvKey),
     /// The conversation is over.
@@ -141,9 +141,14 @@ pub struct Core {
 
 impl Core {
     pub fn new(settings: CoreSettings, kv: KvSettings) -> Self {
+        Self::over(settings, Manager::new(kv))
+    }
+
+    /// Over a manager that may hold something already: what a disk tier had.
+    pub fn over(settings: CoreSettings, manager: Manager) -> Self {
         Self {
             settings,
-            manager: Manager::new(kv),
+            manager,
             sequences: HashMap::new(),
             running: Vec::new(),
             fairness: Fairness::default(),
@@ -242,6 +247,7 @@ impl Core {
             self.prompt.resident_tokens += u64::from(prompt.resident.0);
             self.prompt.shared_tokens += u64::from(prompt.shared.0);
             self.prompt.reloaded_host_tokens += u64::from(prompt.reloaded_host.0);
+            self.prompt.reloaded_disk_tokens += u64::from(prompt.reloaded_disk.0);
             self.prompt.encoded_tokens += u64::from(prompt.encoded.0);
             self.prompt.reencoded_tokens += u64::from(prompt.reencoded.0);
             events.push(Event::Turn(turn, TurnEvent::Started(prompt)));
@@ -312,10 +318,10 @@ impl Core {
                 }
                 self.manager.forget(key);
             }
-            Command::Leave(key) | Command::LetGo(key) if !self.turns_of(key).is_empty() => {
+            Command::Leave(key, _) | Command::LetGo(key) if !self.turns_of(key).is_empty() => {
                 events.push(Event::Left(key, None));
             }
-            Command::Leave(key) => self.manager.leave(now, key),
+            Command::Leave(key, to) => self.manager.leave(now, key, to),
             Command::LetGo(key) => self.manager.forget(key),
             Command::End(key) if self.manager.runs(key) => {
                 if !self.ending.contains(&key) {
@@ -432,7 +438,8 @@ impl Core {
             bytes_private: u64::from(private.0) * block_bytes,
             bytes_shared: u64::from(shared.0) * block_bytes,
         };
-        let nothing = at.device_tokens.0 == 0 && at.host_tokens.0 == 0;
+        let below = at.host_tokens.max(at.disk_tokens);
+        let nothing = at.device_tokens.0 == 0 && below.0 == 0;
         let state = if at.reloading {
             ResidencyState::Reloading
         } else if at.running {
@@ -441,7 +448,7 @@ impl Core {
             ResidencyState::Nowhere
         } else if at.device_tokens.0 == 0 {
             ResidencyState::Offloaded
-        } else if at.device_tokens < at.host_tokens {
+        } else if at.device_tokens < below {
             ResidencyState::Partial
         } else {
             ResidencyState::Resident
@@ -451,6 +458,7 @@ impl Core {
             state,
             device: share(at.device_tokens, at.device_blocks),
             host: share(at.host_tokens, at.host_blocks),
+            disk: share(at.disk_tokens, at.disk_blocks),
             last_used: at.last_used,
             pinned_until: at.pinned_until,
             last_eviction: at.last_eviction.map(|entry| LastEviction {
@@ -486,6 +494,10 @@ impl Core {
             running_blocks: self.running.iter().map(|turn| self.manager.blocks(self.sequences[turn].key)).sum(),
             device: pool(Tier::Device, settings.device_blocks, device_pinned),
             host: pool(Tier::Host, settings.host_blocks, host_pinned),
+            disk: pool(Tier::Disk, settings.disk_blocks, BlockCount(0)),
+            disk_rests: self.manager.disk_rests(),
+            disk_bad_slots: self.manager.bad_slots() as u64,
+            disk_write_failures: counters.disk_write_failures,
             turns_finished: self.finished,
             turns_cancelled: self.cancelled,
             turns_failed: self.failed,
@@ -497,8 +509,11 @@ impl Core {
             verification_failures: counters.verification_failures,
             offloaded_bytes: counters.offloaded_bytes,
             reloaded_bytes: counters.reloaded_bytes,
+            stored_bytes: counters.stored_bytes,
+            loaded_bytes: counters.loaded_bytes,
             prefill_tokens_per_s: self.prefill.per_s(),
             reload_bytes_per_s: self.manager.rates().reload_bytes_per_s.per_s(),
+            load_bytes_per_s: self.manager.rates().load_bytes_per_s.per_s(),
         }
     }
 }

@@ -42,6 +42,9 @@ pub enum SubmitError {
 pub struct Forgotten {
     pub device_bytes: u64,
     pub host_bytes: u64,
+    pub disk_bytes: u64,
+    /// Bytes on disk that could not be overwritten; the log says why.
+    pub remaining_bytes: u64,
     /// Bytes that stay, because other conversations of the tenant share them.
     pub kept_shared_bytes: u64,
 }
@@ -83,6 +86,8 @@ pub enum PinError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OffloadTo {
     Host,
+    /// Full blocks; a part-full last one is encoded again.
+    Disk,
     /// Forget the KV in every tier; the transcript stays.
     None,
 }

@@ -26,6 +26,7 @@ impl EngineStatus {
             ("resident", prompt.resident_tokens),
             ("shared", prompt.shared_tokens),
             ("reloaded_host", prompt.reloaded_host_tokens),
+            ("reloaded_disk", prompt.reloaded_disk_tokens),
             ("encoded", prompt.encoded_tokens),
         ] {
             metrics::PROMPT_TOKENS.set_total(total, &[("source", source)]);
@@ -39,6 +40,14 @@ impl EngineStatus {
         metrics::RUNNING_BYTES.set((self.running_blocks * self.device.block_bytes) as f64, &[]);
         publish_pool(Tier::Device, &self.device);
         publish_pool(Tier::Host, &self.host);
+        publish_pool(Tier::Disk, &self.disk);
+        let up = self.disk.total.0 > 0 && !self.disk_rests;
+        metrics::DISK_UP.set(f64::from(u8::from(up)), &[]);
+        metrics::DISK_BAD_SLOTS.set(self.disk_bad_slots as f64, &[]);
+        metrics::DISK_WRITE_FAILURES.set_total(self.disk_write_failures, &[]);
+        metrics::STORED_BYTES.set_total(self.stored_bytes, &[]);
+        metrics::LOADED_BYTES.set_total(self.loaded_bytes, &[]);
+        metrics::LOAD_RATE.set(self.load_bytes_per_s as f64, &[]);
         metrics::PREFILL_RATE.set(self.prefill_tokens_per_s as f64, &[]);
         metrics::RELOAD_RATE.set(self.reload_bytes_per_s as f64, &[]);
     }

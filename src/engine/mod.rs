@@ -7,6 +7,7 @@ pub mod core;
 pub mod fairness;
 pub mod handle;
 mod metrics;
+mod movers;
 mod odds;
 pub mod sampler;
 pub mod scheduler;
@@ -103,6 +104,8 @@ pub struct PromptUsage {
     pub shared: TokenCount,
     /// Copied back from the host pool.
     pub reloaded_host: TokenCount,
+    /// Loaded back from disk.
+    pub reloaded_disk: TokenCount,
     /// Run through the model.
     pub encoded: TokenCount,
     /// The part of `encoded` that this conversation had encoded before and lost.
@@ -115,7 +118,12 @@ pub struct PromptUsage {
 impl PromptUsage {
     /// What was not encoded again.
     pub fn cached(&self) -> TokenCount {
-        TokenCount(self.resident.0 + self.shared.0 + self.reloaded_host.0)
+        TokenCount(self.resident.0 + self.shared.0 + self.reloaded().0)
+    }
+
+    /// What came back from a lower tier.
+    pub fn reloaded(&self) -> TokenCount {
+        TokenCount(self.reloaded_host.0 + self.reloaded_disk.0)
     }
 }
 

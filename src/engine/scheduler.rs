@@ -192,6 +192,7 @@ mod tests {
             block_bytes: 64,
             device_blocks: BlockCount(1000),
             host_blocks: BlockCount(0),
+            disk_blocks: BlockCount(0),
             window: TokenCount(8000),
             background_offload: false,
             journal_entries: 10,

@@ -87,17 +87,20 @@ impl Sequence {
     /// A reload that failed in the middle has less in place than was found; the rest counts as encoded.
     pub fn account(&mut self, context: TokenCount) {
         self.accounted = true;
-        let Found { resident, shared, reloaded } = self.found;
+        let Found { resident, shared, reloaded, from_disk } = self.found;
         let cached = context.0.min(resident.0 + shared.0 + reloaded.0);
         let resident = resident.0.min(cached);
         let reloaded = reloaded.0.min(cached - resident);
+        // The host has the front of what is below, if it has any.
+        let from_disk = from_disk.0.min(reloaded);
         let shared = cached - resident - reloaded;
         let encoded = self.prompt_tokens().0 - cached;
         let reencoded = self.start.request.encoded_before.0.saturating_sub(cached);
         self.usage.prompt = PromptUsage {
             resident: TokenCount(resident),
             shared: TokenCount(shared),
-            reloaded_host: TokenCount(reloaded),
+            reloaded_host: TokenCount(reloaded - from_disk),
+            reloaded_disk: TokenCount(from_disk),
             encoded: TokenCount(encoded),
             reencoded: TokenCount(reencoded.min(encoded)),
             ..self.usage.prompt

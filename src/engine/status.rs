@@ -17,6 +17,12 @@ pub struct EngineStatus {
     pub running_blocks: u64,
     pub device: PoolStatus,
     pub host: PoolStatus,
+    pub disk: PoolStatus,
+    /// The disk tier refused a write a moment ago, and is left alone.
+    pub disk_rests: bool,
+    /// Slots of the disk tier that are out of use, since what was read from them was wrong.
+    pub disk_bad_slots: u64,
+    pub disk_write_failures: u64,
     pub turns_finished: u64,
     pub turns_cancelled: u64,
     pub turns_failed: u64,
@@ -30,9 +36,12 @@ pub struct EngineStatus {
     pub verification_failures: u64,
     pub offloaded_bytes: u64,
     pub reloaded_bytes: u64,
+    pub stored_bytes: u64,
+    pub loaded_bytes: u64,
     /// Moving averages of what was seen; 0 before the first.
     pub prefill_tokens_per_s: u64,
     pub reload_bytes_per_s: u64,
+    pub load_bytes_per_s: u64,
 }
 
 /// Where prompt tokens came from, summed over all turns.
@@ -41,6 +50,7 @@ pub struct PromptTotals {
     pub resident_tokens: u64,
     pub shared_tokens: u64,
     pub reloaded_host_tokens: u64,
+    pub reloaded_disk_tokens: u64,
     pub encoded_tokens: u64,
     pub reencoded_tokens: u64,
 }
@@ -61,6 +71,7 @@ pub struct Residency {
     pub state: ResidencyState,
     pub device: TierShare,
     pub host: TierShare,
+    pub disk: TierShare,
     pub last_used: Tick,
     pub last_eviction: Option<LastEviction>,
     pub pinned_until: Option<Tick>,

@@ -6,9 +6,10 @@
 //! Invariant: what a listener is told is in the published status and residency already.
 
 use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,26 +17,36 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::core::{Command, Core, CoreSettings, Event};
 use super::handle::{EngineHandle, Forgotten, Message, OffloadTo, Offloaded, PinError, Pinned, Shared, SubmitError};
+use super::movers::{Movers, OpenDisk, open_disk};
 use super::{TurnEvent, TurnFailure};
 use crate::kernels::memory::{Arena, ArenaError};
-use crate::kv::KvSettings;
 use crate::kv::pins::{PinBudget, PinRefused};
-use crate::kv::transfer::{self, TransferDone, TransferOrder};
+use crate::kv::{KvSettings, Manager};
 use crate::model::{Logits, Model};
-use crate::types::{BlockCount, BlockSize, KvKey, Tick, TokenCount, TurnId};
+use crate::types::{BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TurnId};
 
 /// Sizes and switches of the engine.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct EngineSettings {
     pub block_size: BlockSize,
     pub device_bytes: u64,
     pub host_bytes: u64,
+    pub disk: Option<DiskSettings>,
     pub background_offload: bool,
     pub journal_entries: usize,
     pub max_running: usize,
     pub step_tokens: TokenCount,
     pub queue_depth: usize,
     pub reuse: bool,
+}
+
+/// The disk tier.
+#[derive(Clone, Debug)]
+pub struct DiskSettings {
+    pub folder: PathBuf,
+    pub bytes: u64,
+    /// Those whose blocks are taken over from the process before; what others left is overwritten.
+    pub tenants: Vec<(TenantId, TenantKey)>,
 }
 
 /// Why the engine did not start.
@@ -65,8 +76,6 @@ pub struct Engine {
 const LEAST_BLOCKS: u32 = 4;
 /// Messages that wait for the thread; it drains them each step.
 const MAILBOX: usize = 4096;
-/// Transfers handed to the copier ahead of time; the others wait in order here.
-const COPIER_AHEAD: usize = 16;
 /// How long the thread sleeps at most while turns wait for copies, memory or their deadline.
 const NAP: Duration = Duration::from_millis(1);
 
@@ -94,32 +103,43 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
     let window =
         u32::try_from(pool_tokens).map_or(spec.context_length, |tokens| spec.context_length.min(TokenCount(tokens)));
 
+    let disk = settings.disk.and_then(|disk| open_disk(disk, block_bytes, spec.fingerprint));
+    let disk_blocks = BlockCount(disk.as_ref().map_or(0, |disk| disk.slots.count()));
     let (mailbox, inbox) = sync_channel(MAILBOX);
     let shared = Arc::new(Shared::new(spec, settings.block_size, window, settings.queue_depth));
     let handle = EngineHandle { mailbox: mailbox.clone(), shared: Arc::clone(&shared) };
-    let (orders, copier) = start_copier(mailbox, Arc::clone(&device), Arc::clone(&host))?;
     let kv = KvSettings {
         block_size: settings.block_size,
         block_bytes: block_bytes as u64,
         device_blocks,
         host_blocks,
+        disk_blocks,
         window,
         background_offload: settings.background_offload,
         journal_entries: settings.journal_entries,
         reuse: settings.reuse,
     };
+    let mut manager = Manager::new(kv);
+    let disk = match disk {
+        Some(OpenDisk { slots, found, tenants }) => {
+            manager.recover(found, &tenants);
+            Some(slots)
+        }
+        None => None,
+    };
+    let movers = Movers::start(&mailbox, &device, &host, disk)?;
+    drop(mailbox);
     let core = CoreSettings { max_running: settings.max_running, step_tokens: settings.step_tokens.get() };
     let join = std::thread::Builder::new().name("engine".into()).spawn(move || {
         let driver = Driver {
-            core: Core::new(core, kv),
+            core: Core::over(core, manager),
             model,
             device,
             host,
             inbox,
             shared,
             clock: Instant::now(),
-            orders,
-            backlog: VecDeque::new(),
+            movers,
             listeners: HashMap::new(),
             replies: HashMap::new(),
             pin_replies: VecDeque::new(),
@@ -129,36 +149,13 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
             ran: false,
             logits: Logits::default(),
         };
-        driver.run();
-        // The inbox is gone by now, so that a copier that waits to report gives up.
-        if copier.join().is_err() {
-            std::panic::resume_unwind(Box::new("the copier panicked"));
-        }
+        // The inbox is gone then, so that whoever waits to report gives up.
+        driver.run().end();
     })?;
     Ok(Engine { handle, join })
 }
 
-/// Starts the thread that copies blocks between tiers, one order after another. It ends when nobody can order any more.
-fn start_copier(
-    mailbox: SyncSender<Message>,
-    device: Arc<Arena>,
-    host: Arc<Arena>,
-) -> Result<(SyncSender<TransferOrder>, JoinHandle<()>), std::io::Error> {
-    let (orders, inbox) = sync_channel::<TransferOrder>(COPIER_AHEAD);
-    let join = std::thread::Builder::new().name("copier".into()).spawn(move || {
-        for order in inbox {
-            let started = Instant::now();
-            let sums = transfer::execute(&order, &device, &host);
-            let done = TransferDone { ticket: order.ticket, sums, took_us: micros(started.elapsed()) };
-            if mailbox.send(Message::Transferred(done)).is_err() {
-                return;
-            }
-        }
-    })?;
-    Ok((orders, join))
-}
-
-fn micros(time: Duration) -> u64 {
+pub(super) fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
@@ -183,9 +180,7 @@ struct Driver {
     inbox: Receiver<Message>,
     shared: Arc<Shared>,
     clock: Instant,
-    orders: SyncSender<TransferOrder>,
-    /// Transfers that the copier has not been handed yet.
-    backlog: VecDeque<TransferOrder>,
+    movers: Movers,
     listeners: HashMap<TurnId, mpsc::Sender<TurnEvent>>,
     replies: HashMap<KvKey, Vec<Reply>>,
     /// In the order in which pins were asked for.
@@ -204,12 +199,13 @@ impl Driver {
         Tick(micros(self.clock.elapsed()))
     }
 
-    fn run(mut self) {
+    fn run(mut self) -> Movers {
         while self.take_in() == Goes::On {
             self.step();
         }
         self.commands.extend(self.core.turns().map(Command::Cancel));
         self.step();
+        self.movers
     }
 
     /// Takes in all that waits in the mailbox; sleeps if there is nothing to do.
@@ -236,7 +232,7 @@ impl Driver {
         if !may_sleep || self.ran {
             return Ok(None);
         }
-        if self.core.is_idle() && self.backlog.is_empty() {
+        if self.core.is_idle() && self.movers.has_passed_on_all() {
             return self.inbox.recv().map(Some).map_err(|_| Goes::Down);
         }
         match self.inbox.recv_timeout(NAP) {
@@ -261,7 +257,8 @@ impl Driver {
                 let asked = self.now();
                 self.replies.entry(key).or_default().push(Reply::Offload(reply, asked));
                 self.commands.push(match to {
-                    OffloadTo::Host => Command::Leave(key),
+                    OffloadTo::Host => Command::Leave(key, Tier::Host),
+                    OffloadTo::Disk => Command::Leave(key, Tier::Disk),
                     OffloadTo::None => Command::LetGo(key),
                 });
             }
@@ -284,7 +281,7 @@ impl Driver {
         let mut plan = self.core.plan(self.now(), &mut commands);
         self.commands = commands;
         std::mem::take(&mut plan.chores).execute(&self.device, &self.host);
-        self.hand_over(std::mem::take(&mut plan.orders));
+        self.movers.hand_over(std::mem::take(&mut plan.orders));
         let mut events = std::mem::take(&mut plan.events);
         self.ran = !plan.is_empty();
         if !plan.is_empty() {
@@ -304,18 +301,6 @@ impl Driver {
         }
         self.publish();
         self.tell(events);
-    }
-
-    /// Gives the copier as many orders as it takes without waiting, in order.
-    fn hand_over(&mut self, orders: Vec<TransferOrder>) {
-        self.backlog.extend(orders);
-        while let Some(order) = self.backlog.pop_front() {
-            match self.orders.try_send(order) {
-                Ok(()) => {}
-                Err(TrySendError::Full(order)) => return self.backlog.push_front(order),
-                Err(TrySendError::Disconnected(_)) => panic!("the copier has ended"),
-            }
-        }
     }
 
     /// Shows the state to those who only look.
@@ -343,6 +328,8 @@ impl Driver {
                     let forgotten = Forgotten {
                         device_bytes: bytes(freed.device),
                         host_bytes: bytes(freed.host),
+                        disk_bytes: bytes(freed.disk),
+                        remaining_bytes: bytes(freed.remaining),
                         kept_shared_bytes: bytes(freed.kept_shared),
                     };
                     for reply in self.replies.remove(&key).unwrap_or_default() {

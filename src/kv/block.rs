@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::types::{BlockCount, BlockId, BlockSize, HostBlockId, TenantId, TenantKey, Tier, TokenCount, TokenId};
+use crate::types::{
+    BlockCount, BlockId, BlockSize, DiskBlockId, HostBlockId, TenantId, TenantKey, Tier, TokenCount, TokenId,
+};
 
 /// Identity of a full block: a chain of keyed BLAKE3 over (tenant's key, parent's hash, the block's token ids), 256 bits.
 /// Two blocks with one hash hold the same tokens at the same positions after the same history, of one tenant.
@@ -81,9 +83,25 @@ impl Place for HostBlockId {
     }
 }
 
+impl Place for DiskBlockId {
+    const TIER: Tier = Tier::Disk;
+    type Proof = Checksum;
+    fn from_index(index: u32) -> Self {
+        DiskBlockId(index)
+    }
+    fn index(self) -> u32 {
+        self.0
+    }
+}
+
 #[derive(Debug)]
 struct Counts {
     free: Vec<u32>,
+    /// Let go, and not free before what was in them is overwritten.
+    released: Vec<u32>,
+    /// Of those, how many are being overwritten.
+    being_erased: u32,
+    out_of_use: u32,
     /// Places held, by tenant.
     held: Vec<u32>,
 }
@@ -93,25 +111,79 @@ struct Counts {
 pub struct Places {
     counts: Mutex<Counts>,
     total: u32,
+    holds_back: bool,
 }
 
 impl Places {
     /// All places free; the lowest is taken first.
     pub fn new(total: BlockCount) -> Arc<Self> {
+        Self::with(total, false)
+    }
+
+    /// Places that are not free before `give_back` says that what was in them is overwritten.
+    pub fn that_hold_back(total: BlockCount) -> Arc<Self> {
+        Self::with(total, true)
+    }
+
+    fn with(total: BlockCount, holds_back: bool) -> Arc<Self> {
         let free = (0..total.0).rev().collect();
-        Arc::new(Self { counts: Mutex::new(Counts { free, held: Vec::new() }), total: total.0 })
+        let counts = Counts { free, released: Vec::new(), being_erased: 0, out_of_use: 0, held: Vec::new() };
+        Arc::new(Self { counts: Mutex::new(counts), total: total.0, holds_back })
     }
 
     /// Takes a place for a tenant, if one is free.
     pub fn take<P: Place>(self: &Arc<Self>, tenant: TenantId) -> Option<Slot<P>> {
         let mut counts = self.counts.lock();
         let place = counts.free.pop()?;
-        let index = tenant.0 as usize;
-        if counts.held.len() <= index {
-            counts.held.resize(index + 1, 0);
-        }
-        counts.held[index] += 1;
+        counts.hold(tenant);
         Some(Slot { place: P::from_index(place), tenant, places: Arc::clone(self) })
+    }
+
+    /// Takes these out of the free places: something is in them.
+    pub fn occupy(&self, places: impl Iterator<Item = u32>) {
+        let taken: std::collections::HashSet<u32> = places.collect();
+        self.counts.lock().free.retain(|place| !taken.contains(place));
+    }
+
+    /// Gives an occupied place its owner.
+    pub fn claim<P: Place>(self: &Arc<Self>, place: u32, tenant: TenantId) -> Slot<P> {
+        self.counts.lock().hold(tenant);
+        Slot { place: P::from_index(place), tenant, places: Arc::clone(self) }
+    }
+
+    /// Lets go of an occupied place that nobody owns.
+    pub fn release(&self, place: u32) {
+        self.counts.lock().released.push(place);
+    }
+
+    /// Places that were let go since; each is to come back by `give_back`, or is lost.
+    pub fn take_released(&self) -> Vec<u32> {
+        let mut counts = self.counts.lock();
+        let released = std::mem::take(&mut counts.released);
+        counts.being_erased += u32::try_from(released.len()).expect("a pool has at most u32::MAX places");
+        released
+    }
+
+    /// Makes places free again that `take_released` gave out; the others of those `taken` are out of use from now on.
+    pub fn give_back(&self, taken: usize, good: impl Iterator<Item = u32>) {
+        let mut counts = self.counts.lock();
+        let (taken, before) = (u32::try_from(taken).expect("as many as were taken"), counts.free.len());
+        counts.free.extend(good);
+        let good = u32::try_from(counts.free.len() - before).expect("some of those taken");
+        counts.being_erased -= taken;
+        counts.out_of_use += taken - good;
+    }
+
+    /// Places that nobody will have again.
+    pub fn out_of_use(&self) -> BlockCount {
+        BlockCount(self.counts.lock().out_of_use)
+    }
+
+    /// Places that are free, or will be once what was in them is overwritten.
+    pub fn soon(&self) -> BlockCount {
+        let counts = self.counts.lock();
+        let ready = counts.free.len() + counts.released.len();
+        BlockCount(u32::try_from(ready).expect("a pool has at most u32::MAX places") + counts.being_erased)
     }
 
     pub fn free(&self) -> BlockCount {
@@ -125,6 +197,16 @@ impl Places {
 
     pub fn total(&self) -> BlockCount {
         BlockCount(self.total)
+    }
+}
+
+impl Counts {
+    fn hold(&mut self, tenant: TenantId) {
+        let index = tenant.0 as usize;
+        if self.held.len() <= index {
+            self.held.resize(index + 1, 0);
+        }
+        self.held[index] += 1;
     }
 }
 
@@ -149,7 +231,8 @@ impl<P: Place> Slot<P> {
 impl<P: Place> Drop for Slot<P> {
     fn drop(&mut self) {
         let mut counts = self.places.counts.lock();
-        counts.free.push(self.place.index());
+        let to = if self.places.holds_back { &mut counts.released } else { &mut counts.free };
+        to.push(self.place.index());
         counts.held[self.tenant.0 as usize] -= 1;
     }
 }
@@ -220,6 +303,11 @@ impl<P: Place> SealedBlock<P> {
     pub fn copied<Q: Place>(of: &SealedBlock<Q>, slot: Slot<P>, proof: P::Proof) -> Self {
         assert_eq!(of.slot.tenant, slot.tenant, "a block crossed tenants");
         Self { slot, parent: of.parent, hash: of.hash, proof }
+    }
+
+    /// A block that a tier held when this process began.
+    pub fn found(slot: Slot<P>, parent: PrefixHash, hash: PrefixHash, proof: P::Proof) -> Self {
+        Self { slot, parent, hash, proof }
     }
 
     pub fn id(&self) -> P {

@@ -6,6 +6,7 @@ use std::collections::HashSet;
 
 use super::Manager;
 use super::block::{OpenBlock, PrefixHash, Slot};
+use super::disk::Above;
 use super::tiers::{Arrival, InFlight};
 
 impl Manager {
@@ -13,6 +14,7 @@ impl Manager {
     pub fn assert_invariants(&self) {
         let mut device = HashSet::new();
         let mut host = HashSet::new();
+        let mut disk = HashSet::new();
         let mut in_flight = 0;
         for conversation in self.conversations.values() {
             let tables = (&conversation.device, &conversation.host);
@@ -20,6 +22,11 @@ impl Manager {
             device.extend(tables.0.tail.iter().map(|block| block.id()));
             host.extend(tables.1.sealed.iter().map(|block| block.id()));
             host.extend(tables.1.tail.iter().map(|block| block.id()));
+            disk.extend(conversation.disk.sealed.iter().map(|block| block.id()));
+            assert!(conversation.disk.tail.is_none(), "full blocks alone are on disk");
+            for (above, below) in tables.0.sealed.iter().zip(&conversation.disk.sealed) {
+                assert_eq!(above.hash(), below.hash(), "a disk table copies the device table's prefix");
+            }
             for (above, below) in tables.0.sealed.iter().zip(&tables.1.sealed) {
                 assert_eq!(above.hash(), below.hash(), "a host table copies the device table's prefix");
             }
@@ -30,6 +37,7 @@ impl Manager {
             let chains = [
                 tables.0.sealed.iter().map(|block| (block.parent(), block.hash())).collect::<Vec<_>>(),
                 tables.1.sealed.iter().map(|block| (block.parent(), block.hash())).collect(),
+                conversation.disk.sealed.iter().map(|block| (block.parent(), block.hash())).collect(),
             ];
             for chain in chains {
                 let parents = std::iter::once(PrefixHash::ROOT).chain(chain.iter().map(|(_, hash)| *hash));
@@ -59,10 +67,24 @@ impl Manager {
                     host.extend(sealed.iter().map(|(_, slot)| slot.place()));
                     host.extend(tail.iter().map(|(_, slot)| slot.place()));
                 }
+                InFlight::PartOf(_) | InFlight::Erase { .. } => {}
+                InFlight::Store { blocks, .. } => {
+                    for (above, slot) in blocks {
+                        disk.insert(slot.place());
+                        match above {
+                            Above::Device(block) => drop(device.insert(block.id())),
+                            Above::Host(block) => drop(host.insert(block.id())),
+                        }
+                    }
+                }
                 InFlight::Reload { blocks, tail, .. } => {
                     for block in blocks {
                         match block {
                             Arrival::Here(block) => drop(device.insert(block.id())),
+                            Arrival::Loading(from, to) => {
+                                disk.insert(from.id());
+                                device.insert(to.place());
+                            }
                             Arrival::Coming(from, to) => {
                                 host.insert(from.id());
                                 device.insert(to.place());
@@ -80,6 +102,9 @@ impl Manager {
         host.extend(self.chores.zero_host.iter().map(Slot::place));
         assert_eq!(self.device.free().get() + device.len(), self.device.total().get(), "device places add up");
         assert_eq!(self.host.free().get() + host.len(), self.host.total().get(), "host places add up");
+        let places = &self.disk.places;
+        let gone = places.soon().get() + places.out_of_use().get();
+        assert_eq!(gone + disk.len(), places.total().get(), "disk places add up");
         let (kept, _) = self.pinned();
         let window = self.settings.window.blocks(self.settings.block_size);
         assert!(kept.0 + window.0 <= self.device.total().0, "pins leave room for a sequence of the full window");

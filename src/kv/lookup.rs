@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::Manager;
 use super::block::{PrefixHash, SealedBlock, TailBlock};
 use super::manager::Admit;
-use crate::types::{BlockId, BlockSize, HostBlockId, TokenCount, TokenId};
+use crate::types::{BlockId, BlockSize, DiskBlockId, HostBlockId, TokenCount, TokenId};
 
 pub(super) struct Matched {
     /// Own full blocks on the device.
@@ -21,6 +21,7 @@ pub(super) struct Matched {
 pub(super) enum Match {
     Here(Arc<SealedBlock<BlockId>>),
     Below(Arc<SealedBlock<HostBlockId>>),
+    OnDisk(Arc<SealedBlock<DiskBlockId>>),
 }
 
 pub(super) enum TailMatch {
@@ -55,6 +56,8 @@ impl Manager {
         let host = same(&mut conversation.host.sealed.iter().map(|block| block.hash()));
         conversation.device.truncate(own);
         conversation.host.truncate(host);
+        let disk = same(&mut conversation.disk.sealed.iter().map(|block| block.hash()));
+        conversation.disk.truncate(disk);
         let mut arrivals = Vec::new();
         for (index, hash) in hashes.iter().enumerate().skip(own) {
             if let Some(block) = self.device_index.get(hash) {
@@ -63,6 +66,10 @@ impl Manager {
                 arrivals.push(Match::Below(Arc::clone(block)));
             } else if let Some(block) = self.host_index.get(hash) {
                 arrivals.push(Match::Below(block));
+            } else if let Some(block) = conversation.disk.sealed.get(index) {
+                arrivals.push(Match::OnDisk(Arc::clone(block)));
+            } else if let Some(block) = self.disk.index.get(hash) {
+                arrivals.push(Match::OnDisk(block));
             } else {
                 break;
             }

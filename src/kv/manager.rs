@@ -12,6 +12,7 @@ use std::sync::Arc;
 use super::block::{OpenBlock, Places, PrefixHash, Slot};
 use super::budget::Budget;
 use super::chores::Chores;
+use super::disk::Disk;
 use super::evictor::{Evictor, UseOrder};
 use super::journal::{Entry, Journal, Rule};
 use super::lookup::{Match, Matched, TailMatch};
@@ -21,8 +22,8 @@ use super::rate::Rates;
 use super::reclaim::Room;
 use super::residency::{Activity, Conversation, Running};
 use super::table::{BlockTable, Resident};
-use super::tiers::{Arrival, ArrivingTail, InFlight};
-use super::transfer::{Ticket, TransferOrder};
+use super::tiers::{Arrival, ArrivingTail, InFlight, Part};
+use super::transfer::{Direction, Ticket, TransferOrder};
 use crate::types::{
     BlockCount, BlockId, BlockSize, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId,
 };
@@ -34,6 +35,7 @@ pub struct KvSettings {
     pub block_bytes: u64,
     pub device_blocks: BlockCount,
     pub host_blocks: BlockCount,
+    pub disk_blocks: BlockCount,
     /// The longest sequence; the device pool holds at least one of it.
     pub window: TokenCount,
     /// Keep clean host copies of idle conversations, so that an eviction copies nothing.
@@ -60,6 +62,8 @@ pub struct Found {
     pub resident: TokenCount,
     pub shared: TokenCount,
     pub reloaded: TokenCount,
+    /// The part of `reloaded` that comes from disk.
+    pub from_disk: TokenCount,
 }
 
 /// The answer to `admit`.
@@ -97,8 +101,11 @@ pub struct Reloaded {
 pub struct Freed {
     pub device: BlockCount,
     pub host: BlockCount,
-    /// Blocks of either tier that other conversations hold too.
+    pub disk: BlockCount,
+    /// Blocks of any tier that other conversations hold too.
     pub kept_shared: BlockCount,
+    /// Disk blocks that could not be overwritten.
+    pub remaining: BlockCount,
 }
 
 /// Totals since the start.
@@ -109,6 +116,9 @@ pub struct Counters {
     pub verification_failures: u64,
     pub offloaded_bytes: u64,
     pub reloaded_bytes: u64,
+    pub stored_bytes: u64,
+    pub loaded_bytes: u64,
+    pub disk_write_failures: u64,
 }
 
 /// The block manager.
@@ -124,6 +134,7 @@ pub struct Manager {
     pub(super) host_line: Evictor,
     pub(super) device_budget: Budget,
     pub(super) host_budget: Budget,
+    pub(super) disk: Disk,
     pub(super) pins: Pins,
     /// Idle conversations whose newest blocks have no host copy.
     pub(super) uncopied: VecDeque<KvKey>,
@@ -136,10 +147,10 @@ pub struct Manager {
     pub(super) rates: Rates,
     /// Conversations whose residency changed since it was last asked.
     touched: Vec<KvKey>,
-    forgotten: Vec<(KvKey, Freed)>,
+    pub(super) forgotten: Vec<(KvKey, Freed)>,
     pub(super) left: Vec<(KvKey, u64)>,
     pub(super) chores: Chores,
-    uses: u64,
+    pub(super) uses: u64,
 }
 
 impl Manager {
@@ -158,6 +169,7 @@ impl Manager {
             device_budget: Budget::new(settings.device_blocks, settings.block_bytes, window),
             // No sequence runs there, so that none must find room.
             host_budget: Budget::new(settings.host_blocks, settings.block_bytes, BlockCount(0)),
+            disk: Disk::new(settings.disk_blocks, settings.block_bytes),
             pins: Pins::default(),
             uncopied: VecDeque::new(),
             in_flight: HashMap::new(),
@@ -182,7 +194,7 @@ impl Manager {
     /// Panics if the conversation runs already: an actor runs one turn at a time.
     pub fn admit(&mut self, now: Tick, admit: Admit<'_>) -> Admission {
         let Admit { key, tenant, tenant_key, tokens, .. } = admit;
-        if self.device_budget.see(tenant) | self.host_budget.see(tenant) {
+        if self.device_budget.see(tenant) | self.host_budget.see(tenant) | self.disk.budget.see(tenant) {
             self.settle_all_pins();
         }
         let conversation = self.conversations.entry(key).or_insert_with(|| Conversation::new(key, tenant, tenant_key));
@@ -191,14 +203,14 @@ impl Manager {
             return Admission::Wait;
         }
         assert!(conversation.is_idle(), "a conversation runs one turn at a time");
-        if conversation.leaving {
-            conversation.leaving = false;
+        if conversation.leaving.take().is_some() {
             self.left.push((key, 0));
         }
         // Out of line while it looks for room: it is no victim of its own turn.
         self.device_line.remove(tenant, key);
         self.host_line.remove(tenant, key);
-        self.disown_copy(key, admit.usable_hashes(self.settings.block_size));
+        self.disk.line.remove(tenant, key);
+        self.disown_copies(key, admit.usable_hashes(self.settings.block_size));
         let matched = self.find(&admit);
         let size = self.settings.block_size;
         let total = TokenCount::of(tokens).blocks(size);
@@ -264,20 +276,32 @@ impl Manager {
                     let to = running.spare.pop().expect("a place was counted for each block");
                     Arrival::Coming(block, to)
                 }
+                Match::OnDisk(block) => {
+                    found.reloaded.0 += size.0;
+                    found.from_disk.0 += size.0;
+                    let to = running.spare.pop().expect("a place was counted for each block");
+                    Arrival::Loading(block, to)
+                }
             });
         }
         conversation.last_used = now;
         self.touched.push(key);
-        let coming = |arrival: &Arrival| match arrival {
-            Arrival::Here(_) => None,
-            Arrival::Coming(from, to) => Some((from.id().0, to.place().0)),
-        };
-        let mut pairs: Vec<(u32, u32)> = arrivals.iter().filter_map(coming).collect();
+        let (mut pairs, mut loads, mut labels) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, arrival) in (conversation.device.sealed.len()..).zip(&arrivals) {
+            match arrival {
+                Arrival::Here(_) => {}
+                Arrival::Coming(from, to) => pairs.push((from.id().0, to.place().0)),
+                Arrival::Loading(from, to) => {
+                    loads.push((from.id().0, to.place().0));
+                    labels.push((conversation.label_of(index, from), Some(from.proof().0)));
+                }
+            }
+        }
         pairs.extend(arriving_tail.iter().map(|tail| (tail.from.id().0, tail.to.place().0)));
-        if pairs.is_empty() {
+        if pairs.is_empty() && loads.is_empty() {
             let here = arrivals.into_iter().map(|arrival| match arrival {
                 Arrival::Here(block) => block,
-                Arrival::Coming(..) => unreachable!("nothing is to be copied"),
+                Arrival::Coming(..) | Arrival::Loading(..) => unreachable!("nothing is to be copied"),
             });
             conversation.device.sealed.extend(here);
             running.list(conversation.device.sealed.iter().map(|block| block.id()));
@@ -286,8 +310,17 @@ impl Manager {
         }
         conversation.in_flight += 1;
         conversation.activity = Activity::Running(running);
-        let reload = InFlight::Reload { key, started: now, blocks: arrivals, tail: arriving_tail };
-        let ticket = self.order(super::transfer::Direction::Reload, pairs, reload);
+        let (host, disk) = (Part::of(pairs.len()), Part::of(loads.len()));
+        let reload = InFlight::Reload { key, started: now, blocks: arrivals, tail: arriving_tail, host, disk };
+        let ticket = if pairs.is_empty() {
+            self.order_labelled(Direction::Load, loads, labels, reload)
+        } else {
+            let ticket = self.order(Direction::Reload, pairs, reload);
+            if !loads.is_empty() {
+                self.order_labelled(Direction::Load, loads, labels, InFlight::PartOf(ticket));
+            }
+            ticket
+        };
         self.running_mut(key).arriving = Some(ticket);
         Admission::Reloading(ticket, found)
     }
@@ -365,6 +398,8 @@ impl Manager {
         self.back_in_line(key);
         if self.settings.background_offload && self.host.total().0 > 0 {
             self.uncopied.push_back(key);
+        } else {
+            self.wants_store(key);
         }
         self.drop_if_empty(key);
     }
@@ -402,8 +437,7 @@ impl Manager {
             self.forgotten.push((key, Freed::default()));
             return;
         };
-        if conversation.leaving {
-            conversation.leaving = false;
+        if conversation.leaving.take().is_some() {
             self.left.push((key, 0));
         }
         let conversation = self.conversations.get_mut(&key).expect("looked up above");
@@ -411,6 +445,7 @@ impl Manager {
         let (tenant, waits) = (conversation.tenant, conversation.in_flight > 0);
         self.device_line.remove(tenant, key);
         self.host_line.remove(tenant, key);
+        self.disk.line.remove(tenant, key);
         if !waits {
             self.finish_forgetting(key);
         }
@@ -423,7 +458,16 @@ impl Manager {
         let conversation = self.conversations.remove(&key).expect("looked up above");
         let (device, kept_device) = wipe(conversation.device, &mut self.chores.zero_device);
         let (host, kept_host) = wipe(conversation.host, &mut self.chores.zero_host);
-        self.forgotten.push((key, Freed { device, host, kept_shared: BlockCount(kept_device.0 + kept_host.0) }));
+        let alone = conversation.disk.sealed.iter().filter(|block| Arc::strong_count(block) == 1).count();
+        let disk = BlockCount(u32::try_from(alone).expect("a window bounds a table"));
+        let kept_disk = conversation.disk.blocks().0 - disk.0;
+        let kept_shared = BlockCount(kept_device.0 + kept_host.0 + kept_disk);
+        let freed = Freed { device, host, disk, kept_shared, remaining: BlockCount(0) };
+        if disk.0 > 0 {
+            self.forgotten_once_erased(key, freed);
+        } else {
+            self.forgotten.push((key, freed));
+        }
         self.touched.push(key);
     }
 
@@ -439,17 +483,21 @@ impl Manager {
         if host || (device && self.host.total().0 > 0) {
             self.host_line.add(tenant, key, used, ended);
         }
+        if !self.conversation(key).disk.is_empty() {
+            self.disk.line.add(tenant, key, used, ended);
+        }
     }
 
     /// Drops the record of an idle conversation of which no tier holds anything.
     pub(super) fn drop_if_empty(&mut self, key: KvKey) {
         let Some(conversation) = self.conversations.get(&key) else { return };
-        let empty = conversation.device.is_empty() && conversation.host.is_empty();
-        let wanted = conversation.leaving || conversation.pin.is_some();
+        let empty = conversation.is_nowhere();
+        let wanted = conversation.leaving.is_some() || conversation.pin.is_some();
         if conversation.is_idle() && empty && conversation.in_flight == 0 && !wanted {
             let tenant = conversation.tenant;
             self.device_line.remove(tenant, key);
             self.host_line.remove(tenant, key);
+            self.disk.line.remove(tenant, key);
             self.conversations.remove(&key);
             self.touched.push(key);
         }
@@ -484,6 +532,7 @@ impl Manager {
 
     /// Transfers to make, in this order.
     pub fn take_orders(&mut self) -> Vec<TransferOrder> {
+        self.erase_released();
         std::mem::take(&mut self.orders)
     }
 
@@ -535,6 +584,7 @@ impl Manager {
         match tier {
             Tier::Device => self.device.free(),
             Tier::Host => self.host.free(),
+            Tier::Disk => self.disk.places.free(),
         }
     }
 

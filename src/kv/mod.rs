@@ -3,6 +3,7 @@
 pub mod block;
 pub mod budget;
 pub mod chores;
+pub mod disk;
 pub mod evictor;
 pub mod invariants;
 pub mod journal;

@@ -97,7 +97,7 @@ impl Manager {
         key: KvKey,
         until: Tick,
     ) -> Result<PinBudget, PinRefused> {
-        if self.device_budget.see(tenant) | self.host_budget.see(tenant) {
+        if self.device_budget.see(tenant) | self.host_budget.see(tenant) | self.disk.budget.see(tenant) {
             self.settle_all_pins();
         }
         let conversation = self.conversations.entry(key).or_insert_with(|| Conversation::new(key, tenant, tenant_key));

@@ -22,4 +22,5 @@ impl Rate {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rates {
     pub reload_bytes_per_s: Rate,
+    pub load_bytes_per_s: Rate,
 }

@@ -41,6 +41,7 @@ impl Manager {
     pub fn grant(&mut self, grants: &[Grant]) {
         self.device_budget.grant(grants.iter().map(|grant| (grant.tenant, grant.weight, grant.device)));
         self.host_budget.grant(grants.iter().map(|grant| (grant.tenant, grant.weight, grant.host)));
+        self.disk.budget.grant(grants.iter().map(|grant| (grant.tenant, grant.weight, grant.disk)));
         self.settle_all_pins();
     }
 
@@ -160,7 +161,8 @@ impl Manager {
         let (mut freed, mut lost) = (BlockCount(0), BlockCount(0));
         let may_lose = |held: BlockCount| tenant == for_tenant || held > floor;
         while self.host.free() < need && conversation.exposes_host() && may_lose(self.host.held(tenant)) {
-            let is_last_copy = conversation.host.blocks() > conversation.device.blocks();
+            let elsewhere = conversation.device.blocks().max(conversation.disk.blocks());
+            let is_last_copy = conversation.host.blocks() > elsewhere;
             let Some(taken) = take_end(&mut conversation.host) else { break };
             freed.0 += u32::from(taken.freed);
             lost.0 += u32::from(taken.freed && is_last_copy);
@@ -218,6 +220,7 @@ mod tests {
                 block_bytes: 64,
                 device_blocks: BlockCount(5 * BLOCKS),
                 host_blocks: BlockCount(0),
+                disk_blocks: BlockCount(0),
                 window: TokenCount(4 * BLOCKS),
                 background_offload: false,
                 journal_entries: 16,
@@ -227,7 +230,7 @@ mod tests {
             let grant = |tenant, (floor, ceiling): (u64, u64)| {
                 let part = |blocks| Some(PoolPart::Bytes(blocks * 64));
                 let budget = TierBudget { floor: part(floor), ceiling: part(ceiling), pins: None };
-                Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget }
+                Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget, disk: budget }
             };
             manager.grant(&[grant(A, a), grant(B, b)]);
             Self { manager, conversations: 0 }
@@ -324,7 +327,8 @@ mod tests {
         assert!(pool.pin(A, 2, 100).is_ok());
         // A smaller budget keeps the front of what is pinned.
         let given = |floor: u64| TierBudget { floor: Some(PoolPart::Bytes(floor * 64)), ..TierBudget::default() };
-        let grant = |tenant, budget| Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget };
+        let grant =
+            |tenant, budget| Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget, disk: budget };
         pool.manager.grant(&[grant(A, given(3)), grant(B, given(0))]);
         (0..6).for_each(|_| pool.turn(A));
         assert_eq!(pool.manager.device_tokens(2), 12);

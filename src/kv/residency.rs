@@ -7,12 +7,12 @@ use super::journal::Entry;
 use super::pins::Pin;
 use super::table::BlockTable;
 use super::transfer::Ticket;
-use crate::types::{BlockCount, BlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick, TokenCount};
+use crate::types::{BlockCount, BlockId, DiskBlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount};
 
 /// What the manager knows of one conversation.
 ///
-/// The host table is always a copy of a prefix of what the device table holds or held: where both reach, their hashes are
-/// equal.
+/// The host table is always a copy of a prefix of what the device table holds or held, and so is the disk's, which has no
+/// tail: where two reach, their hashes are equal.
 #[derive(Debug)]
 pub(super) struct Conversation {
     pub key: KvKey,
@@ -20,16 +20,19 @@ pub(super) struct Conversation {
     pub tenant_key: TenantKey,
     pub device: BlockTable<BlockId>,
     pub host: BlockTable<HostBlockId>,
+    pub disk: BlockTable<DiskBlockId>,
     pub activity: Activity,
     pub last_used: Tick,
     pub used: UseOrder,
     pub last_eviction: Option<Entry>,
     /// An offload that is under way; at most one.
     pub copying: Option<Ticket>,
+    /// A store that is under way; at most one.
+    pub storing: Option<Ticket>,
     /// Transfers under way that read or write its blocks.
     pub in_flight: u32,
-    /// A client wants it off the device, as soon as it is copied.
-    pub leaving: bool,
+    /// A client wants it in this tier and in none above, as soon as it is copied.
+    pub leaving: Option<Tier>,
     pub pin: Option<Pin>,
 }
 
@@ -73,13 +76,15 @@ impl Conversation {
             tenant_key,
             device: BlockTable::default(),
             host: BlockTable::default(),
+            disk: BlockTable::default(),
             activity: Activity::Idle,
             last_used: Tick(0),
             used: UseOrder(0),
             last_eviction: None,
             copying: None,
+            storing: None,
             in_flight: 0,
-            leaving: false,
+            leaving: None,
             pin: None,
         }
     }
@@ -110,14 +115,19 @@ impl Conversation {
         self.device.sealed.last().map_or(PrefixHash::ROOT, |block| block.hash())
     }
 
-    /// Whether the last block of the device table has a copy in the host table, so that it can go at once.
+    /// Whether no tier holds any of it.
+    pub fn is_nowhere(&self) -> bool {
+        self.device.is_empty() && self.host.is_empty() && self.disk.is_empty()
+    }
+
+    /// Whether the last block of the device table has a copy below, so that it can go at once.
     pub fn end_is_clean(&self) -> bool {
         match &self.device.tail {
             Some(tail) => {
                 self.host.sealed.len() == self.device.sealed.len()
                     && self.host.tail.as_ref().is_some_and(|copy| copy.tokens() == tail.tokens())
             }
-            None => self.host.sealed.len() >= self.device.sealed.len(),
+            None => self.host.sealed.len().max(self.disk.sealed.len()) >= self.device.sealed.len(),
         }
     }
 }
@@ -133,6 +143,8 @@ pub struct Whereabouts {
     pub device_blocks: (BlockCount, BlockCount),
     pub host_tokens: TokenCount,
     pub host_blocks: (BlockCount, BlockCount),
+    pub disk_tokens: TokenCount,
+    pub disk_blocks: (BlockCount, BlockCount),
     pub last_used: Tick,
     pub last_eviction: Option<Entry>,
     pub pinned_until: Option<Tick>,
@@ -151,6 +163,8 @@ impl Manager {
             device_blocks: conversation.device.shares(),
             host_tokens: conversation.host.tokens(size),
             host_blocks: conversation.host.shares(),
+            disk_tokens: conversation.disk.tokens(size),
+            disk_blocks: conversation.disk.shares(),
             last_used: conversation.last_used,
             last_eviction: conversation.last_eviction,
             pinned_until: conversation.pinned_until(),

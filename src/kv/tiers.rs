@@ -6,11 +6,14 @@
 use std::sync::Arc;
 
 use super::block::{Checksum, PrefixHash, SealedBlock, Slot, TailBlock};
+use super::disk::Above;
 use super::journal::{Entry, Rule};
-use super::manager::{Manager, Reloaded};
+use super::manager::{Freed, Manager, Reloaded};
 use super::residency::Activity;
+use super::table::BlockTable;
 use super::transfer::{Direction, Ticket, TransferDone, TransferOrder};
-use crate::types::{BlockCount, BlockId, HostBlockId, KvKey, Tick, Tier, TokenCount};
+use crate::kernels::files::Label;
+use crate::types::{BlockCount, BlockId, DiskBlockId, HostBlockId, KvKey, Tick, Tier, TokenCount};
 
 /// Most blocks of one offload: about a millisecond of copying, so that a reload behind it waits no longer.
 const OFFLOAD_BLOCKS: usize = 16;
@@ -39,7 +42,48 @@ pub(super) enum InFlight {
         started: Tick,
         blocks: Vec<Arrival>,
         tail: Option<ArrivingTail>,
+        host: Part,
+        disk: Part,
     },
+    /// The disk's part of a reload that the host has a part in too.
+    PartOf(Ticket),
+    Store {
+        key: KvKey,
+        /// Index of the first block in the conversation's tables.
+        first: usize,
+        blocks: Vec<(Above, Slot<DiskBlockId>)>,
+    },
+    Erase {
+        places: Vec<u32>,
+        /// Conversations that are forgotten once this is done.
+        forgets: Vec<(KvKey, Freed)>,
+    },
+}
+
+/// What one tier brings of a reload.
+#[derive(Debug)]
+pub(super) enum Part {
+    Nothing,
+    Coming,
+    Here(Vec<Option<u32>>),
+}
+
+impl Part {
+    pub fn of(pairs: usize) -> Self {
+        if pairs == 0 { Part::Nothing } else { Part::Coming }
+    }
+
+    fn is_coming(&self) -> bool {
+        matches!(self, Part::Coming)
+    }
+
+    fn sums(self) -> std::vec::IntoIter<Option<u32>> {
+        match self {
+            Part::Nothing | Part::Coming => Vec::new(),
+            Part::Here(sums) => sums,
+        }
+        .into_iter()
+    }
 }
 
 /// A full block that a reload adds to the device table.
@@ -47,8 +91,10 @@ pub(super) enum InFlight {
 pub(super) enum Arrival {
     /// On the device already, held for this conversation meanwhile.
     Here(Arc<SealedBlock<BlockId>>),
-    /// Copied up into a place.
+    /// Copied up from the host into a place.
     Coming(Arc<SealedBlock<HostBlockId>>, Slot<BlockId>),
+    /// Loaded from disk into a place.
+    Loading(Arc<SealedBlock<DiskBlockId>>, Slot<BlockId>),
 }
 
 /// A tail that a reload brings, its place, and how many of its tokens are wanted.
@@ -63,6 +109,9 @@ impl Manager {
     /// Starts the copies that nobody waits for, of idle conversations that have none yet, as long as few are under way.
     /// Called once a step, after all that must have room.
     pub fn work_ahead(&mut self, now: Tick) {
+        if self.disk.exists() {
+            self.store_ahead(now);
+        }
         while self.offloads_under_way < BACKGROUND_OFFLOADS {
             let Some(key) = self.uncopied.pop_front() else { return };
             let idle = self.conversations.get_mut(&key).filter(|conversation| conversation.is_idle());
@@ -73,16 +122,22 @@ impl Manager {
         }
     }
 
-    /// Lets go of a copy under way of what the conversation, which goes on with this chain, has left behind: the copy is
-    /// made for nobody.
-    pub(super) fn disown_copy(&mut self, key: KvKey, hashes: &[PrefixHash]) {
+    /// Lets go of copies under way of what the conversation, which goes on with this chain, has left behind: they are made
+    /// for nobody.
+    pub(super) fn disown_copies(&mut self, key: KvKey, hashes: &[PrefixHash]) {
         let conversation = self.conversations.get_mut(&key).expect("the caller knows the conversation");
-        let Some(ticket) = conversation.copying else { return };
-        let Some(InFlight::Offload { first, end, sealed, .. }) = self.in_flight.get(&ticket) else { return };
-        let full = first + sealed.len();
-        if full > 0 && hashes.get(full - 1) != Some(end) {
-            conversation.copying = None;
-        }
+        let left_behind = |ticket: &Ticket| {
+            let (full, end) = match self.in_flight.get(ticket) {
+                Some(InFlight::Offload { first, end, sealed, .. }) => (first + sealed.len(), *end),
+                Some(InFlight::Store { first, blocks, .. }) => {
+                    (first + blocks.len(), blocks.last().map_or(PrefixHash::ROOT, |(above, _)| above.hash()))
+                }
+                Some(InFlight::Reload { .. } | InFlight::PartOf(_) | InFlight::Erase { .. }) | None => return false,
+            };
+            full > 0 && hashes.get(full - 1) != Some(&end)
+        };
+        conversation.copying = conversation.copying.filter(|ticket| !left_behind(ticket));
+        conversation.storing = conversation.storing.filter(|ticket| !left_behind(ticket));
     }
 
     pub(super) fn copies_under_way(&self) -> bool {
@@ -147,9 +202,19 @@ impl Manager {
     }
 
     pub(super) fn order(&mut self, direction: Direction, pairs: Vec<(u32, u32)>, in_flight: InFlight) -> Ticket {
+        self.order_labelled(direction, pairs, Vec::new(), in_flight)
+    }
+
+    pub(super) fn order_labelled(
+        &mut self,
+        direction: Direction,
+        pairs: Vec<(u32, u32)>,
+        labels: Vec<(Label, Option<u32>)>,
+        in_flight: InFlight,
+    ) -> Ticket {
         let ticket = Ticket(self.next_ticket);
         self.next_ticket += 1;
-        self.orders.push(TransferOrder { ticket, direction, pairs });
+        self.orders.push(TransferOrder { ticket, direction, pairs, labels });
         self.in_flight.insert(ticket, in_flight);
         ticket
     }
@@ -167,12 +232,52 @@ impl Manager {
                 self.after_offload(now, key);
                 None
             }
-            InFlight::Reload { key, started, blocks, tail } => {
-                self.counters.reloaded_bytes += bytes;
-                self.rates.reload_bytes_per_s.add(bytes, done.took_us);
-                self.reloaded(now, key, done.ticket, started, (blocks, tail), &done.sums)
+            InFlight::Store { key, first, blocks } => {
+                self.counters.stored_bytes += bytes;
+                self.stored(now, key, done.ticket, first, blocks, &done.sums);
+                None
+            }
+            InFlight::Erase { places, forgets } => {
+                self.erased(places, forgets, &done.sums);
+                None
+            }
+            InFlight::PartOf(ticket) => {
+                self.loaded(bytes, done.took_us);
+                let Some(InFlight::Reload { disk, .. }) = self.in_flight.get_mut(&ticket) else {
+                    unreachable!("a reload waits for its parts")
+                };
+                *disk = Part::Here(done.sums);
+                self.reloaded_if_all_here(now, ticket)
+            }
+            InFlight::Reload { key, started, blocks, tail, mut host, mut disk } => {
+                if host.is_coming() {
+                    self.counters.reloaded_bytes += bytes;
+                    self.rates.reload_bytes_per_s.add(bytes, done.took_us);
+                    host = Part::Here(done.sums);
+                } else {
+                    self.loaded(bytes, done.took_us);
+                    disk = Part::Here(done.sums);
+                }
+                self.in_flight.insert(done.ticket, InFlight::Reload { key, started, blocks, tail, host, disk });
+                self.reloaded_if_all_here(now, done.ticket)
             }
         }
+    }
+
+    fn loaded(&mut self, bytes: u64, took_us: u64) {
+        self.counters.loaded_bytes += bytes;
+        self.rates.load_bytes_per_s.add(bytes, took_us);
+    }
+
+    fn reloaded_if_all_here(&mut self, now: Tick, ticket: Ticket) -> Option<Reloaded> {
+        let Some(InFlight::Reload { host, disk, .. }) = self.in_flight.get(&ticket) else { return None };
+        if host.is_coming() || disk.is_coming() {
+            return None;
+        }
+        let Some(InFlight::Reload { key, started, blocks, tail, host, disk }) = self.in_flight.remove(&ticket) else {
+            return None;
+        };
+        self.reloaded(now, key, ticket, started, (blocks, tail), (host.sums(), disk.sums()))
     }
 
     fn offloaded(
@@ -181,7 +286,7 @@ impl Manager {
         ticket: Ticket,
         first: usize,
         (sealed, tail): (CopyingDown, TailCopyingDown),
-        sums: &[u32],
+        sums: &[Option<u32>],
     ) {
         let mut conversation = self.conversations.get_mut(&key);
         if let Some(conversation) = conversation.as_deref_mut() {
@@ -190,7 +295,8 @@ impl Manager {
         let mut conversation = conversation.filter(|conversation| conversation.copying == Some(ticket));
         let full = first + sealed.len();
         for ((index, (of, slot)), sum) in (first..).zip(sealed).zip(sums) {
-            let copy = self.host_index.insert(SealedBlock::copied(&of, slot, Checksum(*sum)));
+            let Some(sum) = *sum else { break };
+            let copy = self.host_index.insert(SealedBlock::copied(&of, slot, Checksum(sum)));
             // The conversation may have gone another way since: only what continues its own chain is its copy.
             if let Some(conversation) = conversation.as_deref_mut() {
                 let end = conversation.host.sealed.last().map_or(PrefixHash::ROOT, |block| block.hash());
@@ -200,10 +306,11 @@ impl Manager {
                 }
             }
         }
-        if let (Some(conversation), Some((of, slot)), Some(sum)) = (conversation.as_deref_mut(), tail, sums.last())
+        let last = sums.last().copied().flatten();
+        if let (Some(conversation), Some((of, slot)), Some(sum)) = (conversation.as_deref_mut(), tail, last)
             && conversation.host.sealed.len() == full
         {
-            conversation.host.tail = Some(Arc::new(TailBlock::copied(&of, slot, Checksum(*sum))));
+            conversation.host.tail = Some(Arc::new(TailBlock::copied(&of, slot, Checksum(sum))));
         }
         if let Some(conversation) = conversation {
             conversation.copying = None;
@@ -223,7 +330,7 @@ impl Manager {
         let conversation = self.conversation(key);
         let (tenant, used, ended) =
             (conversation.tenant, conversation.used, matches!(conversation.activity, Activity::Ended));
-        let (exposes, leaving) = (conversation.exposes_host(), conversation.leaving);
+        let (exposes, leaving) = (conversation.exposes_host(), conversation.leaving.is_some());
         let clean = conversation.end_is_clean();
         if exposes && !self.host_line.contains(tenant, key) {
             self.host_line.add_first(tenant, key, used, ended);
@@ -232,6 +339,8 @@ impl Manager {
             self.go_on_leaving(now, key);
         } else if !clean && self.settings.background_offload {
             self.uncopied.push_back(key);
+        } else {
+            self.wants_store(key);
         }
         self.touch(key);
         self.drop_if_empty(key);
@@ -244,7 +353,7 @@ impl Manager {
         ticket: Ticket,
         started: Tick,
         (blocks, tail): (Vec<Arrival>, Option<ArrivingTail>),
-        sums: &[u32],
+        (mut host_sums, mut disk_sums): (std::vec::IntoIter<Option<u32>>, std::vec::IntoIter<Option<u32>>),
     ) -> Option<Reloaded> {
         let conversation = self.conversations.get_mut(&key)?;
         conversation.in_flight -= 1;
@@ -259,36 +368,51 @@ impl Manager {
             self.drop_if_empty(key);
             return None;
         }
-        let mut sums = sums.iter();
         let mut damaged = false;
-        let mut unused = Vec::new();
+        let (mut unused, mut bad) = (Vec::new(), None);
         for block in blocks {
-            match block {
-                Arrival::Here(block) if !damaged => conversation.device.sealed.push(block),
-                Arrival::Coming(of, slot) => {
-                    let sum = sums.next().map(|sum| Checksum(*sum));
-                    if !damaged && sum == Some(of.proof()) {
-                        let block = self.device_index.insert(SealedBlock::copied(&of, slot, ()));
-                        conversation.device.sealed.push(block);
-                        continue;
-                    }
+            let arrived = match block {
+                Arrival::Here(block) => {
                     if !damaged {
-                        damaged = true;
-                        self.counters.verification_failures += 1;
+                        conversation.device.sealed.push(block);
+                    }
+                    continue;
+                }
+                Arrival::Coming(of, slot) => {
+                    let whole = host_sums.next().flatten().map(Checksum) == Some(of.proof());
+                    if !whole && !damaged {
                         tracing::warn!(block = of.id().0, "a reloaded block does not match its checksum: re-encoding");
                         self.host_index.remove(&of.hash());
                         conversation.host.truncate(conversation.device.sealed.len());
                     }
+                    if whole && !damaged { Ok(SealedBlock::copied(&of, slot, ())) } else { Err((slot, whole)) }
+                }
+                Arrival::Loading(of, slot) => {
+                    let whole = disk_sums.next().flatten().map(Checksum) == Some(of.proof());
+                    if !whole && !damaged {
+                        tracing::warn!(slot = of.id().0, "a block on disk is not what it should be: re-encoding");
+                        conversation.disk.truncate(conversation.device.sealed.len());
+                        bad = Some(Arc::clone(&of));
+                    }
+                    if whole && !damaged { Ok(SealedBlock::copied(&of, slot, ())) } else { Err((slot, whole)) }
+                }
+            };
+            match arrived {
+                Ok(block) => conversation.device.sealed.push(self.device_index.insert(block)),
+                Err((slot, whole)) => {
+                    if !whole && !damaged {
+                        damaged = true;
+                        self.counters.verification_failures += 1;
+                    }
                     unused.push(slot);
                 }
-                Arrival::Here(_) => {}
             }
         }
         let size = self.settings.block_size;
         let full = conversation.device.sealed.len();
         let mut open = None;
         if let Some(ArrivingTail { from, to, keep }) = tail {
-            if !damaged && sums.next().map(|sum| Checksum(*sum)) == Some(from.proof()) {
+            if !damaged && host_sums.next().flatten().map(Checksum) == Some(from.proof()) {
                 open = Some(super::block::OpenBlock::with_tokens(to, from.tokens()[..keep.get()].to_vec()));
             } else {
                 if !damaged {
@@ -308,15 +432,19 @@ impl Manager {
         running.open = open;
         running.spare.extend(unused);
         running.list(sealed.into_iter());
+        if let Some(bad) = bad {
+            self.give_up_slot(&bad);
+        }
         self.touch(key);
         Some(Reloaded { key, context: TokenCount(context), took_ms: now.ms_since(started) })
     }
 
-    /// Starts taking an idle conversation off the device: what has no copy is copied first. Nothing if it isn't idle.
-    pub fn leave(&mut self, now: Tick, key: KvKey) {
+    /// Starts taking an idle conversation down to a tier, and off those above it: what has no copy there is copied first.
+    /// Nothing if it isn't idle.
+    pub fn leave(&mut self, now: Tick, key: KvKey, to: Tier) {
         match self.conversations.get_mut(&key) {
             Some(conversation) if conversation.is_idle() => {
-                conversation.leaving = true;
+                conversation.leaving = Some(to);
                 self.go_on_leaving(now, key);
             }
             Some(_) | None => self.left.push((key, 0)),
@@ -327,18 +455,32 @@ impl Manager {
         if self.host.total().0 > 0 && self.copy_down_now(now, key) {
             return;
         }
+        let to_disk = self.conversation(key).leaving == Some(Tier::Disk) && self.disk.exists();
+        if to_disk && (self.conversation(key).storing.is_some() || self.store(now, key)) {
+            return;
+        }
         let conversation = self.conversations.get_mut(&key).expect("the caller knows the conversation");
-        conversation.leaving = false;
+        conversation.leaving = None;
         let tenant = conversation.tenant;
         let before = self.device.free();
+        let on_disk = conversation.disk.sealed.len();
+        if to_disk && on_disk >= conversation.device.sealed.len().max(conversation.host.sealed.len()) {
+            // Full blocks alone are kept on disk: a part-full last one is encoded again.
+            conversation.device.tail = None;
+            conversation.host = BlockTable::default();
+        }
         // Only what has a copy goes: an offload loses nothing.
         while !conversation.device.is_empty() && conversation.end_is_clean() {
             if conversation.device.tail.take().is_none() {
                 conversation.device.sealed.pop();
             }
         }
-        if conversation.device.is_empty() {
+        let (no_device, no_host) = (conversation.device.is_empty(), conversation.host.is_empty());
+        if no_device {
             self.device_line.remove(tenant, key);
+        }
+        if no_device && no_host {
+            self.host_line.remove(tenant, key);
         }
         let freed = BlockCount(self.device.free().0 - before.0);
         if freed.0 > 0 {
@@ -348,5 +490,6 @@ impl Manager {
         self.left.push((key, u64::from(freed.0) * self.settings.block_bytes));
         self.settle_pin_of(key);
         self.touch(key);
+        self.drop_if_empty(key);
     }
 }

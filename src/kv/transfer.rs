@@ -1,9 +1,12 @@
 //! How do block bytes move between tiers, and how is it known that they arrived whole?
 //!
-//! `manager` orders, a driver executes (`engine::thread` on a copier thread, a simulation when it likes), and the outcome
-//! comes back as a value. Every copy is summed (CRC-32C) in the same pass; a reload whose sum differs is not used.
+//! `manager` orders, a driver executes (`engine::thread` on threads of its own, a simulation when it likes), and the outcome
+//! comes back as a value. Every copy is summed (CRC-32C) in the same pass; what is read back and is not what was written is
+//! not used.
 
+use crate::kernels::files::{Buffer, Label, Slots};
 use crate::kernels::memory::Arena;
+use crate::types::Tier;
 
 /// Names one transfer until its outcome is back.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -15,6 +18,22 @@ pub enum Direction {
     Offload,
     /// Host → device.
     Reload,
+    /// Host or device → disk.
+    Store { from: Tier },
+    /// Disk → device.
+    Load,
+    /// Zeros → disk.
+    Erase,
+}
+
+impl Direction {
+    /// Whether it is between memories.
+    pub fn is_copy(self) -> bool {
+        match self {
+            Direction::Offload | Direction::Reload => true,
+            Direction::Store { .. } | Direction::Load | Direction::Erase => false,
+        }
+    }
 }
 
 /// A transfer to make. The manager holds source and destination until its outcome is back.
@@ -22,24 +41,78 @@ pub enum Direction {
 pub struct TransferOrder {
     pub ticket: Ticket,
     pub direction: Direction,
-    /// (from, to): places in the source's and the destination's arena.
+    /// (from, to): places in the source and the destination.
     pub pairs: Vec<(u32, u32)>,
+    /// What the slots say, or must say, of a store or a load, and the sum of the bytes where it is known; a pair each.
+    pub labels: Vec<(Label, Option<u32>)>,
 }
 
 /// The outcome of a transfer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TransferDone {
     pub ticket: Ticket,
-    /// CRC-32C of the bytes that were copied, a pair each.
-    pub sums: Vec<u32>,
+    /// CRC-32C of the bytes that were moved, a pair each. `None`: not moved, or not what the label says.
+    pub sums: Vec<Option<u32>>,
     pub took_us: u64,
 }
 
-/// Makes the copies of an order. Returns each one's sum.
-pub fn execute(order: &TransferOrder, device: &Arena, host: &Arena) -> Vec<u32> {
+/// Makes the copies of an order between memories. Returns each one's sum. Panics if it is an order for the disk.
+pub fn execute(order: &TransferOrder, device: &Arena, host: &Arena) -> Vec<Option<u32>> {
     let (source, destination) = match order.direction {
         Direction::Offload => (device, host),
         Direction::Reload => (host, device),
+        Direction::Store { .. } | Direction::Load | Direction::Erase => panic!("no copy between memories: {order:?}"),
     };
-    order.pairs.iter().map(|&(from, to)| destination.copy_from(to, source, from)).collect()
+    order.pairs.iter().map(|&(from, to)| Some(destination.copy_from(to, source, from))).collect()
+}
+
+/// Makes a transfer from or to disk. A store's bytes are on the disk before their labels, and both when this returns; what
+/// goes wrong is logged, and `None` in the sums. Panics if it is a copy between memories.
+pub fn execute_on_disk(
+    order: &TransferOrder,
+    slots: &Slots,
+    device: &Arena,
+    host: &Arena,
+    buffer: &Buffer,
+) -> Vec<Option<u32>> {
+    let done = match order.direction {
+        Direction::Store { from } => store(order, slots, if from == Tier::Host { host } else { device }, buffer),
+        Direction::Load => return load(order, slots, device, buffer),
+        Direction::Erase => {
+            let erased = slots.erase(order.pairs.iter().map(|(_, to)| *to), buffer);
+            erased.map(|()| vec![Some(0); order.pairs.len()])
+        }
+        Direction::Offload | Direction::Reload => panic!("no transfer of the disk's: {order:?}"),
+    };
+    done.unwrap_or_else(|error| {
+        tracing::debug!(%error, direction = ?order.direction, blocks = order.pairs.len(), "the disk tier failed");
+        vec![None; order.pairs.len()]
+    })
+}
+
+fn store(order: &TransferOrder, slots: &Slots, source: &Arena, buffer: &Buffer) -> std::io::Result<Vec<Option<u32>>> {
+    let mut sums = Vec::with_capacity(order.pairs.len());
+    for &(from, to) in &order.pairs {
+        sums.push(Some(slots.write(to, source.bytes(from), buffer)?));
+    }
+    let written = || order.pairs.iter().map(|(_, to)| *to);
+    slots.sync(written())?;
+    for ((to, (label, expected)), sum) in written().zip(&order.labels).zip(sums.iter().flatten()) {
+        // Damaged above: a label would make it good. Nor is what follows it of any use.
+        if expected.is_some_and(|expected| expected != *sum) {
+            break;
+        }
+        slots.label(to, label, *sum, buffer)?;
+    }
+    slots.sync(written())?;
+    Ok(sums)
+}
+
+fn load(order: &TransferOrder, slots: &Slots, device: &Arena, buffer: &Buffer) -> Vec<Option<u32>> {
+    let pairs = order.pairs.iter().zip(&order.labels);
+    let read = pairs.map(|(&(from, to), (label, _))| {
+        let read = device.with_bytes_mut(to, |bytes| slots.read(from, label, bytes, buffer));
+        read.inspect_err(|error| tracing::debug!(%error, slot = from, "a block did not come back from disk")).ok()
+    });
+    read.collect()
 }

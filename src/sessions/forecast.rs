@@ -3,12 +3,12 @@
 //! An estimate out of the rates that the engine has measured, for those who look; the engine decides for itself.
 
 use super::messages::{Predicted, ReturnPath};
-use crate::engine::status::{EngineStatus, Residency};
+use crate::engine::status::{EngineStatus, Residency, TierShare};
 use crate::types::TokenCount;
 
 /// `tokens`: the history as the KV has it. `None` until the engine has measured what the forecast needs.
 pub(super) fn predict(tokens: TokenCount, residency: Option<&Residency>, status: &EngineStatus) -> Option<Predicted> {
-    let (device, host) = residency.map(|found| (found.device, found.host)).unwrap_or_default();
+    let (device, host, disk) = residency.map(|found| (found.device, found.host, found.disk)).unwrap_or_default();
     let missing = u64::from(tokens.0.saturating_sub(device.tokens.0));
     // The last token that was said is fed with the next turn's, whatever is where.
     if missing <= 1 && device.tokens.0 > 0 || missing == 0 {
@@ -17,10 +17,17 @@ pub(super) fn predict(tokens: TokenCount, residency: Option<&Residency>, status:
     let ms = |amount: u64, per_s: u64| (amount * 1000).checked_div(per_s);
     let reencode_ms = ms(missing, status.prefill_tokens_per_s)?;
     let below = u64::from(host.tokens.0.saturating_sub(device.tokens.0)).min(missing);
-    let reload_ms = (below > 0).then(|| {
-        let token_bytes = (host.bytes_private + host.bytes_shared) / u64::from(host.tokens.0);
-        let copied = ms(below * token_bytes, status.reload_bytes_per_s)?;
-        Some(copied + ms(missing - below, status.prefill_tokens_per_s)?)
+    let here = device.tokens.0.max(host.tokens.0);
+    let on_disk = u64::from(disk.tokens.0.saturating_sub(here)).min(missing - below);
+    let reload_ms = (below + on_disk > 0).then(|| {
+        let from = |share: TierShare, tokens: u64, per_s: u64| {
+            let bytes = (share.bytes_private + share.bytes_shared).checked_div(u64::from(share.tokens.0)).unwrap_or(0);
+            if tokens > 0 { ms(tokens * bytes, per_s) } else { Some(0) }
+        };
+        // Both are read at the same time.
+        let copied = from(host, below, status.reload_bytes_per_s)?;
+        let copied = copied.max(from(disk, on_disk, status.load_bytes_per_s)?);
+        Some(copied + ms(missing - below - on_disk, status.prefill_tokens_per_s)?)
     });
     let reload_ms = reload_ms.flatten();
     let choice = match reload_ms {
@@ -33,7 +40,7 @@ pub(super) fn predict(tokens: TokenCount, residency: Option<&Residency>, status:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::status::{ResidencyState, TierShare};
+    use crate::engine::status::ResidencyState;
     use crate::types::{TenantId, Tick};
 
     fn residency(device: u32, host: u32) -> Residency {
@@ -47,6 +54,7 @@ mod tests {
             state: ResidencyState::Partial,
             device: share(device),
             host: share(host),
+            disk: TierShare::default(),
             last_used: Tick(0),
             last_eviction: None,
             pinned_until: None,

@@ -38,7 +38,7 @@ impl Sessions {
         let Transcript { items, mut log, .. } = self.with_its_own_log(history).await?;
         log.forget_encoded();
         let held = self.shared.engine.residency(KvKey(id.0));
-        let held = held.map_or(TokenCount(0), |held| held.device.tokens.max(held.host.tokens));
+        let held = held.map_or(TokenCount(0), |held| held.device.tokens.max(held.host.tokens).max(held.disk.tokens));
         let (fork, now) = (rand::random(), unix_now());
         let record = ConversationRecord {
             id: fork,

@@ -84,6 +84,8 @@ struct Usage {
     resident: u32,
     shared: u32,
     reloaded_host: u32,
+    #[serde(default)]
+    reloaded_disk: u32,
     encoded: u32,
     reencoded: u32,
     queue_ms: u64,
@@ -160,8 +162,17 @@ impl Kept {
         if !done.logprobs.is_empty() {
             self.record.logprobs = write_logprobs(&done.logprobs);
         }
-        let PromptUsage { resident, shared, reloaded_host, encoded, reencoded, queue_ms, reload_ms, prefill_ms } =
-            done.usage.prompt;
+        let PromptUsage {
+            resident,
+            shared,
+            reloaded_host,
+            reloaded_disk,
+            encoded,
+            reencoded,
+            queue_ms,
+            reload_ms,
+            prefill_ms,
+        } = done.usage.prompt;
         self.body.end = Some(End::Done(Done {
             finish: match done.finish {
                 FinishReason::Stop => Finish::Stop,
@@ -176,6 +187,7 @@ impl Kept {
                 resident: resident.0,
                 shared: shared.0,
                 reloaded_host: reloaded_host.0,
+                reloaded_disk: reloaded_disk.0,
                 encoded: encoded.0,
                 reencoded: reencoded.0,
                 queue_ms,
@@ -242,6 +254,7 @@ impl Kept {
                     resident: TokenCount(usage.resident),
                     shared: TokenCount(usage.shared),
                     reloaded_host: TokenCount(usage.reloaded_host),
+                    reloaded_disk: TokenCount(usage.reloaded_disk),
                     encoded: TokenCount(usage.encoded),
                     reencoded: TokenCount(usage.reencoded),
                     queue_ms: usage.queue_ms,

@@ -334,6 +334,9 @@ pub struct ListedConversation {
 pub struct Deleted {
     pub device_bytes: u64,
     pub host_bytes: u64,
+    pub disk_bytes: u64,
+    /// Bytes on disk that could not be overwritten; the log says why.
+    pub remaining_bytes: u64,
     /// Bytes that stay, because other conversations of the tenant share them.
     pub kept_shared_bytes: u64,
 }

@@ -225,6 +225,8 @@ pub(super) async fn delete(work: Work, kv: KvHandle) -> Result<Deleted, SessionE
     Ok(Deleted {
         device_bytes: forgotten.device_bytes,
         host_bytes: forgotten.host_bytes,
+        disk_bytes: forgotten.disk_bytes,
+        remaining_bytes: forgotten.remaining_bytes,
         kept_shared_bytes: forgotten.kept_shared_bytes,
     })
 }

@@ -50,7 +50,7 @@ table! {
     Counter PREEMPTIONS, "rekindle_preemptions_total", Count, "Running turns that were offloaded to let others go on.";
     Counter EVICTIONS, "rekindle_evictions_total", Count, "Decisions that took device KV of a conversation.";
     Counter PROMPT_TOKENS, "rekindle_prompt_tokens_total", Count,
-        "Prompt tokens by where their KV came from: resident, shared, reloaded_host or encoded.";
+        "Prompt tokens by where their KV came from: resident, shared, reloaded_host, reloaded_disk or encoded.";
     Counter REENCODED_TOKENS, "rekindle_reencoded_tokens_total", Count,
         "The part of the encoded prompt tokens whose KV their conversation had before and lost.";
     Counter GENERATED_TOKENS, "rekindle_generated_tokens_total", Count, "Tokens sampled.";
@@ -58,8 +58,14 @@ table! {
         "Evictions for another tenant that took one below its floor, or served one at its ceiling. Any value but 0 is a fault.";
     Counter VERIFICATION_FAILURES, "rekindle_verification_failures_total", Count,
         "Blocks whose bytes did not match their checksum on reload; each was re-encoded.";
-    Counter OFFLOADED_BYTES, "rekindle_offloaded_bytes_total", Bytes, "KV copied down a tier.";
-    Counter RELOADED_BYTES, "rekindle_reloaded_bytes_total", Bytes, "KV copied back up.";
+    Counter OFFLOADED_BYTES, "rekindle_offloaded_bytes_total", Bytes, "KV copied from the device to the host.";
+    Counter RELOADED_BYTES, "rekindle_reloaded_bytes_total", Bytes, "KV copied back from the host.";
+    Counter STORED_BYTES, "rekindle_stored_bytes_total", Bytes, "KV written to disk.";
+    Counter LOADED_BYTES, "rekindle_loaded_bytes_total", Bytes, "KV read back from disk.";
+    Gauge DISK_UP, "rekindle_disk_tier_up", Count,
+        "1 if the disk tier takes KV; 0 without one, and for a while after a write that failed.";
+    Gauge DISK_BAD_SLOTS, "rekindle_disk_bad_slots", Count, "Slots out of use, since what was read from them was wrong.";
+    Counter DISK_WRITE_FAILURES, "rekindle_disk_write_failures_total", Count, "Writes that the disk refused.";
     Gauge RUNNING_BYTES, "rekindle_running_bytes", Bytes, "KV of running turns on the device; what several share counts for each.";
     Gauge POOL_BYTES, "rekindle_pool_bytes", Bytes, "Size of a tier's pool.";
     Gauge POOL_FREE_BYTES, "rekindle_pool_free_bytes", Bytes, "Bytes of a tier's pool that hold nothing.";
@@ -67,7 +73,9 @@ table! {
     Gauge PREFILL_RATE, "rekindle_prefill_tokens_per_second", CountPerSecond,
         "Moving average of prefill; 0 before the first.";
     Gauge RELOAD_RATE, "rekindle_reload_bytes_per_second", CountPerSecond,
-        "Moving average of reloads; 0 before the first.";
+        "Moving average of reloads from the host; 0 before the first.";
+    Gauge LOAD_RATE, "rekindle_load_bytes_per_second", CountPerSecond,
+        "Moving average of loads from disk; 0 before the first.";
 
     Histogram TTFT_SECONDS, "rekindle_turn_first_token_seconds", Seconds,
         "From a turn's arrival at the engine to its first token.", LATENCY_S;

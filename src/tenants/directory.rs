@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use super::Tenant;
 use super::key::KeyHash;
 use super::quota::{Limits, Quota};
+use super::secret::Secret;
 use crate::config::tenants::{KeyEntry, Status, TenantEntry, TenantsFile};
 use crate::types::{Grant, TenantId, TenantKey};
 
@@ -67,12 +68,13 @@ pub struct Directory {
     lasting: Mutex<HashMap<String, Lasting>>,
     /// The limits of a tenant whose entry sets none.
     usual: Limits,
+    secret: Secret,
 }
 
 impl Directory {
     /// One tenant, `default`, for any key or none; admins by this key.
-    pub fn open_to_all(admin: KeyHash, usual: Limits) -> Self {
-        let directory = Self::empty(usual);
+    pub fn open_to_all(admin: KeyHash, usual: Limits, secret: Secret) -> Self {
+        let directory = Self::empty(usual, secret);
         let mut table = Table { open: Some(directory.tenant_named("default", usual, None)), ..Table::default() };
         table.insert(admin, None, Holder::Admin);
         directory.table.store(Arc::new(table));
@@ -80,14 +82,14 @@ impl Directory {
     }
 
     /// The tenants of a file. `admin` is the admins' key if the file names none.
-    pub fn of_file(file: &TenantsFile, admin: KeyHash, usual: Limits) -> (Self, Vec<Grant>) {
-        let directory = Self::empty(usual);
+    pub fn of_file(file: &TenantsFile, admin: KeyHash, usual: Limits, secret: Secret) -> (Self, Vec<Grant>) {
+        let directory = Self::empty(usual, secret);
         let grants = directory.apply(file, admin);
         (directory, grants)
     }
 
-    fn empty(usual: Limits) -> Self {
-        Self { table: ArcSwap::default(), lasting: Mutex::default(), usual }
+    fn empty(usual: Limits, secret: Secret) -> Self {
+        Self { table: ArcSwap::default(), lasting: Mutex::default(), usual, secret }
     }
 
     /// Puts a file in force, and says what the engine must know of it.
@@ -105,8 +107,8 @@ impl Directory {
             let tenant = self.tenant(entry);
             // One that is suspended asks for nothing, so that the others share what it had.
             if entry.status == Status::Active {
-                let (device, host) = (entry.device(), entry.host());
-                grants.push(Grant { tenant: tenant.id, weight: entry.weight, device, host });
+                let (device, host, disk) = (entry.device(), entry.host(), entry.disk());
+                grants.push(Grant { tenant: tenant.id, weight: entry.weight, device, host, disk });
             }
             entry.keys.iter().for_each(|key| insert(&mut table, key, Holder::Tenant(tenant.clone(), entry.status)));
         }
@@ -123,8 +125,7 @@ impl Directory {
         self.tenant_named(&entry.id, limits, entry.models.as_deref().map(Arc::from))
     }
 
-    /// A tenant as it has been since the process began, with these limits. Its hash key is random: the tiers that exist die
-    /// with the process.
+    /// A tenant as it has been since the process began, with these limits.
     fn tenant_named(&self, name: &str, limits: Limits, models: Option<Arc<[String]>>) -> Tenant {
         let mut lasting = self.lasting.lock();
         // Bounded by the tenants file, and by memory long before 2^32.
@@ -132,11 +133,16 @@ impl Directory {
         let now = Instant::now();
         let Lasting { id, key, quota } = lasting.entry(name.to_owned()).or_insert_with(|| Lasting {
             id: next,
-            key: TenantKey(rand::random()),
+            key: self.secret.key_of(name),
             quota: Arc::new(Quota::new(limits, now)),
         });
         quota.set_limits(limits, now);
         Tenant { id: *id, name: name.to_owned(), key: *key, models, quota: Arc::clone(quota) }
+    }
+
+    /// The hash keys of all tenants that there have been since the process began.
+    pub fn hash_keys(&self) -> Vec<(TenantId, TenantKey)> {
+        self.lasting.lock().values().map(|lasting| (lasting.id, lasting.key)).collect()
     }
 
     /// Whether any key or none will do for what tenants do.
@@ -210,7 +216,7 @@ mod tests {
 
     #[test]
     fn a_key_opens_what_it_is_for_and_nothing_else() {
-        let (directory, grants) = Directory::of_file(&file(FILE), KeyHash::of("made"), USUAL);
+        let (directory, grants) = Directory::of_file(&file(FILE), KeyHash::of("made"), USUAL, Secret::random());
         assert_eq!(grants.iter().map(|grant| grant.weight).collect::<Vec<_>>(), [Weight(2000)]);
         assert_eq!(directory.tenant_of(Some("web"), NOW).unwrap().name, "a");
         for (key, why) in [
@@ -231,7 +237,7 @@ mod tests {
 
     #[test]
     fn an_edit_keeps_who_a_tenant_is_and_ends_removed_keys() {
-        let (directory, _) = Directory::of_file(&file(FILE), KeyHash::of("made"), USUAL);
+        let (directory, _) = Directory::of_file(&file(FILE), KeyHash::of("made"), USUAL, Secret::random());
         let before = directory.tenant_of(Some("web"), NOW).unwrap();
         directory.apply(&file("[[tenant]]\nid = \"c\"\nkeys = [{ <off> }]"), KeyHash::of("made"));
         assert_eq!(directory.tenant_of(Some("web"), NOW).err(), Some(KeyError::Unknown));
@@ -247,7 +253,7 @@ mod tests {
 
     #[test]
     fn without_a_file_any_key_or_none_is_the_default_tenant_and_admins_need_theirs() {
-        let directory = Directory::open_to_all(KeyHash::of("ops"), USUAL);
+        let directory = Directory::open_to_all(KeyHash::of("ops"), USUAL, Secret::random());
         for key in [None, Some("anything")] {
             assert_eq!(directory.tenant_of(key, NOW).unwrap().name, "default");
             assert!(directory.check_admin(key, NOW).is_err());

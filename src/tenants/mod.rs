@@ -1,12 +1,13 @@
 //! To which tenant does a request belong?
 //!
 //! `directory` finds a key's tenant, `key` makes and hashes keys, `quota` counts what a tenant asks for, `watch` follows
-//! the tenants file, `admin_key` has the key that nobody configured.
+//! the tenants file, `admin_key` has the key that nobody configured, `secret` makes hash keys.
 
 pub mod admin_key;
 pub mod directory;
 pub mod key;
 pub mod quota;
+pub mod secret;
 pub mod watch;
 
 use std::sync::Arc;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use rekindle::engine::core::{Command, Core, CoreSettings, Event, Plan, StartTurn};
 use rekindle::engine::status::PromptTotals;
 use rekindle::engine::{FinishReason, Sampling, TurnEvent, TurnFailure, TurnRequest, TurnUsage};
+use rekindle::kernels::files::Label;
 use rekindle::kernels::memory::Arena;
 use rekindle::kv::KvSettings;
 use rekindle::kv::block::PrefixHash;
@@ -42,6 +43,10 @@ pub enum Damage {
     Device,
 }
 
+/// At times nothing happens for a while: pins end, and a disk that refused a write is tried again.
+const LULL_EVERY: u64 = 97;
+const LULL_US: u64 = 31_000_000;
+
 /// What is drawn for a run.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -51,6 +56,7 @@ pub struct Scenario {
     pub window: u32,
     pub device_blocks: u32,
     pub host_blocks: u32,
+    pub disk_blocks: u32,
     pub background_offload: bool,
     pub reuse: bool,
     pub max_running: usize,
@@ -87,6 +93,7 @@ impl Scenario {
             in_order: !luck.once_in(3),
             slowness: luck.of(&[0, 30, 80, 95]),
             damage: luck.of(&[Damage::None, Damage::Host, Damage::Host]),
+            disk_blocks: luck.of(&[0, device_blocks, 4 * device_blocks, 20 * device_blocks]) as u32,
         }
     }
 
@@ -106,10 +113,14 @@ pub struct Seen {
     pub preemptions: u64,
     pub evictions: u64,
     pub reloads: u64,
+    pub loads: u64,
+    pub stores: u64,
+    pub stores_refused: u64,
     pub verification_failures: u64,
     pub resident_tokens: u64,
     pub shared_tokens: u64,
     pub reloaded_tokens: u64,
+    pub loaded_tokens: u64,
     pub encoded_tokens: u64,
     pub forgotten: u64,
     pub left: u64,
@@ -130,10 +141,14 @@ impl Seen {
             preemptions: self.preemptions + other.preemptions,
             evictions: self.evictions + other.evictions,
             reloads: self.reloads + other.reloads,
+            loads: self.loads + other.loads,
+            stores: self.stores + other.stores,
+            stores_refused: self.stores_refused + other.stores_refused,
             verification_failures: self.verification_failures + other.verification_failures,
             resident_tokens: self.resident_tokens + other.resident_tokens,
             shared_tokens: self.shared_tokens + other.shared_tokens,
             reloaded_tokens: self.reloaded_tokens + other.reloaded_tokens,
+            loaded_tokens: self.loaded_tokens + other.loaded_tokens,
             encoded_tokens: self.encoded_tokens + other.encoded_tokens,
             forgotten: self.forgotten + other.forgotten,
             left: self.left + other.left,
@@ -147,7 +162,7 @@ impl Seen {
 /// A copy on its way.
 struct Copying {
     order: TransferOrder,
-    sums: Option<Vec<u32>>,
+    sums: Option<Vec<Option<u32>>>,
 }
 
 pub struct World {
@@ -158,6 +173,8 @@ pub struct World {
     logits: Logits,
     device: Arc<Arena>,
     host: Arc<Arena>,
+    /// What lies in each slot of the disk: its label, and a block's bytes.
+    disk: HashMap<u32, (Label, Vec<u8>)>,
     now: Tick,
     step: u64,
     conversations: Vec<Conversation>,
@@ -167,9 +184,12 @@ pub struct World {
     next_id: u64,
     prompt: PromptTotals,
     /// Sums of host blocks, by place; kept for `Damage::HostUnchecked`.
-    sums: HashMap<u32, u32>,
+    sums: HashMap<u32, Option<u32>>,
     /// Pins asked for and not answered.
     pins_asked: usize,
+    /// Blocks (of the device, of the host) that were overwritten, and that were told as forgotten.
+    overwritten: (usize, usize),
+    told_forgotten: (usize, usize),
     seen: Seen,
 }
 
@@ -189,6 +209,7 @@ impl World {
             block_bytes: block_bytes as u64,
             device_blocks: BlockCount(scenario.device_blocks),
             host_blocks: BlockCount(scenario.host_blocks),
+            disk_blocks: BlockCount(scenario.disk_blocks),
             window: TokenCount(scenario.window),
             background_offload: scenario.background_offload,
             journal_entries: 64,
@@ -202,6 +223,7 @@ impl World {
             logits: Logits::default(),
             device: arena(scenario.device_blocks),
             host: arena(scenario.host_blocks),
+            disk: HashMap::new(),
             now: Tick(0),
             step: 0,
             conversations: Vec::new(),
@@ -212,6 +234,8 @@ impl World {
             prompt: PromptTotals::default(),
             sums: HashMap::new(),
             pins_asked: 0,
+            overwritten: (0, 0),
+            told_forgotten: (0, 0),
             seen: Seen::default(),
             scenario,
         }
@@ -235,9 +259,13 @@ impl World {
         self.step_until("every conversation is forgotten", |world| {
             world.conversations.iter().all(|conversation| !conversation.forgetting)
         });
+        assert_eq!(self.told_forgotten, self.overwritten, "what was overwritten was told");
         let free = |tier| self.core.manager().free(tier).0;
         assert_eq!(free(Tier::Device), self.scenario.device_blocks, "device blocks that nobody holds are not free");
         assert_eq!(free(Tier::Host), self.scenario.host_blocks, "host blocks that nobody holds are not free");
+        let bad = self.core.status(self.now).disk_bad_slots as u32;
+        assert_eq!(free(Tier::Disk) + bad, self.scenario.disk_blocks, "disk blocks that nobody holds are not free");
+        assert!(self.disk.is_empty(), "something is left on disk of what was forgotten");
         self.check_status();
         let status = self.core.status(self.now);
         self.seen.steps = status.steps;
@@ -247,6 +275,7 @@ impl World {
         self.seen.resident_tokens = self.prompt.resident_tokens;
         self.seen.shared_tokens = self.prompt.shared_tokens;
         self.seen.reloaded_tokens = self.prompt.reloaded_host_tokens;
+        self.seen.loaded_tokens = self.prompt.reloaded_disk_tokens;
         self.seen.encoded_tokens = self.prompt.encoded_tokens;
         std::mem::take(&mut self.seen)
     }
@@ -284,7 +313,11 @@ impl World {
         }
         match self.scenario.damage {
             Damage::None => {}
-            Damage::Host | Damage::HostUnchecked => self.damage_host(),
+            Damage::Host => {
+                self.damage_host();
+                self.damage_disk();
+            }
+            Damage::HostUnchecked => self.damage_host(),
             Damage::Device => damage(&mut self.luck, &self.device, 40, None),
         }
     }
@@ -294,9 +327,9 @@ impl World {
         let luck = &mut self.luck;
         let mut part = || (!luck.once_in(3)).then(|| PoolPart::Permille(luck.below(1001) as u32));
         let mut budget = || TierBudget { floor: part(), ceiling: part(), pins: part() };
-        let (device, host) = (budget(), budget());
+        let (device, host, disk) = (budget(), budget(), budget());
         let weight = Weight(luck.between(100, 4000) as u32);
-        (!luck.once_in(10)).then_some(Grant { tenant, weight, device, host })
+        (!luck.once_in(10)).then_some(Grant { tenant, weight, device, host, disk })
     }
 
     fn pick(&mut self) -> Option<usize> {
@@ -423,7 +456,8 @@ impl World {
         let conversation = &mut self.conversations[index];
         if !conversation.leaving {
             conversation.leaving = true;
-            self.commands.push(Command::Leave(conversation.key));
+            let to = if self.luck.once_in(2) { Tier::Host } else { Tier::Disk };
+            self.commands.push(Command::Leave(conversation.key, to));
         }
     }
 
@@ -484,6 +518,9 @@ impl World {
     fn step(&mut self) {
         self.step += 1;
         self.now.0 += self.luck.between(200, 5_000) as u64;
+        if self.step.is_multiple_of(LULL_EVERY) {
+            self.now.0 += LULL_US;
+        }
         let mut plan = self.core.plan(self.now, &mut self.commands);
         plan.chores.execute(&self.device, &self.host);
         self.copies.extend(plan.orders.drain(..).map(|order| Copying { order, sums: None }));
@@ -518,17 +555,18 @@ impl World {
         }
     }
 
-    /// What is told as forgotten is as many blocks as were overwritten, and they still are.
-    fn check_forgotten(&self, told: &[Event], plan: &Plan) {
-        let (mut device, mut host) = (0, 0);
+    /// What is told as forgotten was overwritten before: in memory in this step or an earlier one, and on disk too.
+    fn check_forgotten(&mut self, told: &[Event], plan: &Plan) {
+        self.overwritten.0 += plan.chores.zero_device.len();
+        self.overwritten.1 += plan.chores.zero_host.len();
         for event in told {
             if let Event::Forgotten(_, freed) = event {
-                device += freed.device.get();
-                host += freed.host.get();
+                self.told_forgotten.0 += freed.device.get();
+                self.told_forgotten.1 += freed.host.get();
             }
         }
-        assert_eq!(plan.chores.zero_device.len(), device, "forgotten device blocks are overwritten before it is told");
-        assert_eq!(plan.chores.zero_host.len(), host, "forgotten host blocks are overwritten before it is told");
+        let (told, done) = (self.told_forgotten, self.overwritten);
+        assert!(told.0 <= done.0 && told.1 <= done.1, "{told:?} blocks are told as forgotten, {done:?} overwritten");
     }
 
     /// Lets copies make headway: some are made, some of those made are told.
@@ -556,7 +594,10 @@ impl World {
         }
     }
 
-    fn execute(&mut self, order: &TransferOrder) -> Vec<u32> {
+    fn execute(&mut self, order: &TransferOrder) -> Vec<Option<u32>> {
+        if !order.direction.is_copy() {
+            return self.execute_on_disk(order);
+        }
         if order.direction == Direction::Reload {
             self.seen.reloads += 1;
         }
@@ -569,6 +610,76 @@ impl World {
         match order.direction {
             Direction::Offload => pairs.map(|((_, to), sum)| *self.sums.entry(*to).insert_entry(sum).get()).collect(),
             Direction::Reload => pairs.map(|((from, _), _)| self.sums[from]).collect(),
+            Direction::Store { .. } | Direction::Load | Direction::Erase => unreachable!("made above"),
+        }
+    }
+
+    /// As the real one, on slots in memory that are at times full, torn, exchanged or gone.
+    fn execute_on_disk(&mut self, order: &TransferOrder) -> Vec<Option<u32>> {
+        let source = if order.direction == (Direction::Store { from: Tier::Host }) { &self.host } else { &self.device };
+        match order.direction {
+            Direction::Store { .. } if self.luck.once_in(50) => {
+                self.seen.stores_refused += 1;
+                vec![None; order.pairs.len()]
+            }
+            Direction::Store { .. } => {
+                self.seen.stores += 1;
+                let pairs = order.pairs.iter().zip(&order.labels);
+                let mut damaged = false;
+                let stored = pairs.map(|(&(from, to), (label, expected))| {
+                    let bytes = source.bytes(from).to_vec();
+                    let sum = crc32c::crc32c(&bytes);
+                    damaged |= expected.is_some_and(|expected| expected != sum);
+                    if !damaged {
+                        assert!(self.disk.insert(to, (*label, bytes)).is_none(), "slot {to} was not overwritten first");
+                    }
+                    Some(sum)
+                });
+                stored.collect()
+            }
+            Direction::Load => {
+                self.seen.loads += 1;
+                let pairs = order.pairs.iter().zip(&order.labels);
+                let loaded = pairs.map(|(&(from, to), (wanted, _))| {
+                    let (label, bytes) = self.disk.get(&from)?;
+                    let same = (label.tenant, label.index, label.parent, label.hash)
+                        == (wanted.tenant, wanted.index, wanted.parent, wanted.hash);
+                    // The bytes are where they are to go before anybody knows what they are.
+                    self.device.with_bytes_mut(to, |into| into.copy_from_slice(bytes));
+                    same.then(|| crc32c::crc32c(bytes))
+                });
+                loaded.collect()
+            }
+            Direction::Erase => {
+                for (slot, _) in &order.pairs {
+                    self.disk.remove(slot);
+                }
+                vec![Some(0); order.pairs.len()]
+            }
+            Direction::Offload | Direction::Reload => unreachable!("copies between memories"),
+        }
+    }
+
+    /// Changes a byte on disk, exchanges two slots, or loses one.
+    fn damage_disk(&mut self) {
+        if self.disk.is_empty() || !self.luck.once_in(60) {
+            return;
+        }
+        let mut slots: Vec<u32> = self.disk.keys().copied().collect();
+        slots.sort_unstable();
+        let (slot, other) = (self.luck.of(&slots), self.luck.of(&slots));
+        match self.luck.below(3) {
+            0 => {
+                let (_, bytes) = self.disk.get_mut(&slot).expect("one of them");
+                let (byte, change) = (self.luck.below(bytes.len()), self.luck.between(1, 255) as u8);
+                bytes[byte] ^= change;
+            }
+            1 => {
+                let (a, b) = (self.disk[&slot].clone(), self.disk[&other].clone());
+                self.disk.insert(slot, b);
+                self.disk.insert(other, a);
+            }
+            _ => drop(self.disk.remove(&slot)),
         }
     }
 
@@ -602,12 +713,13 @@ impl World {
                 let turn = self.turn(id);
                 assert!(turn.started.is_none() && turn.answer.is_empty(), "a turn starts once, and first");
                 turn.started = Some(usage);
-                let parts = usage.resident.0 + usage.shared.0 + usage.reloaded_host.0 + usage.encoded.0;
+                let parts = usage.resident.0 + usage.shared.0 + usage.reloaded().0 + usage.encoded.0;
                 assert_eq!(parts as usize, turn.request.prompt.len(), "usage adds up to the prompt: {usage:?}");
                 assert!(usage.encoded.0 > 0 && usage.reencoded <= usage.encoded, "{usage:?}");
                 self.prompt.resident_tokens += u64::from(usage.resident.0);
                 self.prompt.shared_tokens += u64::from(usage.shared.0);
                 self.prompt.reloaded_host_tokens += u64::from(usage.reloaded_host.0);
+                self.prompt.reloaded_disk_tokens += u64::from(usage.reloaded_disk.0);
                 self.prompt.encoded_tokens += u64::from(usage.encoded.0);
                 self.prompt.reencoded_tokens += u64::from(usage.reencoded.0);
             }
@@ -684,7 +796,7 @@ impl World {
         assert_eq!(status.turns_cancelled, self.seen.cancelled);
         assert_eq!(status.turns_failed, self.seen.failed);
         assert_eq!(status.isolation_faults, 0);
-        if !matches!(self.scenario.damage, Damage::Host) {
+        if !matches!(self.scenario.damage, Damage::Host | Damage::HostUnchecked) {
             assert_eq!(status.verification_failures, 0, "sums differ although nothing was damaged");
         }
         for (key, residency) in self.core.take_residencies() {

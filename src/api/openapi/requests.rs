@@ -379,6 +379,8 @@ pub struct OffloadRequest {
 #[serde(rename_all = "snake_case")]
 pub enum OffloadTo {
     Host,
+    /// Full blocks; the tokens after the last are encoded again.
+    Disk,
     /// Forget the KV; the transcript stays.
     None,
 }

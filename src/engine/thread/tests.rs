@@ -18,6 +18,7 @@ fn settings(device_blocks: u64, host_blocks: u64) -> EngineSettings {
         block_size: SIZE,
         device_bytes: device_blocks * BLOCK,
         host_bytes: host_blocks * BLOCK,
+        disk: None,
         background_offload: true,
         journal_entries: 100,
         max_running: 8,
