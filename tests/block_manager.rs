@@ -288,7 +288,9 @@ impl World {
         let (key, tenant) = (key(conversation), tenant(conversation));
         let (tokens, tenant_key) = (&sequence.tokens, tenant_key(tenant));
         let hashes = PrefixHash::chain(&tenant_key, tokens, SIZE);
-        let admission = self.manager.admit(self.now, Admit { key, tenant, tenant_key, tokens, hashes: &hashes });
+        let (prefill_per_s, avoids_disk) = (self.now.0 % 3 * 1_000, self.now.0.is_multiple_of(7));
+        let admit = Admit { key, tenant, tenant_key, tokens, hashes: &hashes, prefill_per_s, avoids_disk };
+        let admission = self.manager.admit(self.now, admit);
         let found = |Found { resident, shared, reloaded, .. }| (resident.0 + shared.0 + reloaded.0) as usize;
         let (state, found) = match admission {
             Admission::Ready(tiers) => (State::Running, found(tiers)),

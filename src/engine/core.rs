@@ -126,6 +126,7 @@ pub struct Core {
     pub(super) fairness: Fairness,
     pub(super) admissions: u64,
     preemptions: u64,
+    pub(super) stalled_loads: u64,
     /// Conversations that are over as soon as their turn is.
     ending: Vec<KvKey>,
     deadlines_seen: Tick,
@@ -135,7 +136,7 @@ pub struct Core {
     failed: u64,
     prompt: PromptTotals,
     generated: u64,
-    prefill: Rate,
+    pub(super) prefill: Rate,
     scratch: sampler::Scratch,
 }
 
@@ -154,6 +155,7 @@ impl Core {
             fairness: Fairness::default(),
             admissions: 0,
             preemptions: 0,
+            stalled_loads: 0,
             ending: Vec::new(),
             deadlines_seen: Tick(0),
             steps: 0,
@@ -502,6 +504,7 @@ impl Core {
             turns_cancelled: self.cancelled,
             turns_failed: self.failed,
             preemptions: self.preemptions,
+            stalled_loads: self.stalled_loads,
             evictions: counters.evictions,
             prompt: self.prompt,
             generated_tokens: self.generated,

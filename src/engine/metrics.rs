@@ -20,6 +20,7 @@ impl EngineStatus {
             metrics::TURNS.set_total(total, &[("outcome", outcome)]);
         }
         metrics::PREEMPTIONS.set_total(self.preemptions, &[]);
+        metrics::STALLED_LOADS.set_total(self.stalled_loads, &[]);
         metrics::EVICTIONS.set_total(self.evictions, &[]);
         let prompt = &self.prompt;
         for (source, total) in [

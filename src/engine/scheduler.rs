@@ -9,7 +9,7 @@
 use super::core::{Core, Plan, Span};
 use super::sequence::Phase;
 use crate::kv::manager::{Admission, Admit, NoPlace};
-use crate::types::{BlockCount, Tick, TokenCount, TurnId};
+use crate::types::{BlockCount, KvKey, Tick, TokenCount, TurnId};
 
 /// Whether a sequence got its rows.
 enum Placed {
@@ -27,6 +27,7 @@ fn share(left: usize, others_want_some: bool) -> usize {
 
 impl Core {
     pub(super) fn schedule(&mut self, now: Tick, plan: &mut Plan) {
+        self.give_up_stalled_loads(now);
         let mut stalled = false;
         let (decodes, prefills): (Vec<TurnId>, Vec<TurnId>) = self
             .running
@@ -52,6 +53,23 @@ impl Core {
         }
         if !stalled {
             self.admit(now, plan);
+        }
+    }
+
+    /// Lets turns whose load from disk takes too long encode instead, next in their tenants' lines. Their places are free
+    /// when the load is back, whenever that is.
+    fn give_up_stalled_loads(&mut self, now: Tick) {
+        let is_late = |turn: &&TurnId| {
+            let sequence = &self.sequences[*turn];
+            sequence.phase == Phase::Reloading && sequence.load_due.is_some_and(|due| due < now)
+        };
+        let late: Vec<TurnId> = self.running.iter().filter(is_late).copied().collect();
+        for turn in late {
+            tracing::warn!(%turn, "a load from disk takes far longer than foretold: re-encoding");
+            self.stalled_loads += 1;
+            self.sequences.get_mut(&turn).expect("a running turn is known").avoids_disk = true;
+            let key = self.back_in_queue(turn);
+            self.manager.rest(now, key);
         }
     }
 
@@ -111,15 +129,21 @@ impl Core {
     /// Takes a running sequence's places; it waits, first of its tenant's, and loses nothing.
     fn preempt(&mut self, now: Tick, victim: TurnId, for_turn: TurnId) {
         let for_tenant = self.sequences[&for_turn].tenant;
-        let sequence = self.sequences.get_mut(&victim).expect("a running turn is known");
-        sequence.phase = Phase::Queued;
-        sequence.carry_chain_on(self.manager.settings().block_size);
-        let (tenant, key) = (sequence.tenant, sequence.key);
-        self.running.retain(|running| *running != victim);
-        self.fairness.push_front(tenant, victim);
+        let key = self.back_in_queue(victim);
         // While it is known: one that has nothing in place yet, after a damaged reload, leaves no record.
         self.note_preemption(now, key, for_tenant);
         self.manager.rest(now, key);
+    }
+
+    /// Makes a running turn one that waits, first of its tenant's.
+    fn back_in_queue(&mut self, turn: TurnId) -> KvKey {
+        let sequence = self.sequences.get_mut(&turn).expect("a running turn is known");
+        sequence.phase = Phase::Queued;
+        sequence.carry_chain_on(self.manager.settings().block_size);
+        let (tenant, key) = (sequence.tenant, sequence.key);
+        self.running.retain(|running| *running != turn);
+        self.fairness.push_front(tenant, turn);
+        key
     }
 
     /// Lets waiting turns in, as long as the step has tokens left for them. A turn that must wait for memory holds its
@@ -136,7 +160,15 @@ impl Core {
                 continue;
             }
             let tenant_key = sequence.start.tenant_key;
-            let admit = Admit { key, tenant, tenant_key, tokens: &sequence.tokens, hashes: &sequence.hashes };
+            let admit = Admit {
+                key,
+                tenant,
+                tenant_key,
+                tokens: &sequence.tokens,
+                hashes: &sequence.hashes,
+                prefill_per_s: self.prefill.per_s(),
+                avoids_disk: sequence.avoids_disk,
+            };
             let (phase, found) = match self.manager.admit(now, admit) {
                 Admission::Ready(found) => (Phase::Prefill, found),
                 Admission::Reloading(_, found) => (Phase::Reloading, found),
@@ -147,14 +179,18 @@ impl Core {
             };
             self.fairness.remove(tenant, turn);
             self.admissions += 1;
+            let patience_us = self.manager.patience_us(found);
             let sequence = self.sequences.get_mut(&turn).expect("a waiting turn is known");
             sequence.phase = phase;
             sequence.admission = self.admissions;
+            sequence.load_due = patience_us.map(|us| Tick(now.0 + us));
             if !sequence.admitted_once {
                 sequence.admitted_once = true;
+                sequence.usage.prompt.queue_ms = now.ms_since(sequence.arrived);
+            }
+            if !sequence.accounted {
                 sequence.found = found;
                 sequence.ready = now;
-                sequence.usage.prompt.queue_ms = now.ms_since(sequence.arrived);
                 if phase == Phase::Prefill {
                     let context = self.manager.resident(key).context();
                     sequence.account(context);
@@ -181,7 +217,7 @@ mod tests {
     use crate::kv::KvSettings;
     use crate::kv::block::PrefixHash;
     use crate::model::Logits;
-    use crate::types::{BlockSize, KvKey, TenantId, TenantKey, TokenId};
+    use crate::types::{BlockSize, TenantId, TenantKey, TokenId};
 
     const SIZE: BlockSize = BlockSize(16);
     const STEP: usize = 64;

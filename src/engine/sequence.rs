@@ -33,6 +33,10 @@ pub(super) struct Sequence {
     pub phase: Phase,
     pub sampler: Sampler,
     pub found: Found,
+    /// When its load from disk is not waited for any longer.
+    pub load_due: Option<Tick>,
+    /// It has stalled once.
+    pub avoids_disk: bool,
     /// First admission is over: later ones are resumptions.
     pub admitted_once: bool,
     /// Where the prompt's tokens came from is known.
@@ -57,6 +61,8 @@ impl Sequence {
             sampler,
             phase: Phase::Queued,
             found: Found::default(),
+            load_due: None,
+            avoids_disk: false,
             admitted_once: false,
             accounted: false,
             admission: 0,

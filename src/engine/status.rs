@@ -27,6 +27,8 @@ pub struct EngineStatus {
     pub turns_cancelled: u64,
     pub turns_failed: u64,
     pub preemptions: u64,
+    /// Loads from disk that were not waited for any longer; their turns were re-encoded.
+    pub stalled_loads: u64,
     pub evictions: u64,
     pub prompt: PromptTotals,
     pub generated_tokens: u64,

@@ -480,6 +480,66 @@ mod tests {
         assert_eq!(load(&slots, 0, 0).unwrap(), bytes(0));
     }
 
+    /// Whatever happens to the files behind its back, the tier gives out what was stored, or an error.
+    #[test]
+    fn no_corruption_of_the_files_is_given_out() {
+        const SLOTS: usize = 8;
+        const CASES: u32 = 2_000;
+        let slot_bytes = (3 * PAGE) as u64;
+        let folder = tempfile::tempdir().unwrap();
+        let (slots, _) = open(folder.path(), SLOTS);
+        let other = tempfile::tempdir().unwrap();
+        let (foreign, _) = Slots::open(other.path(), slots_of(SLOTS), BLOCK, [8; 32]).unwrap();
+        for slot in 0..SLOTS as u32 {
+            // What the slot held before, then what it holds now; and another model's, which looks alike.
+            store(&slots, slot, slot + 100);
+            store(&foreign, slot, slot);
+        }
+        let read = |path: &Path| std::fs::read(path.join("slots.0000")).unwrap();
+        let (old, foreign) = (read(folder.path()), read(other.path()));
+        (0..SLOTS as u32).for_each(|slot| store(&slots, slot, slot));
+        let good = read(folder.path());
+        let file = OpenOptions::new().read(true).write(true).open(folder.path().join("slots.0000")).unwrap();
+        let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut luck = |below: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % below
+        };
+        let mut noticed = 0;
+        for case in 0..CASES {
+            let slot = luck(SLOTS as u64);
+            let at = slot * slot_bytes;
+            let whole = at as usize..(at + slot_bytes) as usize;
+            match case % 6 {
+                0 => {
+                    // Within the label or the bytes: what pads them means nothing.
+                    let used = (LABEL_BYTES - 4 + BLOCK) as u64;
+                    let place = luck(used);
+                    let place =
+                        if place < (LABEL_BYTES - 4) as u64 { place } else { place + (PAGE + 4 - LABEL_BYTES) as u64 };
+                    let byte = good[(at + place) as usize] ^ (1 << luck(8));
+                    file.write_all_at(&[byte], at + place).unwrap();
+                }
+                1 => {
+                    let end = at + luck(PAGE as u64 + BLOCK as u64);
+                    file.set_len(end).unwrap();
+                    file.set_len(good.len() as u64).unwrap();
+                }
+                2 => {
+                    let with = (slot + 1 + luck(SLOTS as u64 - 1)) % SLOTS as u64 * slot_bytes;
+                    file.write_all_at(&good[with as usize..(with + slot_bytes) as usize], at).unwrap();
+                }
+                3 => file.write_all_at(&vec![0; slot_bytes as usize], at).unwrap(),
+                4 => file.write_all_at(&old[whole], at).unwrap(),
+                _ => file.write_all_at(&foreign[whole], at).unwrap(),
+            }
+            noticed += u32::from(load(&slots, slot as u32, slot as u32).is_err());
+            file.write_all_at(&good, 0).unwrap();
+            assert_eq!(load(&slots, slot as u32, slot as u32).unwrap(), bytes(slot as u8));
+        }
+        assert_eq!(noticed, CASES);
+    }
+
     #[test]
     fn a_tier_may_grow_and_shrink() {
         let folder = tempfile::tempdir().unwrap();

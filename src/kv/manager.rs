@@ -54,6 +54,10 @@ pub struct Admit<'a> {
     pub tokens: &'a [TokenId],
     /// The chain over the full blocks of `tokens`.
     pub hashes: &'a [PrefixHash],
+    /// Tokens a second that the model was seen to encode; 0: not known yet.
+    pub prefill_per_s: u64,
+    /// A load for it has stalled: what is on disk is encoded again.
+    pub avoids_disk: bool,
 }
 
 /// What of a sequence's tokens was found in a tier.
@@ -140,6 +144,7 @@ pub struct Manager {
     pub(super) uncopied: VecDeque<KvKey>,
     pub(super) in_flight: HashMap<Ticket, InFlight>,
     pub(super) offloads_under_way: usize,
+    pub(super) loads_under_way: usize,
     pub(super) next_ticket: u64,
     pub(super) orders: Vec<TransferOrder>,
     pub(super) journal: Journal,
@@ -174,6 +179,7 @@ impl Manager {
             uncopied: VecDeque::new(),
             in_flight: HashMap::new(),
             offloads_under_way: 0,
+            loads_under_way: 0,
             next_ticket: 0,
             orders: Vec::new(),
             journal: Journal::new(settings.journal_entries),
@@ -211,7 +217,8 @@ impl Manager {
         self.host_line.remove(tenant, key);
         self.disk.line.remove(tenant, key);
         self.disown_copies(key, admit.usable_hashes(self.settings.block_size));
-        let matched = self.find(&admit);
+        let mut matched = self.find(&admit);
+        self.weigh(&admit, &mut matched);
         let size = self.settings.block_size;
         let total = TokenCount::of(tokens).blocks(size);
         let here = matched.arrivals.iter().filter(|found| matches!(found, Match::Here(_))).count();
@@ -310,6 +317,7 @@ impl Manager {
         }
         conversation.in_flight += 1;
         conversation.activity = Activity::Running(running);
+        self.loads_under_way += usize::from(!loads.is_empty());
         let (host, disk) = (Part::of(pairs.len()), Part::of(loads.len()));
         let reload = InFlight::Reload { key, started: now, blocks: arrivals, tail: arriving_tail, host, disk };
         let ticket = if pairs.is_empty() {

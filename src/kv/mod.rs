@@ -3,6 +3,7 @@
 pub mod block;
 pub mod budget;
 pub mod chores;
+pub mod cost;
 pub mod disk;
 pub mod evictor;
 pub mod invariants;

@@ -243,7 +243,15 @@ mod tests {
             let tokens: Vec<TokenId> = (0..4 * BLOCKS).map(|i| TokenId(i + 100 * self.conversations as u32)).collect();
             let tenant_key = TenantKey([tenant.0 as u8; 32]);
             let hashes = PrefixHash::chain(&tenant_key, &tokens, BlockSize(4));
-            let admit = Admit { key, tenant, tenant_key, tokens: &tokens, hashes: &hashes };
+            let admit = Admit {
+                key,
+                tenant,
+                tenant_key,
+                tokens: &tokens,
+                hashes: &hashes,
+                prefill_per_s: 0,
+                avoids_disk: false,
+            };
             let now = Tick(u64::try_from(self.conversations).unwrap());
             assert!(matches!(self.manager.admit(now, admit), Admission::Ready(_)), "there is room");
             self.manager.append(key, &tokens);

@@ -265,6 +265,7 @@ impl Manager {
     }
 
     fn loaded(&mut self, bytes: u64, took_us: u64) {
+        self.loads_under_way -= 1;
         self.counters.loaded_bytes += bytes;
         self.rates.load_bytes_per_s.add(bytes, took_us);
     }

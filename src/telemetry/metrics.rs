@@ -62,6 +62,8 @@ table! {
     Counter RELOADED_BYTES, "rekindle_reloaded_bytes_total", Bytes, "KV copied back from the host.";
     Counter STORED_BYTES, "rekindle_stored_bytes_total", Bytes, "KV written to disk.";
     Counter LOADED_BYTES, "rekindle_loaded_bytes_total", Bytes, "KV read back from disk.";
+    Counter STALLED_LOADS, "rekindle_stalled_loads_total", Count,
+        "Loads from disk that took far longer than foretold; their turns were re-encoded.";
     Gauge DISK_UP, "rekindle_disk_tier_up", Count,
         "1 if the disk tier takes KV; 0 without one, and for a while after a write that failed.";
     Gauge DISK_BAD_SLOTS, "rekindle_disk_bad_slots", Count, "Slots out of use, since what was read from them was wrong.";

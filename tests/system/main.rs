@@ -15,6 +15,8 @@ mod contract;
 #[cfg(test)]
 mod crowd;
 #[cfg(test)]
+mod disk;
+#[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
 mod many;
