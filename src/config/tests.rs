@@ -103,7 +103,7 @@ fn an_impossible_value_is_refused_with_its_key_its_source_and_the_reason() {
     says(set("kv.device_bytes=12MB"), &["`kv.device_bytes`", "--set", "`12MB`", "512MiB"]);
     says(set("kv.device_bytes=4096"), &["`kv.device_bytes`", "4KiB", "1MiB"]);
     says(in_file("[kv]\ndevice_bytes = -1"), &["`kv.device_bytes`", "less than nothing"]);
-    says(set("kv.disk_bytes=1GiB"), &["`kv.disk_bytes`", "no disk tier"]);
+    says(set("kv.disk_bytes=512TiB"), &["`kv.disk_bytes`", "256TiB"]);
     says(set("kv.block_size=32"), &["`kv.block_size`", "16 tokens"]);
     says(set("kv.eviction_policy=fifo"), &["`kv.eviction_policy`", "fifo", "lru"]);
     says(variable("REKINDLE__ENGINE__THREADS", "many"), &["`engine.threads`", "REKINDLE__ENGINE__THREADS"]);

@@ -13,8 +13,8 @@ use super::status::{EngineStatus, LastEviction, PoolStatus, PromptTotals, Reside
 use super::{FinishReason, Token, TurnEvent, TurnFailure, TurnRequest};
 use crate::kv::block::PrefixHash;
 use crate::kv::chores::Chores;
+use crate::kv::forget::Freed;
 use crate::kv::journal::Rule;
-use crate::kv::manager::Freed;
 use crate::kv::pins::{PinBudget, PinRefused};
 use crate::kv::rate::Rate;
 use crate::kv::transfer::{TransferDone, TransferOrder};

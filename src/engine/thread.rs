@@ -200,6 +200,8 @@ impl Driver {
     }
 
     fn run(mut self) -> Movers {
+        // What was taken over from the process before is seen before anything happens.
+        self.publish();
         while self.take_in() == Goes::On {
             self.step();
         }

@@ -12,8 +12,9 @@ use std::sync::Arc;
 use super::block::{Checksum, Places, PrefixHash, SealedBlock, Slot};
 use super::budget::Budget;
 use super::evictor::{Evictor, UseOrder};
+use super::forget::Freed;
 use super::journal::{Entry, Rule};
-use super::manager::{Freed, Manager};
+use super::manager::Manager;
 use super::prefix::PrefixIndex;
 use super::residency::{Activity, Conversation};
 use super::tiers::InFlight;
@@ -429,7 +430,7 @@ impl Manager {
         }
         for (key, freed) in forgets {
             let remaining = if done { BlockCount(0) } else { freed.disk };
-            self.forgotten.push((key, Freed { remaining, disk: BlockCount(freed.disk.0 - remaining.0), ..freed }));
+            self.forgot(key, Freed { remaining, disk: BlockCount(freed.disk.0 - remaining.0), ..freed });
         }
     }
 

@@ -14,6 +14,7 @@ use super::budget::Budget;
 use super::chores::Chores;
 use super::disk::Disk;
 use super::evictor::{Evictor, UseOrder};
+use super::forget::Freed;
 use super::journal::{Entry, Journal, Rule};
 use super::lookup::{Match, Matched, TailMatch};
 use super::pins::Pins;
@@ -98,18 +99,6 @@ pub struct Reloaded {
     pub key: KvKey,
     pub context: TokenCount,
     pub took_ms: u64,
-}
-
-/// What forgetting gave back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Freed {
-    pub device: BlockCount,
-    pub host: BlockCount,
-    pub disk: BlockCount,
-    /// Blocks of any tier that other conversations hold too.
-    pub kept_shared: BlockCount,
-    /// Disk blocks that could not be overwritten.
-    pub remaining: BlockCount,
 }
 
 /// Totals since the start.
@@ -431,54 +420,6 @@ impl Manager {
         self.back_in_line(key);
     }
 
-    /// Gives up every copy. `take_forgotten` tells when all transfers have let go too.
-    ///
-    /// Panics if it runs: the engine ends the turn first.
-    pub fn forget(&mut self, key: KvKey) {
-        let Some(conversation) = self.conversations.get_mut(&key) else {
-            self.forgotten.push((key, Freed::default()));
-            return;
-        };
-        assert!(conversation.running().is_none(), "a turn ends before its conversation is forgotten");
-        self.unpin(key);
-        let Some(conversation) = self.conversations.get_mut(&key) else {
-            self.forgotten.push((key, Freed::default()));
-            return;
-        };
-        if conversation.leaving.take().is_some() {
-            self.left.push((key, 0));
-        }
-        let conversation = self.conversations.get_mut(&key).expect("looked up above");
-        conversation.activity = Activity::Forgetting;
-        let (tenant, waits) = (conversation.tenant, conversation.in_flight > 0);
-        self.device_line.remove(tenant, key);
-        self.host_line.remove(tenant, key);
-        self.disk.line.remove(tenant, key);
-        if !waits {
-            self.finish_forgetting(key);
-        }
-    }
-
-    pub(super) fn finish_forgetting(&mut self, key: KvKey) {
-        if self.conversation(key).in_flight > 0 {
-            return;
-        }
-        let conversation = self.conversations.remove(&key).expect("looked up above");
-        let (device, kept_device) = wipe(conversation.device, &mut self.chores.zero_device);
-        let (host, kept_host) = wipe(conversation.host, &mut self.chores.zero_host);
-        let alone = conversation.disk.sealed.iter().filter(|block| Arc::strong_count(block) == 1).count();
-        let disk = BlockCount(u32::try_from(alone).expect("a window bounds a table"));
-        let kept_disk = conversation.disk.blocks().0 - disk.0;
-        let kept_shared = BlockCount(kept_device.0 + kept_host.0 + kept_disk);
-        let freed = Freed { device, host, disk, kept_shared, remaining: BlockCount(0) };
-        if disk.0 > 0 {
-            self.forgotten_once_erased(key, freed);
-        } else {
-            self.forgotten.push((key, freed));
-        }
-        self.touched.push(key);
-    }
-
     fn back_in_line(&mut self, key: KvKey) {
         let conversation = self.conversation(key);
         let (tenant, used, ended) =
@@ -600,21 +541,4 @@ impl Manager {
     pub fn held(&self, tenant: TenantId) -> BlockCount {
         self.device.held(tenant)
     }
-}
-
-/// Takes a table apart: places of blocks that nobody else holds go to `zero`. Counts (freed, shared).
-fn wipe<P: super::block::Place>(table: BlockTable<P>, zero: &mut Vec<Slot<P>>) -> (BlockCount, BlockCount) {
-    let (mut freed, mut shared) = (BlockCount(0), BlockCount(0));
-    let sealed = table.sealed.into_iter().map(|block| Arc::try_unwrap(block).map(|block| block.into_slot()).ok());
-    let tail = table.tail.map(|block| Arc::try_unwrap(block).map(|block| block.into_slot()).ok());
-    for slot in sealed.chain(tail) {
-        match slot {
-            Some(slot) => {
-                freed.0 += 1;
-                zero.push(slot);
-            }
-            None => shared.0 += 1,
-        }
-    }
-    (freed, shared)
 }

@@ -6,6 +6,7 @@ pub mod chores;
 pub mod cost;
 pub mod disk;
 pub mod evictor;
+pub mod forget;
 pub mod invariants;
 pub mod journal;
 pub mod lookup;

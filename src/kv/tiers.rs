@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use super::block::{Checksum, PrefixHash, SealedBlock, Slot, TailBlock};
 use super::disk::Above;
+use super::forget::Freed;
 use super::journal::{Entry, Rule};
-use super::manager::{Freed, Manager, Reloaded};
+use super::manager::{Manager, Reloaded};
 use super::residency::Activity;
 use super::table::BlockTable;
 use super::transfer::{Direction, Ticket, TransferDone, TransferOrder};

@@ -102,14 +102,18 @@ impl Embedded {
 
 impl Drop for Embedded {
     fn drop(&mut self) {
-        // Closed queues are drained, then the threads end.
-        self.writes = None;
-        self.reads = None;
-        for thread in self.threads.drain(..) {
+        let join = |thread: JoinHandle<()>| {
             if thread.join().is_err() {
                 tracing::error!("a thread of the store panicked");
             }
-        }
+        };
+        // Closed queues are drained, then the threads end. The writer's last: whichever connection is closed last folds the
+        // log into the file and removes it, and a reader's may not.
+        let writer = self.threads.pop();
+        self.reads = None;
+        self.threads.drain(..).for_each(join);
+        self.writes = None;
+        writer.into_iter().for_each(join);
     }
 }
 

@@ -58,6 +58,13 @@ pub fn doc(summary: &'static str) -> Doc {
     Doc { summary, body: None, pages: false, replays: false, answers: Vec::new(), codes: Vec::new() }
 }
 
+/// One server-sent event whose data is this type, as OpenAPI describes such streams: `schema` is that of each event.
+fn event(of: &Type) -> Value {
+    let holds = json!({"type": "string", "contentMediaType": "application/json", "contentSchema": of.reference()});
+    let data = json!({"anyOf": [{"const": "[DONE]"}, holds]});
+    json!({"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}})
+}
+
 impl Doc {
     /// Needs a body.
     pub fn takes<T: ToSchema>(self) -> Self {
@@ -166,7 +173,7 @@ impl Doc {
         for answer in &self.answers {
             let (status, media_type, schema) = match answer {
                 Answer::Json(status, of) => (*status, "application/json", of.reference()),
-                Answer::Events(of) => (200, "text/event-stream", of.reference()),
+                Answer::Events(of) => (200, "text/event-stream", event(of)),
                 Answer::Media(media_type) => (200, *media_type, json!({"type": "string"})),
                 Answer::Empty(status) => {
                     responses.insert(status.to_string(), json!({"description": outcome(*status)}));
