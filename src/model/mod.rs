@@ -10,6 +10,7 @@ pub mod fake;
 pub mod families;
 pub mod language;
 pub mod markup;
+mod rounds;
 pub mod tokenizer;
 pub mod weights;
 
