@@ -20,6 +20,10 @@ use rekindle::sessions::transcript::Transcript;
 use rekindle::store::LogToken;
 use rekindle::types::{BlockSize, TenantKey, TokenCount};
 
+/// As in the server.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const KEY: TenantKey = TenantKey([9; 32]);
 const QUESTION: &str = "Could you tell me, in a sentence or two, how that came about and what followed from it?";
 const ANSWER: &str = "It began with a small change that nobody thought much of, and within a year it had become the way in \

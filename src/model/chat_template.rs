@@ -92,6 +92,8 @@ pub(super) struct ChatTemplate {
     knows_developer: bool,
     /// Whether it has a twin in the environment whose loop can be watched.
     is_watched: bool,
+    /// Whether what that writes before the end of its loop may depend on `add_generation_prompt`.
+    is_prompted_early: bool,
 }
 
 /// The template's names in its environment: as it came, and with a loop that is watched.
@@ -120,9 +122,10 @@ impl ChatTemplate {
         let source = without_generation_tags(source);
         let watched = rounds::watched(&source, syntax);
         environment.add_template_owned(PLAIN, source.clone()).map_err(failure)?;
-        let is_watched = watched.is_some_and(|watched| environment.add_template_owned(WATCHED, watched).is_ok());
-        let knows_developer = source.contains("developer");
-        let mut template = Self { environment, bos, eos, shape: ContentShape::Text, knows_developer, is_watched };
+        let is_prompted_early = watched.as_ref().is_none_or(|watched| watched.is_prompted_early);
+        let is_watched = watched.is_some_and(|watched| environment.add_template_owned(WATCHED, watched.source).is_ok());
+        let (shape, knows_developer) = (ContentShape::Text, source.contains("developer"));
+        let mut template = Self { environment, bos, eos, shape, knows_developer, is_watched, is_prompted_early };
         template.shape = template.probe_shape();
         template.is_watched &= template.probe_watch();
         Ok(template)
@@ -141,6 +144,11 @@ impl ChatTemplate {
         let at: MessageAt = Arc::new(move |index| messages.get(index).cloned().unwrap_or_default());
         let watched = self.write(&at, count, None, true, &[]);
         watched.is_some_and(|written| written.next.is_some() && plain == Ok(written.text))
+    }
+
+    /// Whether the front of a prompt may depend on `add_generation_prompt`.
+    pub fn is_prompted_early(&self) -> bool {
+        self.is_prompted_early
     }
 
     /// Text reaches most templates as a string; those that show only lists of parts are found by trying.

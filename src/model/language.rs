@@ -194,9 +194,10 @@ impl Language {
     ) -> Result<Rendered, TemplateError> {
         let fits = |front: &&Front| {
             let Next { resume, add_generation_prompt: prompted, arguments: with, .. } = &front.next;
-            resume.messages < history.count() && *prompted == add_generation_prompt && with == arguments
+            let is_prompted_so = *prompted == add_generation_prompt || !self.template.is_prompted_early();
+            resume.messages < history.count() && is_prompted_so && with == arguments
         };
-        let resumed = front.filter(fits).and_then(|front| self.follow(history, front));
+        let resumed = front.filter(fits).and_then(|front| self.follow(history, front, add_generation_prompt));
         if let Some(rendered) = resumed {
             return Ok(rendered);
         }
@@ -209,13 +210,13 @@ impl Language {
     }
 
     /// What follows a front.
-    fn follow(&self, history: &Arc<dyn History>, front: &Front) -> Option<Rendered> {
-        let Next { resume, at, shield, add_generation_prompt, arguments } = &front.next;
+    fn follow(&self, history: &Arc<dyn History>, front: &Front, add_generation_prompt: bool) -> Option<Rendered> {
+        let Next { resume, at, shield, arguments, .. } = &front.next;
         let mut fresh = (resume.messages..history.count()).map(|index| history.message(index));
         if fresh.any(|message| texts(&message).any(|text| text.contains(*shield))) {
             return None;
         }
-        let (raw, next) = self.write(history, Some(resume), *shield, *add_generation_prompt, arguments)?;
+        let (raw, next) = self.write(history, Some(resume), *shield, add_generation_prompt, arguments)?;
         // A shield whose character is in the front.
         if raw.starts_with(*shield) {
             return None;

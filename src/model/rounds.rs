@@ -215,8 +215,18 @@ impl Round {
 }
 
 impl Object for Round {
+    /// Jinja's `loop` is a map, for those who ask, and holds true.
     fn repr(self: &Arc<Self>) -> ObjectRepr {
-        ObjectRepr::Plain
+        ObjectRepr::Map
+    }
+
+    fn is_true(self: &Arc<Self>) -> bool {
+        true
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        self.watch.foreign();
+        Enumerator::NonEnumerable
     }
 
     fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
@@ -290,9 +300,17 @@ fn not_ours() -> Error {
     Error::new(ErrorKind::InvalidOperation, "not a list of messages that is watched")
 }
 
+/// A template whose loop can be watched.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Watched {
+    pub source: String,
+    /// Whether it asks before the end of its loop if the prompt is to be answered, so that a front depends on that.
+    pub is_prompted_early: bool,
+}
+
 /// A template that does the same and can be watched, if this one has a loop `for message in messages` whose text goes
 /// straight to the prompt. The list may have another name or be `messages[1:]`.
-pub(super) fn watched(source: &str, syntax: SyntaxConfig) -> Option<String> {
+pub(super) fn watched(source: &str, syntax: SyntaxConfig) -> Option<Watched> {
     let tokens: Vec<_> = tokenize(source, false, syntax).collect::<Result<_, _>>().ok()?;
     let tokens: Vec<Said<'_>> =
         tokens.into_iter().map(|(token, span)| Said::new(token, span.start_offset, span.end_offset)).collect();
@@ -378,6 +396,9 @@ enum Open {
 struct Edits {
     edits: Vec<(usize, usize, String)>,
     has_rounds: bool,
+    /// Whether `add_generation_prompt` was said so far, and before the end of a watched loop.
+    is_prompted: bool,
+    is_prompted_early: bool,
 }
 
 impl Edits {
@@ -393,6 +414,7 @@ impl Edits {
                 // What keeps something between rounds, and what shows everything.
                 Some("namespace" | "debug") => return None,
                 Some(word) if word.starts_with(OURS) => return None,
+                Some("add_generation_prompt") => self.is_prompted = true,
                 Some("loop") if is_rounds && !is_attribute => {
                     if matches!(after.first(), Some(Said { kind: Kind::Assign, .. })) {
                         return None;
@@ -430,7 +452,9 @@ impl Edits {
             "set" | "filter" | "with" | "autoescape" => open.push(Open::Capture),
             "macro" | "call" if !in_rounds => open.push(Open::Capture),
             "endfor" | "endif" | "endset" | "endfilter" | "endwith" | "endautoescape" | "endmacro" | "endcall" => {
-                open.pop()?;
+                if open.pop()? == Open::Rounds {
+                    self.is_prompted_early |= self.is_prompted;
+                }
             }
             "elif" | "else" | "do" | "break" | "continue" => {}
             // Blocks and other files.
@@ -456,7 +480,7 @@ impl Edits {
         true
     }
 
-    fn applied(mut self, source: &str) -> Option<String> {
+    fn applied(mut self, source: &str) -> Option<Watched> {
         // Stable: at one place the list's opening comes before a slice that replaces it.
         self.edits.sort_by_key(|(start, end, _)| (*start, *end));
         let (mut out, mut done) = (String::with_capacity(2 * source.len()), 0);
@@ -466,7 +490,7 @@ impl Edits {
             done = *end;
         }
         out.push_str(source.get(done..)?);
-        self.has_rounds.then_some(out)
+        self.has_rounds.then_some(Watched { source: out, is_prompted_early: self.is_prompted_early })
     }
 }
 

@@ -107,8 +107,12 @@ const GROWING: [&str; 6] = [CHATML, SMOLLM2, LLAMA3, LLAMA32, QWEN25, STRICT];
 
 /// Templates that look at the whole conversation, keep something between rounds, take the loop's text for themselves, or do
 /// with the messages or the loop what nobody watches.
-const OTHERS: [&str; 16] = [
+const OTHERS: [&str; 20] = [
     BARE,
+    "{% set rest = messages[1:] %}{% for m in rest %}<|im_start|>{{ m.role }}{{ m.content }}{% if loop.last %}!{{ loop.length }}{{ loop.depth }}{% endif %}{% else %}none{% endfor %}",
+    "{% for m in messages[2:] %}{% if loop is mapping and loop and 'first' in loop and 'x' not in loop %}{{ m.content }}{{ loop.x }}{% endif %}<|im_end|>{{ loop.index }}{% endfor %}{{ messages[0].content }}{{ messages[1] }}",
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% if add_generation_prompt and m.role == 'user' %}?{% endif %}{% endfor %}",
+    "{% macro end() %}{{ 'a' if add_generation_prompt else 'b' }}{% endmacro %}{% for m in messages %}<|im_start|>{{ m.content }}{{ end() }}{% endfor %}",
     // Qwen 3 drops what was thought in all but the last answer.
     "{%- set ns = namespace(last=0) %}{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
      {%- for m in messages %}{{ '<|im_start|>' + m.role }}{% if loop.index0 > ns.last %}!{% endif %}{{ m.content }}<|im_end|>{% endfor %}",
@@ -206,11 +210,12 @@ impl Kept {
         language: &Language,
         answer: Option<&str>,
         arguments: &[(String, Argument)],
+        prompted: bool,
     ) -> Result<Option<usize>, TestCaseError> {
         let history: Arc<dyn History> = Arc::new(Conversation(self.said.clone()));
         let messages: Vec<_> = (0..history.count()).map(|index| history.message(index)).collect();
-        let whole = language.render(&messages, true, arguments);
-        let made = language.render_history(&history, self.front.as_ref(), true, arguments);
+        let whole = language.render(&messages, prompted, arguments);
+        let made = language.render_history(&history, self.front.as_ref(), prompted, arguments);
         let (whole, made) = match (whole, made) {
             (Ok(whole), Ok(made)) => (whole, made),
             (whole, made) => {
@@ -314,15 +319,16 @@ fn turns() -> impl Strategy<Value = Vec<Vec<Said>>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
-    fn a_prompt_that_follows_a_front_is_the_whole_one(turns in turns(), told in prop::collection::vec(any::<bool>(), 5), cut in content()) {
+    fn a_prompt_that_follows_a_front_is_the_whole_one(turns in turns(), told in prop::collection::vec(any::<bool>(), 5), prompted in prop::collection::vec(any::<bool>(), 5), cut in content()) {
         for language in &*LANGUAGES {
             let mut kept = Kept::default();
-            for (turn, told) in turns.iter().zip(told.iter().chain(&[true; 8])) {
+            let prompted = prompted.iter().chain(&[true; 8]);
+            for ((turn, told), prompted) in turns.iter().zip(told.iter().chain(&[true; 8])).zip(prompted) {
                 // What the model said is what the next turn has as its first message, or it was cut off.
                 let next = turn.first().map(|said| said.content.as_str());
                 kept.said.extend(turn.iter().cloned());
                 let answer = if *told { next.unwrap_or_default() } else { &cut };
-                kept.turn(language, Some(answer), &[])?;
+                kept.turn(language, Some(answer), &[], *prompted)?;
             }
         }
     }
@@ -334,7 +340,7 @@ proptest! {
         let mut kept = Kept::default();
         for (turn, style) in turns.iter().zip(["", &style, "", "", &style, &style]) {
             kept.said.extend(turn.iter().cloned());
-            kept.turn(&language, None, &[("style".to_owned(), Argument::Text(style.to_owned()))])?;
+            kept.turn(&language, None, &[("style".to_owned(), Argument::Text(style.to_owned()))], true)?;
         }
     }
 }
@@ -346,7 +352,7 @@ fn chat(language: &Language, turns: usize) -> Vec<usize> {
     for turn in 0..turns {
         kept.said.push(said("user", &format!("question {turn:04}")));
         let answer = format!("answer {turn:04}");
-        written.extend(kept.turn(language, Some(&answer), &[]).unwrap());
+        written.extend(kept.turn(language, Some(&answer), &[], turn % 5 != 4).unwrap());
         kept.said.push(said("assistant", &answer));
     }
     written
@@ -372,7 +378,7 @@ fn tools_that_the_template_looks_ahead_of_are_waited_for_and_no_more() {
         let call = ToolCall { id: "1".into(), name: format!("tool{turn:02}"), arguments: "{}".into() };
         kept.said.push(Said { calls: vec![call], ..said("assistant", "") });
         kept.said.push(Said { call_id: Some("1".into()), ..said("tool", "sunny") });
-        written.extend(kept.turn(&language, Some("It is."), &[]).unwrap());
+        written.extend(kept.turn(&language, Some("It is."), &[], true).unwrap());
         kept.said.push(said("assistant", "It is."));
     }
     assert!(written.iter().skip(2).all(|bytes| *bytes <= written[2]), "{written:?}");
@@ -385,7 +391,7 @@ fn a_message_that_a_template_drops_is_refused_after_a_front_too() {
         false,
     );
     let mut kept = Kept { said: vec![said("user", "a"), said("assistant", "b"), said("user", "c")], ..Kept::default() };
-    assert!(kept.turn(&language, None, &[]).unwrap().is_some());
+    assert!(kept.turn(&language, None, &[], true).unwrap().is_some());
     kept.said.push(said("tool", "12"));
     let history: Arc<dyn History> = Arc::new(Conversation(kept.said.clone()));
     let refused = language.render_history(&history, kept.front.as_ref(), true, &[]);
@@ -412,5 +418,5 @@ fn only_a_loop_whose_text_goes_straight_to_the_prompt_is_watched() {
     let loops = "{%- for m in messages[1:] -%} {{ loop.index }}{% for c in loop.x %}{{ loop.first }}{% endfor %}{{ m.loop }} {%+ endfor %}";
     let expected = "{%- for (m, rekindle_round) in rekindle_rounds(rekindle_after(messages, 1)) %}{% do rekindle_round.begin()  -%} \
                     {{ rekindle_round.index }}{% for c in rekindle_round.x %}{{ loop.first }}{% endfor %}{{ m.loop }} {%+ endfor %}";
-    assert_eq!(watched(loops, syntax()).as_deref(), Some(expected));
+    assert_eq!(watched(loops, syntax()).unwrap().source, expected);
 }
