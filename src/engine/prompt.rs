@@ -28,8 +28,10 @@ impl HashedPrompt {
     /// that aren't whole in what is kept.
     pub fn after(&self, keep: usize, fresh: impl Iterator<Item = TokenId>) -> Self {
         let kept = self.tokens.get(..keep).unwrap_or(&self.tokens);
-        let fresh: Vec<TokenId> = fresh.collect();
-        let tokens: Arc<[TokenId]> = kept.iter().copied().chain(fresh).collect();
+        // Two copies, each of whole slices, are faster than one that goes token by token.
+        let mut tokens = Vec::with_capacity(kept.len() + fresh.size_hint().0);
+        tokens.extend_from_slice(kept);
+        tokens.extend(fresh);
         let size = self.size.0 as usize;
         let whole = kept.len() / size;
         let mut hashes = Vec::with_capacity(tokens.len() / size);
@@ -40,7 +42,7 @@ impl HashedPrompt {
             hashes.push(parent);
         }
         let fresh_blocks = hashes.len() - whole;
-        Self { tokens, hashes, key: self.key, size: self.size, fresh_blocks }
+        Self { tokens: tokens.into(), hashes, key: self.key, size: self.size, fresh_blocks }
     }
 
     pub fn tokens(&self) -> &Arc<[TokenId]> {

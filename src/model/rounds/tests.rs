@@ -107,8 +107,13 @@ const GROWING: [&str; 6] = [CHATML, SMOLLM2, LLAMA3, LLAMA32, QWEN25, STRICT];
 
 /// Templates that look at the whole conversation, keep something between rounds, take the loop's text for themselves, or do
 /// with the messages or the loop what nobody watches.
-const OTHERS: [&str; 20] = [
+const OTHERS: [&str; 23] = [
     BARE,
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% if messages[loop.index0 + 2] is defined %}+{% endif %}{% endfor %}",
+    // A control token that is one only if another message follows.
+    "{% for m in messages %}{% if not loop.first %}{% if loop.last %}!{% else %}start|>{% endif %}{% endif %}{{ m.role }}{{ m.content }}<|im_{% endfor %}",
+    // A round that begins with a shield, whose character the template cut off.
+    "{% for m in messages %}{{ m.content[1:] }}{{ m.role }}<{% endfor %}",
     "{% set rest = messages[1:] %}{% for m in rest %}<|im_start|>{{ m.role }}{{ m.content }}{% if loop.last %}!{{ loop.length }}{{ loop.depth }}{% endif %}{% else %}none{% endfor %}",
     "{% for m in messages[2:] %}{% if loop is mapping and loop and 'first' in loop and 'x' not in loop %}{{ m.content }}{{ loop.x }}{% endif %}<|im_end|>{{ loop.index }}{% endfor %}{{ messages[0].content }}{{ messages[1] }}",
     "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% if add_generation_prompt and m.role == 'user' %}?{% endif %}{% endfor %}",
