@@ -11,6 +11,7 @@ pub mod families;
 pub mod language;
 pub mod markup;
 mod rounds;
+mod strftime;
 pub mod tokenizer;
 pub mod weights;
 
