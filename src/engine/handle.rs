@@ -15,9 +15,9 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
 use super::core::StartTurn;
+use super::prompt::HashedPrompt;
 use super::status::{EngineStatus, Residency};
 use super::{TurnEvent, TurnRequest};
-use crate::kv::block::PrefixHash;
 use crate::kv::transfer::TransferDone;
 use crate::model::ModelSpec;
 use crate::types::{BlockSize, Grant, KvKey, TenantId, TenantKey, Tick, TokenCount, TurnId};
@@ -192,6 +192,11 @@ impl EngineHandle {
         Ok(())
     }
 
+    /// A prompt of a tenant's without tokens, for those that come.
+    pub fn empty_prompt(&self, tenant_key: TenantKey) -> HashedPrompt {
+        HashedPrompt::empty(tenant_key, self.shared.block_size)
+    }
+
     /// The handle of one conversation's KV. The caller keeps to one a key: `sessions` has one actor a conversation.
     pub fn kv(&self, tenant: TenantId, tenant_key: TenantKey, key: KvKey) -> KvHandle {
         KvHandle { key, tenant, tenant_key, engine: self.clone() }
@@ -250,13 +255,26 @@ impl KvHandle {
         self.key
     }
 
-    /// Starts a turn. Returns at once; the tokens come through `TurnEvents`.
+    /// Starts a turn whose prompt is no other's continuation.
     pub fn start_turn(&mut self, request: TurnRequest) -> Result<(TurnHandle, TurnEvents), SubmitError> {
+        let prompt = self.engine.empty_prompt(self.tenant_key).after(0, request.prompt.iter().copied());
+        let request = TurnRequest { prompt: Arc::clone(prompt.tokens()), ..request };
+        self.start_hashed(&prompt, request)
+    }
+
+    /// Starts a turn whose prompt, `request.prompt`, is hashed. Returns at once; the tokens come through `TurnEvents`.
+    pub fn start_hashed(
+        &mut self,
+        prompt: &HashedPrompt,
+        request: TurnRequest,
+    ) -> Result<(TurnHandle, TurnEvents), SubmitError> {
+        assert!(Arc::ptr_eq(prompt.tokens(), &request.prompt), "the hashes are another prompt's");
+        assert_eq!(prompt.key().0, self.tenant_key.0, "a prompt crossed tenants");
+        let hashes = prompt.hashes().to_vec();
         let shared = &self.engine.shared;
         let prompt = TokenCount::of(&request.prompt);
         self.engine.admits(prompt)?;
         let turn = TurnId(shared.next_turn.fetch_add(1, Ordering::Relaxed));
-        let hashes = PrefixHash::chain(&self.tenant_key, &request.prompt, shared.block_size);
         let room = request.max_tokens.0.min(shared.window.0 - prompt.0) as usize + 2;
         let (events, listener) = mpsc::channel(room);
         let start =

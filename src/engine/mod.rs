@@ -9,6 +9,7 @@ pub mod handle;
 mod metrics;
 mod movers;
 mod odds;
+pub mod prompt;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
@@ -16,13 +17,14 @@ pub mod status;
 pub mod thread;
 
 pub use handle::{EngineHandle, KvHandle, SubmitError, TurnEvents, TurnHandle};
+pub use prompt::HashedPrompt;
 pub use sampler::Sampling;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use crate::model::language::{
-    Argument, ChatMessage, Language, RESERVED, Rendered, TemplateError, TextDecoder, ToolCall,
+    Argument, ChatMessage, Front, History, Language, RESERVED, Rendered, TemplateError, TextDecoder, ToolCall,
 };
 use crate::types::{TokenCount, TokenId};
 

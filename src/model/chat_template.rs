@@ -8,10 +8,13 @@
 #![deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::collections::BTreeMap;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
 
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
+
+use super::rounds::{self, Resume, Watch, Written};
+use super::strftime::strftime_now;
 
 /// What a render may do: about an instruction, or 64 bytes made, a unit. A turn of a common template takes some dozens.
 const FUEL: u64 = 1_000_000;
@@ -87,7 +90,18 @@ pub(super) struct ChatTemplate {
     eos: String,
     shape: ContentShape,
     knows_developer: bool,
+    /// Whether it has a twin in the environment whose loop can be watched.
+    is_watched: bool,
+    /// Whether what that writes before the end of its loop may depend on `add_generation_prompt`.
+    is_prompted_early: bool,
 }
+
+/// The template's names in its environment: as it came, and with a loop that is watched.
+const PLAIN: &str = "chat";
+const WATCHED: &str = "chat, watched";
+
+/// Gives a message by its place in the conversation, shielded.
+pub(super) type MessageAt = Arc<dyn Fn(usize) -> TemplateMessage + Send + Sync>;
 
 impl ChatTemplate {
     /// Parses `source`. `bos` and `eos`: the texts of these tokens, or empty. Errors with the place of a syntax error.
@@ -95,7 +109,7 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax =
             environment.syntax().to_builder().trim_blocks(true).lstrip_blocks(true).build().map_err(failure)?;
-        environment.set_syntax(syntax);
+        environment.set_syntax(syntax.clone());
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
@@ -104,11 +118,37 @@ impl ChatTemplate {
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
-        environment.add_template_owned("chat", without_generation_tags(source)).map_err(failure)?;
-        let knows_developer = source.contains("developer");
-        let mut template = Self { environment, bos, eos, shape: ContentShape::Text, knows_developer };
+        rounds::teach(&mut environment);
+        let source = without_generation_tags(source);
+        let watched = rounds::watched(&source, syntax);
+        environment.add_template_owned(PLAIN, source.clone()).map_err(failure)?;
+        let is_prompted_early = watched.as_ref().is_none_or(|watched| watched.is_prompted_early);
+        let is_watched = watched.is_some_and(|watched| environment.add_template_owned(WATCHED, watched.source).is_ok());
+        let (shape, knows_developer) = (ContentShape::Text, source.contains("developer"));
+        let mut template = Self { environment, bos, eos, shape, knows_developer, is_watched, is_prompted_early };
         template.shape = template.probe_shape();
+        template.is_watched &= template.probe_watch();
         Ok(template)
+    }
+
+    /// A template whose loop can't be watched in the plainest of conversations is not run twice for each that comes.
+    fn probe_watch(&self) -> bool {
+        let message = |(role, content): (&str, &str)| TemplateMessage {
+            role: role.to_owned(),
+            content: content.to_owned(),
+            ..TemplateMessage::default()
+        };
+        let messages: Vec<_> = [("user", "a"), ("assistant", "b"), ("user", "c")].map(message).into();
+        let plain = self.run(&messages, true, &[]);
+        let count = messages.len();
+        let at: MessageAt = Arc::new(move |index| messages.get(index).cloned().unwrap_or_default());
+        let watched = self.write(&at, count, None, true, &[]);
+        watched.is_some_and(|written| written.next.is_some() && plain == Ok(written.text))
+    }
+
+    /// Whether the front of a prompt may depend on `add_generation_prompt`.
+    pub fn is_prompted_early(&self) -> bool {
+        self.is_prompted_early
     }
 
     /// Text reaches most templates as a string; those that show only lists of parts are found by trying.
@@ -129,11 +169,7 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         arguments: &[(String, Argument)],
     ) -> Result<String, TemplateError> {
-        for message in &mut messages {
-            if message.role == "developer" && !self.knows_developer {
-                "system".clone_into(&mut message.role);
-            }
-        }
+        messages.iter_mut().for_each(|message| name_role(message, self.knows_developer));
         let mut refused = match self.offer(&messages, add_generation_prompt, arguments) {
             Err(error @ TemplateError::OutOfFuel { .. }) => return Err(error),
             Err(error) => error,
@@ -157,6 +193,56 @@ impl ChatTemplate {
         Err(refused)
     }
 
+    /// Renders the messages as they came, from the round where it resumes, or all of them: what `render` gives of them.
+    /// `None` if the template refuses them so, or can't be watched: then only the whole tells.
+    pub fn write(
+        &self,
+        message_at: &MessageAt,
+        count: usize,
+        resume: Option<Resume>,
+        add_generation_prompt: bool,
+        arguments: &[(String, Argument)],
+    ) -> Option<Written> {
+        let is_ours = |(name, _): &(String, Argument)| name.starts_with(rounds::OURS);
+        if !self.is_watched || arguments.iter().any(is_ours) {
+            return None;
+        }
+        let first = resume.as_ref().map_or(0, |resume| resume.messages);
+        let (message_at, shape, knows_developer) = (Arc::clone(message_at), self.shape, self.knows_developer);
+        let message_at = move |index: usize| {
+            let mut message = message_at(index);
+            name_role(&mut message, knows_developer);
+            message
+        };
+        let fresh: Arc<[TemplateMessage]> = (first..count).map(&message_at).collect();
+        let fuel = FUEL + fuel(&fresh) + fuel(&[message_at(0)]);
+        let known = Arc::clone(&fresh);
+        let messages = move |index: usize| match index.checked_sub(first).and_then(|index| known.get(index)) {
+            Some(message) => context_message(message, shape),
+            None => context_message(&message_at(index), shape),
+        };
+        let watch = Watch::new(Box::new(messages), count, resume);
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel));
+        let clock = Arc::clone(&watch);
+        environment.add_function("strftime_now", move |format: &str| {
+            let now = strftime_now(format);
+            clock.saw_clock(&now);
+            now
+        });
+        let context = self.context(watch.list(), add_generation_prompt, arguments);
+        let template = environment.get_template(WATCHED).ok()?;
+        template.render_captured_to(context, watch.pen()).ok()?;
+        let written = watch.finish()?;
+        accounts_for(&fresh, &written.text).ok()?;
+        // A front is only one if what it has to say stands in it, and not in what follows for now.
+        let in_front = written.next.as_ref().is_some_and(|(resume, at)| {
+            let (messages, text) = (fresh.get(..resume.messages - first), written.text.get(..*at));
+            messages.zip(text).is_some_and(|(messages, text)| accounts_for(messages, text).is_ok())
+        });
+        Some(Written { next: written.next.filter(|_| in_front), ..written })
+    }
+
     /// Renders the messages in this form, and makes sure that none was dropped.
     fn offer(
         &self,
@@ -165,18 +251,7 @@ impl ChatTemplate {
         arguments: &[(String, Argument)],
     ) -> Result<String, TemplateError> {
         let text = self.run(messages, add_generation_prompt, arguments)?;
-        let mut rest = text.as_str();
-        for call in messages.iter().flat_map(|message| &message.calls) {
-            rest = after_content(rest, &call.name)
-                .ok_or_else(|| TemplateError::Dropped { role: "assistant, with its tool calls".to_owned() })?;
-        }
-        for role in ["system", "developer", "tool"] {
-            let mut rest = text.as_str();
-            for message in messages.iter().filter(|message| message.role == role) {
-                rest = after_content(rest, message.content.trim())
-                    .ok_or_else(|| TemplateError::Dropped { role: role.to_owned() })?;
-            }
-        }
+        accounts_for(messages, &text)?;
         Ok(text)
     }
 
@@ -186,9 +261,20 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         arguments: &[(String, Argument)],
     ) -> Result<String, TemplateError> {
-        let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
-        let fuel = FUEL + FUEL_A_MESSAGE * messages.len() as u64 + FUEL_A_CHUNK * (bytes as u64 / 64);
+        let fuel = FUEL + fuel(messages);
         let messages: Vec<Value> = messages.iter().map(|message| context_message(message, self.shape)).collect();
+        let context = self.context(Value::from(messages), add_generation_prompt, arguments);
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel));
+        let template = environment.get_template(PLAIN).map_err(failure)?;
+        template.render(context).map_err(|error| match failure(error) {
+            TemplateError::OutOfFuel { .. } => TemplateError::OutOfFuel { fuel },
+            error => error,
+        })
+    }
+
+    /// The variables that the template gets.
+    fn context(&self, messages: Value, add_generation_prompt: bool, arguments: &[(String, Argument)]) -> Value {
         let argument = |(name, value): &(String, Argument)| {
             let value = match value {
                 Argument::Bool(value) => Value::from(*value),
@@ -199,7 +285,7 @@ impl ChatTemplate {
             (name.clone(), value)
         };
         let given = [
-            ("messages", Value::from(messages)),
+            ("messages", messages),
             ("add_generation_prompt", Value::from(add_generation_prompt)),
             ("bos_token", Value::from(self.bos.as_str())),
             ("eos_token", Value::from(self.eos.as_str())),
@@ -207,14 +293,37 @@ impl ChatTemplate {
             ("documents", Value::from(())),
         ];
         let given = given.into_iter().map(|(name, value)| (name.to_owned(), value));
-        let context: BTreeMap<String, Value> = arguments.iter().map(argument).chain(given).collect();
-        let mut environment = self.environment.clone();
-        environment.set_fuel(Some(fuel));
-        let template = environment.get_template("chat").map_err(failure)?;
-        template.render(Value::from(context)).map_err(|error| match failure(error) {
-            TemplateError::OutOfFuel { .. } => TemplateError::OutOfFuel { fuel },
-            error => error,
-        })
+        Value::from(arguments.iter().map(argument).chain(given).collect::<BTreeMap<String, Value>>())
+    }
+}
+
+/// What a render may do for these messages, on top of `FUEL`.
+fn fuel(messages: &[TemplateMessage]) -> u64 {
+    let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
+    FUEL_A_MESSAGE * messages.len() as u64 + FUEL_A_CHUNK * (bytes as u64 / 64)
+}
+
+/// Makes sure that no system or tool message, and no call, is missing in a text.
+fn accounts_for(messages: &[TemplateMessage], text: &str) -> Result<(), TemplateError> {
+    let mut rest = text;
+    for call in messages.iter().flat_map(|message| &message.calls) {
+        rest = after_content(rest, &call.name)
+            .ok_or_else(|| TemplateError::Dropped { role: "assistant, with its tool calls".to_owned() })?;
+    }
+    for role in ["system", "developer", "tool"] {
+        let mut rest = text;
+        for message in messages.iter().filter(|message| message.role == role) {
+            rest = after_content(rest, message.content.trim())
+                .ok_or_else(|| TemplateError::Dropped { role: role.to_owned() })?;
+        }
+    }
+    Ok(())
+}
+
+/// Templates that know no developer call one the system.
+fn name_role(message: &mut TemplateMessage, knows_developer: bool) {
+    if message.role == "developer" && !knows_developer {
+        "system".clone_into(&mut message.role);
     }
 }
 
@@ -485,89 +594,6 @@ fn quoted(text: &str) -> String {
     out
 }
 
-fn strftime_now(format: &str) -> String {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    strftime(format, now.as_secs())
-}
-
-/// A time in UTC, `seconds` after 1970, by those of C's conversions that templates use; others stay as they are.
-fn strftime(format: &str, seconds: u64) -> String {
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    let (year, month, day, day_of_year) = date(days);
-    let name =
-        |names: &[&'static str], index: u64| names.iter().cycle().nth(index as usize).copied().unwrap_or_default();
-    let (month_name, day_name) = (name(&MONTHS, month - 1), name(&DAYS, days % 7));
-    let mut out = String::new();
-    let mut characters = format.chars();
-    while let Some(c) = characters.next() {
-        if c != '%' {
-            out.push(c);
-            continue;
-        }
-        out.push_str(&match characters.next() {
-            Some('Y') => year.to_string(),
-            Some('y') => format!("{:02}", year % 100),
-            Some('m') => format!("{month:02}"),
-            Some('d') => format!("{day:02}"),
-            Some('e') => format!("{day:2}"),
-            Some('j') => format!("{day_of_year:03}"),
-            Some('B') => month_name.to_owned(),
-            Some('b' | 'h') => month_name.chars().take(3).collect(),
-            Some('A') => day_name.to_owned(),
-            Some('a') => day_name.chars().take(3).collect(),
-            Some('H') => format!("{hour:02}"),
-            Some('I') => format!("{:02}", (hour + 11) % 12 + 1),
-            Some('p') => if hour < 12 { "AM" } else { "PM" }.to_owned(),
-            Some('M') => format!("{minute:02}"),
-            Some('S') => format!("{second:02}"),
-            Some('F') => format!("{year}-{month:02}-{day:02}"),
-            Some('T') => format!("{hour:02}:{minute:02}:{second:02}"),
-            Some('Z') => "UTC".to_owned(),
-            Some('%') => "%".to_owned(),
-            Some(other) => format!("%{other}"),
-            None => "%".to_owned(),
-        });
-    }
-    out
-}
-
-/// Year, month from 1, day from 1 and day of the year from 1, of a day counted from 1970-01-01.
-fn date(mut days: u64) -> (u64, u64, u64, u64) {
-    let mut year = 1970;
-    let is_leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
-    while days >= 365 + u64::from(is_leap(year)) {
-        days -= 365 + u64::from(is_leap(year));
-        year += 1;
-    }
-    let day_of_year = days + 1;
-    let february = 28 + u64::from(is_leap(year));
-    let mut month = 1;
-    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
-        if days < length {
-            break;
-        }
-        days -= length;
-        month += 1;
-    }
-    (year, month, days + 1, day_of_year)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -743,17 +769,5 @@ mod tests {
             assert!(matches!(error, TemplateError::Failed { line: 2, .. }), "{error:?}");
             assert!(!error.to_string().contains("secret"), "{error}");
         }
-    }
-
-    #[test]
-    fn dates_are_cs() {
-        let at = 1_709_210_096; // 2024-02-29 12:34:56
-        assert_eq!(
-            strftime("%d %b %Y, %A %B %e %j %y %H:%M:%S %I%p %a 100%% %F %T %q", at),
-            "29 Feb 2024, Thursday February 29 060 24 12:34:56 12PM Thu 100% 2024-02-29 12:34:56 %q"
-        );
-        assert_eq!(strftime("%d %b %Y %A %I%p %j", 0), "01 Jan 1970 Thursday 12AM 001");
-        assert_eq!(strftime("%F %j", 951_782_399), "2000-02-28 059");
-        assert_eq!(strftime("%F %j", 4_102_444_799), "2099-12-31 365");
     }
 }

@@ -10,6 +10,8 @@ pub mod fake;
 pub mod families;
 pub mod language;
 pub mod markup;
+mod rounds;
+mod strftime;
 pub mod tokenizer;
 pub mod weights;
 

@@ -221,11 +221,17 @@ impl Tokenizer {
     /// At the text's start a BOS that the model wants and the text lacks comes first, for 0 bytes. `walls`: see `markup`.
     pub fn tokenize(&self, text: &str, walls: &[usize], from: usize) -> Vec<(TokenId, u16)> {
         let parts = self.markup.parts(text, walls, from);
-        let mut tokens = Vec::with_capacity(text.len().saturating_sub(from) / 3 + 1);
         let has_bos = matches!((parts.first(), self.bos), (Some(Part::Markup { id, .. }), Some(bos)) if *id == bos);
-        if let (true, 0, false, Some(bos)) = (self.adds_bos, from, has_bos, self.bos) {
-            tokens.push((bos, 0));
-        }
+        let bos = self.bos.filter(|_| self.adds_bos && from == 0 && !has_bos);
+        self.tokens_of(parts, bos.map(|bos| (bos, 0)).into_iter().collect())
+    }
+
+    /// As `tokenize`, of a text that follows another: no BOS.
+    pub fn tokenize_on(&self, text: &str, walls: &[usize], from: usize) -> Vec<(TokenId, u16)> {
+        self.tokens_of(self.markup.parts(text, walls, from), Vec::new())
+    }
+
+    fn tokens_of(&self, parts: Vec<Part<'_>>, mut tokens: Vec<(TokenId, u16)>) -> Vec<(TokenId, u16)> {
         for part in parts {
             match part {
                 Part::Markup { id, .. } => tokens.push((id, self.length(id))),

@@ -18,10 +18,11 @@ use super::messages::{
     Audience, Deleted, Goal, Item, NewItem, OffloadTo, Offloaded, OnConflict, SessionError, TurnError, TurnLimits,
     TurnUsage,
 };
+use super::prompt::PromptRules;
 use super::registry::Identity;
 use super::stream::turn_stream;
 use super::transcript::Transcript;
-use super::turn::{PromptRules, start};
+use super::turn::start;
 use super::warm::warm;
 use super::work::{
     Closing, Opened, Opening, Outcome, Started, Work, close, commit_items, delete, load, new_items, open, remove,
@@ -388,7 +389,7 @@ impl Session {
         let Closing { writer, end, left, presence } = closing;
         if let Some(left) = left {
             self.keep(left.item);
-            Arc::make_mut(&mut self.transcript).log = left.log;
+            Arc::make_mut(&mut self.transcript).take(left.log, left.known);
         }
         writer.end(end);
         drop(presence);
@@ -423,11 +424,7 @@ impl Session {
         };
         let removing = remove(self.work(), Arc::clone(&self.transcript), index, kv);
         context.spawn(removing.into_actor(self).map(move |(kv, removed), session, context| {
-            let removed = removed.map(|log_keep| {
-                let transcript = Arc::make_mut(&mut session.transcript);
-                transcript.items.remove(index);
-                transcript.log.truncate(log_keep);
-            });
+            let removed = removed.map(|log_keep| Arc::make_mut(&mut session.transcript).remove(index, log_keep));
             answer(reply, removed);
             session.rest(kv, context);
         }));

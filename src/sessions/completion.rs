@@ -15,9 +15,10 @@ use super::live::{Presence, Running, Turn};
 use super::messages::{
     Audience, Complete, Goal, Message, NewResponse, Overflow, Respond, TurnError, TurnLimits, TurnUpdate,
 };
+use super::prompt::{Prompt, PromptRules};
 use super::stream::{TurnStream, TurnWriter, turn_stream};
-use super::transcript::Prompt;
-use super::turn::{Ended, PromptRules, RunningTurn, prepare, start};
+use super::turn::{Ended, RunningTurn, prepare, start};
+use super::work::answer_message;
 use crate::engine::KvHandle;
 use crate::tenants::Tenant;
 use crate::types::KvKey;
@@ -136,9 +137,9 @@ impl Asked {
         writer.end(match ended {
             Ended::Answered(answered) => {
                 if answered.encoded && !answered.is_silent() {
-                    let conversation = self.prompt.conversation.clone().answered(&answered.said.text);
+                    let known = self.prompt.known().clone().answered(&answer_message(&answered));
                     let log = self.prompt.after(&answered.said);
-                    self.shared.recall.keep(self.tenant.id, key, conversation, log);
+                    self.shared.recall.keep(self.tenant.id, key, &known, log);
                 }
                 TurnUpdate::Done(answered.done(item_id))
             }

@@ -11,7 +11,7 @@ pub fn language() -> Language {
 
 /// The tokens of a text as an answer might have them.
 pub fn tokens_of(language: &Language, text: &str) -> Vec<TokenId> {
-    let message = ChatMessage { role: "user", name: None, content: text, calls: &[], call_id: None };
+    let message = ChatMessage { role: "user", name: None, content: text.into(), calls: &[], call_id: None };
     let rendered = language.render(&[message], false, &[]).unwrap();
     let start = rendered.text.find('\n').unwrap() + 1;
     let mut left = text.len();

@@ -36,7 +36,7 @@ impl Sessions {
     ) -> Result<Forked, SessionError> {
         let history = self.ask(tenant, id, |reply| Command::Fork { after_item, reply }).await?;
         let Transcript { items, mut log, .. } = self.with_its_own_log(history).await?;
-        log.forget_encoded();
+        log.set_encoded(0);
         let held = self.shared.engine.residency(KvKey(id.0));
         let held = held.map_or(TokenCount(0), |held| held.device.tokens.max(held.host.tokens).max(held.disk.tokens));
         let (fork, now) = (rand::random(), unix_now());

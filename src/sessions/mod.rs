@@ -5,6 +5,7 @@
 mod actor;
 mod command;
 mod completion;
+pub mod digests;
 #[cfg(test)]
 mod fixtures;
 mod forecast;
@@ -15,14 +16,16 @@ mod listing;
 mod live;
 pub mod messages;
 mod once;
+pub mod prompt;
 mod recall;
 mod registry;
 mod responses;
-mod speech;
+pub mod speech;
 mod stored;
 mod stream;
 mod sweep;
-mod transcript;
+pub mod token_log;
+pub mod transcript;
 mod turn;
 mod warm;
 mod work;

@@ -3,98 +3,89 @@
 //! A stateless client resends what it read from us; tokenised anew it may become other ids than those that were generated,
 //! and their KV would not be found. So the token logs of conversations are remembered by what was said in them: a chain of
 //! digests, one behind each answer, keyed by tenant. What is found is only a proposal: a prompt takes its tokens as far
-//! as they stand for the rendered text, so that a wrong one costs a comparison.
-//! Bounds: tokens a tenant, the logs longest unused go first. Cost: O(messages) a turn.
+//! as they stand for the rendered text, so that a wrong one costs a comparison. If what the client sends is to the letter
+//! what the log's prompt was rendered from, it isn't rendered again.
+//! Bounds: tokens a tenant, the logs longest unused go first. Cost: O(new messages) a turn that goes on from a log.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use dashmap::DashMap;
 use hashlink::LinkedHashMap;
 
-use super::messages::{Message, Role};
-use super::transcript::{TokenLog, text_of};
-use crate::types::{KvKey, TenantId, TenantKey};
+use super::digests::{Digest, Digests};
+use super::prompt::{Known, Recalled};
+use super::token_log::TokenLog;
+use crate::engine::Front;
+use crate::types::{KvKey, TenantId};
 
-type Digest = [u8; 32];
-
-/// What the messages of a conversation are known by, up to each answer and to the end.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Digests {
-    answers: Vec<Digest>,
-    /// Of all messages; to be continued with the answer.
-    end: Option<Digest>,
-    key: Option<TenantKey>,
-}
-
-impl Digests {
-    pub fn of<'a>(key: &TenantKey, instructions: Option<&str>, messages: impl Iterator<Item = &'a Message>) -> Self {
-        let mut digests = Self { answers: Vec::new(), end: Some([0; 32]), key: Some(*key) };
-        if let Some(instructions) = instructions {
-            digests.add(Role::System, None, instructions);
-        }
-        for message in messages {
-            digests.add(message.role, message.name.as_deref(), &text_of(message));
-        }
-        digests
-    }
-
-    /// Spaces at a text's ends are not told apart: clients trim what they show.
-    fn add(&mut self, role: Role, name: Option<&str>, text: &str) {
-        let (Some(end), Some(key)) = (self.end, self.key) else { return };
-        let mut hasher = blake3::Hasher::new_keyed(&key.0);
-        hasher.update(&end);
-        for field in [role.name(), name.unwrap_or_default(), text.trim()] {
-            hasher.update(&(field.len() as u64).to_le_bytes());
-            hasher.update(field.as_bytes());
-        }
-        let digest = *hasher.finalize().as_bytes();
-        self.end = Some(digest);
-        if role == Role::Assistant {
-            self.answers.push(digest);
-        }
-    }
-
-    /// The conversation with its answer.
-    pub fn answered(mut self, text: &str) -> Self {
-        self.add(Role::Assistant, None, text);
-        self
-    }
-}
+/// A log's number within its tenant's memory.
+type LogId = u64;
 
 /// A log, and the digests that lead to it.
 struct Remembered {
-    log: Arc<TokenLog>,
+    key: KvKey,
+    log: TokenLog,
     digests: Vec<Digest>,
+    /// The front of the log's prompt, and the exact digest of its messages.
+    front: Option<(Front, Digest)>,
 }
 
 /// What one tenant's conversations were made of.
 #[derive(Default)]
 struct Memory {
     /// The most lately used last.
-    logs: LinkedHashMap<KvKey, Remembered>,
-    by_digest: HashMap<Digest, KvKey>,
+    logs: LinkedHashMap<LogId, Remembered>,
+    by_key: HashMap<KvKey, LogId>,
+    by_digest: HashMap<Digest, LogId>,
+    made: LogId,
     tokens: usize,
 }
 
 impl Memory {
-    fn find(&mut self, digests: &Digests) -> Option<Arc<TokenLog>> {
-        let key = *digests.answers.iter().rev().find_map(|digest| self.by_digest.get(digest))?;
-        self.logs.to_back(&key).map(|found| Arc::clone(&found.log))
+    fn find(&mut self, digests: &Digests) -> Option<Recalled> {
+        let id = *digests.answers().iter().rev().find_map(|digest| self.by_digest.get(digest))?;
+        let found = self.logs.to_back(&id)?;
+        let front = found.front.as_ref().filter(|(front, digest)| digests.exact(front.messages()) == Some(*digest));
+        Some(Recalled { log: found.log.clone(), front: front.map(|(front, _)| front.clone()) })
     }
 
-    fn keep(&mut self, key: KvKey, digests: Digests, log: Arc<TokenLog>, most: usize) {
-        self.forget(key);
-        for digest in &digests.answers {
-            // A log that goes on from another one takes its place.
-            if let Some(older) = self.by_digest.insert(*digest, key)
+    fn keep(&mut self, key: KvKey, known: &Known, log: TokenLog, most: usize) {
+        let answers = known.digests().answers();
+        let front = known.front().and_then(|front| Some((front.clone(), known.digests().exact(front.messages())?)));
+        let (id, had) = match self.goes_on_from(key, answers) {
+            Some((id, had)) => {
+                if let Some(other) = self.by_key.get(&key).copied().filter(|other| *other != id) {
+                    self.forget(other);
+                }
+                (id, had)
+            }
+            None => {
+                if let Some(other) = self.by_key.get(&key).copied() {
+                    self.forget(other);
+                }
+                self.made += 1;
+                (self.made, 0)
+            }
+        };
+        let mut digests = Vec::new();
+        if let Some(before) = self.logs.remove(&id) {
+            self.by_key.remove(&before.key);
+            self.tokens -= before.log.len().get();
+            digests = before.digests;
+        }
+        digests.extend_from_slice(&answers[had..]);
+        self.tokens += log.len().get();
+        self.by_key.insert(key, id);
+        self.logs.insert(id, Remembered { key, log, digests, front });
+        for digest in &answers[had..] {
+            // A log of the same beginning that nothing else leads to is of no use any more.
+            if let Some(older) = self.by_digest.insert(*digest, id)
+                && older != id
                 && !self.is_reachable(older)
             {
                 self.forget(older);
             }
         }
-        self.tokens += log.len().get();
-        self.logs.insert(key, Remembered { log, digests: digests.answers });
         while self.tokens > most
             && let Some((oldest, _)) = self.logs.front()
         {
@@ -102,16 +93,27 @@ impl Memory {
         }
     }
 
-    fn is_reachable(&self, key: KvKey) -> bool {
-        let leads = |digest| self.by_digest.get(digest) == Some(&key);
-        self.logs.get(&key).is_some_and(|known| known.digests.iter().any(leads))
+    /// The log whose place one with these answers takes, since all that leads to it leads on to this one, and how many
+    /// answers that are.
+    fn goes_on_from(&self, key: KvKey, answers: &[Digest]) -> Option<(LogId, usize)> {
+        let of_digest = || answers.iter().rev().find_map(|digest| self.by_digest.get(digest));
+        let id = *self.by_key.get(&key).or_else(of_digest)?;
+        let had = &self.logs.get(&id)?.digests;
+        let last = had.len().checked_sub(1)?;
+        (answers.get(last) == had.last()).then_some((id, had.len()))
     }
 
-    fn forget(&mut self, key: KvKey) {
-        let Some(gone) = self.logs.remove(&key) else { return };
+    fn is_reachable(&self, id: LogId) -> bool {
+        let leads = |digest| self.by_digest.get(digest) == Some(&id);
+        self.logs.get(&id).is_some_and(|known| known.digests.iter().any(leads))
+    }
+
+    fn forget(&mut self, id: LogId) {
+        let Some(gone) = self.logs.remove(&id) else { return };
         self.tokens -= gone.log.len().get();
+        self.by_key.remove(&gone.key);
         for digest in gone.digests {
-            if self.by_digest.get(&digest) == Some(&key) {
+            if self.by_digest.get(&digest) == Some(&id) {
                 self.by_digest.remove(&digest);
             }
         }
@@ -131,21 +133,23 @@ impl Recall {
     }
 
     /// The log of the longest beginning of this conversation that is remembered.
-    pub fn find(&self, tenant: TenantId, conversation: &Digests) -> Option<Arc<TokenLog>> {
+    pub fn find(&self, tenant: TenantId, conversation: &Digests) -> Option<Recalled> {
         self.tenants.get_mut(&tenant)?.find(conversation)
     }
 
     /// Remembers the log of a conversation, or of a turn that has its own key, in the place of what was known of it.
-    pub fn keep(&self, tenant: TenantId, key: KvKey, conversation: Digests, log: TokenLog) {
-        if log.len().get() <= self.most && !conversation.answers.is_empty() {
-            self.tenants.entry(tenant).or_default().keep(key, conversation, Arc::new(log), self.most);
+    pub fn keep(&self, tenant: TenantId, key: KvKey, conversation: &Known, log: TokenLog) {
+        if log.len().get() <= self.most && !conversation.digests().answers().is_empty() {
+            self.tenants.entry(tenant).or_default().keep(key, conversation, log, self.most);
         }
     }
 
     /// Forgets what a conversation was made of.
     pub fn forget(&self, tenant: TenantId, key: KvKey) {
-        if let Some(mut memory) = self.tenants.get_mut(&tenant) {
-            memory.forget(key);
+        if let Some(mut memory) = self.tenants.get_mut(&tenant)
+            && let Some(id) = memory.by_key.get(&key).copied()
+        {
+            memory.forget(id);
         }
     }
 }
@@ -154,8 +158,9 @@ impl Recall {
 mod tests {
     use super::*;
     use crate::sessions::fixtures::message;
+    use crate::sessions::messages::Role;
     use crate::store::LogToken;
-    use crate::types::TokenId;
+    use crate::types::{TenantKey, TokenId};
 
     const KEY: TenantKey = TenantKey([7; 32]);
 
@@ -164,20 +169,21 @@ mod tests {
     }
 
     /// A conversation of these texts, the user's first.
-    fn said(texts: &[&str]) -> Digests {
+    fn said(texts: &[&str]) -> Known {
         let roles = [Role::User, Role::Assistant].into_iter().cycle();
-        let messages: Vec<_> = texts.iter().zip(roles).map(|(text, role)| message(role, text)).collect();
-        Digests::of(&KEY, None, messages.iter())
+        let mut digests = Digests::new(&KEY, None);
+        texts.iter().zip(roles).for_each(|(text, role)| digests.add(&message(role, text)));
+        Known::of(digests)
     }
 
     fn found(recall: &Recall, tenant: u32, texts: &[&str]) -> Option<usize> {
-        recall.find(TenantId(tenant), &said(texts)).map(|log| log.len().get())
+        recall.find(TenantId(tenant), said(texts).digests()).map(|found| found.log.len().get())
     }
 
     #[test]
     fn the_longest_known_beginning_is_found_and_no_other_tenants() {
         let recall = Recall::new(100);
-        recall.keep(TenantId(1), KvKey(1), said(&["Hi"]).answered("Hello"), log(10));
+        recall.keep(TenantId(1), KvKey(1), &said(&["Hi", "Hello"]), log(10));
         assert_eq!(found(&recall, 1, &["Hi", "Hello", "More"]), Some(10));
         assert_eq!(found(&recall, 1, &["Hi", " Hello\n", "More"]), Some(10));
         assert_eq!(found(&recall, 1, &["Hi", "Hullo", "More"]), None);
@@ -188,8 +194,8 @@ mod tests {
     #[test]
     fn a_conversation_that_goes_on_is_one_log_and_its_beginning_still_leads_there() {
         let recall = Recall::new(100);
-        recall.keep(TenantId(1), KvKey(2), said(&["Hi"]).answered("Hello"), log(10));
-        recall.keep(TenantId(1), KvKey(3), said(&["Hi", "Hello", "More"]).answered("Well"), log(20));
+        recall.keep(TenantId(1), KvKey(2), &said(&["Hi", "Hello"]), log(10));
+        recall.keep(TenantId(1), KvKey(3), &said(&["Hi", "Hello", "More", "Well"]), log(20));
         assert_eq!(found(&recall, 1, &["Hi", "Hello", "Other"]), Some(20));
         assert_eq!(recall.tenants.get(&TenantId(1)).unwrap().tokens, 20);
     }
@@ -198,19 +204,37 @@ mod tests {
     fn the_log_longest_unused_goes_and_leaves_nothing() {
         let recall = Recall::new(25);
         for (key, question) in [(10, "a"), (11, "b")] {
-            recall.keep(TenantId(1), KvKey(key), said(&[question]).answered("x"), log(10));
+            recall.keep(TenantId(1), KvKey(key), &said(&[question, "x"]), log(10));
         }
         assert_eq!(found(&recall, 1, &["a", "x", "?"]), Some(10));
-        recall.keep(TenantId(1), KvKey(5), said(&["c"]).answered("x"), log(10));
+        recall.keep(TenantId(1), KvKey(5), &said(&["c", "x"]), log(10));
         assert_eq!(found(&recall, 1, &["b", "x", "?"]), None);
         assert_eq!(found(&recall, 1, &["a", "x", "?"]), Some(10));
         let memory = recall.tenants.get(&TenantId(1)).unwrap();
-        assert_eq!((memory.tokens, memory.logs.len(), memory.by_digest.len()), (20, 2, 2));
+        let sizes = (memory.tokens, memory.logs.len(), memory.by_digest.len(), memory.by_key.len());
+        assert_eq!(sizes, (20, 2, 2, 2));
         drop(memory);
-        recall.keep(TenantId(1), KvKey(6), said(&["long"]).answered("x"), log(26));
+        recall.keep(TenantId(1), KvKey(6), &said(&["long", "x"]), log(26));
         assert_eq!(found(&recall, 1, &["long", "x", "?"]), None, "one that never fits pushes nobody out");
         assert_eq!(found(&recall, 1, &["a", "x", "?"]), Some(10));
         recall.forget(TenantId(1), KvKey(10));
         assert_eq!(found(&recall, 1, &["a", "x", "?"]), None);
+    }
+
+    #[test]
+    fn a_branch_of_a_conversation_leaves_the_others_tokens_where_they_are() {
+        let recall = Recall::new(100);
+        recall.keep(TenantId(1), KvKey(1), &said(&["a", "x", "b", "y"]), log(10));
+        recall.keep(TenantId(1), KvKey(2), &said(&["a", "x", "c", "z"]), log(12));
+        assert_eq!(found(&recall, 1, &["a", "x", "b", "y", "?"]), Some(10));
+        recall.keep(TenantId(1), KvKey(1), &said(&["a", "x", "b", "y", "d", "w"]), log(14));
+        assert_eq!(found(&recall, 1, &["a", "x", "b", "y", "?"]), Some(14));
+        assert_eq!(found(&recall, 1, &["a", "x", "c", "z", "?"]), Some(12));
+        // What was said before is taken back.
+        recall.keep(TenantId(1), KvKey(1), &said(&["a", "x"]), log(5));
+        assert_eq!(found(&recall, 1, &["a", "x", "b", "y", "?"]), Some(5));
+        let memory = recall.tenants.get(&TenantId(1)).unwrap();
+        let sizes = (memory.tokens, memory.logs.len(), memory.by_digest.len(), memory.by_key.len());
+        assert_eq!(sizes, (17, 2, 2, 2));
     }
 }

@@ -70,7 +70,7 @@ pub(super) struct Speech {
 
 /// What was generated, and what of it is the answer's text.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Said {
+pub struct Said {
     /// All tokens, control and cut ones included: what the KV holds.
     pub tokens: Vec<LogToken>,
     pub text: String,

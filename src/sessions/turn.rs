@@ -9,34 +9,22 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::messages::{Argument, Goal, Item, Message, Overflow, Respond, Role, TurnDone, TurnError, TurnLimits};
+use super::messages::{Goal, Message, Respond, TurnDone, TurnError, TurnLimits};
+use super::prompt::{Draft, Prompt, PromptRules};
 use super::speech::{Said, Speech};
 use super::stream::{Stop, TurnWriter};
-use super::transcript::{Prompt, TokenLog, Transcript, render};
+use super::transcript::Transcript;
 use super::{Shared, unix_now};
 use crate::engine::{
-    FinishReason, KvHandle, Language, SubmitError, TurnEvent, TurnEvents, TurnFailure, TurnHandle, TurnRequest,
-    TurnUsage,
+    FinishReason, KvHandle, SubmitError, TurnEvent, TurnEvents, TurnFailure, TurnHandle, TurnRequest, TurnUsage,
 };
 use crate::telemetry::metrics;
 use crate::tenants::Tenant;
 use crate::types::TokenCount;
 
-/// How a prompt is to be made.
-#[derive(Clone, Debug)]
-pub(super) struct PromptRules {
-    pub instructions: Option<String>,
-    pub overflow: Overflow,
-    pub goal: Goal,
-    /// Tokens that the answer may have.
-    pub answer: TokenCount,
-    /// Values for variables of the chat template.
-    pub arguments: Vec<(String, Argument)>,
-}
-
 impl PromptRules {
     /// Those of a turn.
-    pub fn of(shared: &Shared, turn: &mut Respond) -> Self {
+    pub(super) fn of(shared: &Shared, turn: &mut Respond) -> Self {
         Self {
             instructions: turn.instructions.take(),
             overflow: turn.overflow,
@@ -47,7 +35,8 @@ impl PromptRules {
     }
 }
 
-/// Makes the prompt of history and new messages, away from the actors' thread: a long history takes milliseconds.
+/// Makes the prompt of history and new messages, away from the actors' thread: a long history that comes for the first time
+/// takes milliseconds.
 pub(super) async fn prepare(
     shared: &Arc<Shared>,
     tenant: &Tenant,
@@ -58,90 +47,19 @@ pub(super) async fn prepare(
     if transcript.items.is_empty() && input.is_empty() {
         return Err(TurnError::NothingToAnswer);
     }
-    let (asker, tenant) = (Arc::clone(shared), tenant.clone());
+    let (asker, id, tenant_key) = (Arc::clone(shared), tenant.id, tenant.key);
     let make = move || -> Result<Prompt, TurnError> {
-        let window = asker.engine.window();
-        let history = transcript.items.iter().map(|item| &item.message).chain(input.iter());
-        // A history that is new here may be one that a client has read from us and sends back.
-        let conversation = super::recall::Digests::of(&tenant.key, rules.instructions.as_deref(), history);
-        let remembered = transcript.log.is_empty().then(|| asker.recall.find(tenant.id, &conversation)).flatten();
-        let making = Making { language: &asker.language, transcript: &transcript, input: &input, rules: &rules };
-        let mut prompt = match rules.overflow {
-            Overflow::Refuse => making.prompt(0, remembered.as_deref(), window)?,
-            Overflow::DropOldest => making.shortened(remembered.as_deref(), window)?,
-        };
-        prompt.conversation = conversation;
-        Ok(prompt)
+        let (empty, window) = (asker.engine.empty_prompt(tenant_key), asker.engine.window());
+        let draft = Draft { language: &asker.language, tenant_key, empty, window, transcript, input, rules };
+        draft.make(|conversation| asker.recall.find(id, conversation))
     };
     let made = tokio::task::spawn_blocking(make).await;
     let prompt = made.map_err(|failed| TurnError::Internal(format!("the prompt could not be made: {failed}")))??;
+    metrics::PROMPT_RENDERED_BYTES.add(prompt.work.rendered_bytes as u64, &[]);
+    metrics::PROMPT_TOKENIZED_TOKENS.add(prompt.work.tokenized as u64, &[]);
+    metrics::PROMPT_HASHED_BLOCKS.add(prompt.work.hashed_blocks as u64, &[]);
     shared.engine.admits(prompt.len())?;
     Ok(prompt)
-}
-
-/// What a prompt is made of.
-struct Making<'a> {
-    language: &'a Language,
-    transcript: &'a Transcript,
-    input: &'a [Message],
-    rules: &'a PromptRules,
-}
-
-impl Making<'_> {
-    /// The prompt without the oldest `turns`; refused if it leaves no room in `limit` tokens.
-    fn prompt(&self, turns: usize, remembered: Option<&TokenLog>, limit: TokenCount) -> Result<Prompt, TurnError> {
-        let Self { language, transcript, input, rules } = self;
-        let kept: Vec<_> = without_oldest(&transcript.items, turns).collect();
-        let dropped_items = transcript.items.len() - kept.len();
-        let said = kept.into_iter().chain(input.iter());
-        let (instructions, is_answered) = (rules.instructions.as_deref(), rules.goal == Goal::Answer);
-        let rendered = render(language, instructions, said, is_answered, &rules.arguments)
-            .map_err(|refused| TurnError::Template(refused.to_string()))?;
-        // What is far too long is refused for what it has at least: counting it exactly would take seconds.
-        let fewest = TokenCount(u32::try_from(language.fewest_tokens(rendered.text.len())).unwrap_or(u32::MAX));
-        if fewest >= limit {
-            return Err(TurnError::ContextLength { prompt: fewest, window: limit });
-        }
-        let mut prompt = transcript.log.prompt(language, &rendered, remembered);
-        if prompt.len() >= limit {
-            return Err(TurnError::ContextLength { prompt: prompt.len(), window: limit });
-        }
-        prompt.dropped_items = dropped_items;
-        Ok(prompt)
-    }
-
-    /// The prompt with as few of the oldest turns left out as give the answer room.
-    fn shortened(&self, remembered: Option<&TokenLog>, window: TokenCount) -> Result<Prompt, TurnError> {
-        let room = self.rules.answer.0.min(window.0 / 4);
-        let limit = TokenCount(window.0 - room);
-        let turns = self.transcript.items.iter().filter(|item| item.message.role == Role::User).count();
-        let (mut few, mut many) = (0, turns);
-        let mut found = None;
-        while few <= many {
-            let middle = few + (many - few) / 2;
-            match self.prompt(middle, remembered, limit) {
-                Ok(prompt) => {
-                    found = Some(prompt);
-                    let Some(fewer) = middle.checked_sub(1) else { break };
-                    many = fewer;
-                }
-                Err(TurnError::ContextLength { .. }) => few = middle + 1,
-                Err(error) => return Err(error),
-            }
-        }
-        // With nothing left to drop, the answer takes what room there is.
-        found.map_or_else(|| self.prompt(turns, remembered, window), Ok)
-    }
-}
-
-/// The messages without those of the oldest turns; what the system says stays. A turn goes from one user's message to the
-/// next.
-fn without_oldest(items: &[Arc<Item>], turns: usize) -> impl Iterator<Item = &Message> {
-    let mut begun = 0_usize;
-    items.iter().map(|item| &item.message).filter(move |message| {
-        begun += usize::from(message.role == Role::User);
-        begun.max(1) > turns || matches!(message.role, Role::System | Role::Developer)
-    })
 }
 
 /// A turn that the engine has taken.
@@ -170,7 +88,7 @@ pub(super) fn start(
         Goal::Encode => 1,
     };
     let request = TurnRequest {
-        prompt: prompt.ids(),
+        prompt: Arc::clone(prompt.ids()),
         encoded_before: prompt.encoded_before,
         sampling: limits.sampling,
         max_tokens: TokenCount(wanted.min(room).max(1)),
@@ -178,7 +96,7 @@ pub(super) fn start(
         queue_deadline: deadline.saturating_duration_since(Instant::now()),
         logprobs: limits.logprobs,
     };
-    let (handle, events) = kv.start_turn(request)?;
+    let (handle, events) = kv.start_hashed(prompt.hashed(), request)?;
     let speech = Speech::new(limits.stop);
     let (prompt_tokens, dropped_items) = (prompt.len(), prompt.dropped_items);
     Ok(RunningTurn { handle, events, speech, prompt_tokens, dropped_items, goal })

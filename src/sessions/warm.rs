@@ -13,9 +13,10 @@ use super::command::Command;
 use super::messages::{
     Audience, ConversationId, Goal, Overflow, ResponseId, Sampling, SessionError, TurnError, TurnLimits, TurnUsage,
 };
+use super::prompt::PromptRules;
 use super::stream::turn_stream;
 use super::transcript::Transcript;
-use super::turn::{Ended, PromptRules, prepare, start};
+use super::turn::{Ended, prepare, start};
 use super::work::Work;
 use crate::engine::KvHandle;
 use crate::store::NewestOf;

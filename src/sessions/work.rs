@@ -13,10 +13,12 @@ use super::messages::{
     Deleted, FinishReason, Item, ItemStatus, Message, NewItem, OffloadTo, Part, Role, SessionError, TurnError,
     TurnUpdate,
 };
+use super::prompt::{Known, Prompt, PromptRules};
 use super::registry::Identity;
 use super::stream::TurnWriter;
-use super::transcript::{Birth, Prompt, TokenLog, Transcript};
-use super::turn::{Answered, Ended, PromptRules, RunningTurn, prepare};
+use super::token_log::TokenLog;
+use super::transcript::{Birth, Transcript};
+use super::turn::{Answered, Ended, RunningTurn, prepare};
 use super::{Shared, new_item_id, stored, unix_now};
 use crate::engine::KvHandle;
 use crate::store::{Commit, ConversationRecord, StoreError};
@@ -80,6 +82,7 @@ pub(super) struct Closing {
 pub(super) struct Left {
     pub item: Option<Arc<Item>>,
     pub log: TokenLog,
+    pub known: Known,
 }
 
 /// The history, from the store.
@@ -94,7 +97,7 @@ pub(super) async fn load(work: Work) -> Result<Transcript, Refusal> {
         stored.items.into_iter().map(|record| stored::decode(record.id, &record.body).map(Arc::new)).collect();
     let items = items.map_err(|error| Refusal::Store(format!("an item of {} can't be read: {error}", who.id)))?;
     let log = TokenLog::new(stored.log, stored.encoded);
-    Ok(Transcript { items, log, last_used_at: stored.conversation.last_used_at, unborn: None })
+    Ok(Transcript { items, log, last_used_at: stored.conversation.last_used_at, ..Transcript::default() })
 }
 
 /// Checks a turn, makes its prompt, and only then makes its input durable.
@@ -162,15 +165,14 @@ pub(super) async fn close(work: Work, kv: KvHandle, outcome: Outcome) -> (KvHand
     let mut commit = Commit { last_used_at: unix_now(), response: Some(ended), ..Commit::default() };
     let mut left = None;
     if answered.encoded {
-        let conversation = prompt.conversation.clone();
-        let (log, write) = prompt.answered(&answered.said);
+        let (log, write, mut known) = prompt.answered(&answered.said);
         commit.items = item.iter().map(|item| (item.id.clone(), stored::encode(item))).collect();
         (commit.log, commit.encoded) = (Some(write), Some(log.encoded()));
-        if item.is_some() {
-            let conversation = conversation.answered(&answered.said.text);
-            work.shared.recall.keep(work.who.tenant.id, KvKey(work.who.id.0), conversation, log.clone());
+        if let Some(item) = &item {
+            known = known.answered(&item.message);
+            work.shared.recall.keep(work.who.tenant.id, KvKey(work.who.id.0), &known, log.clone());
         }
-        left = Some(Left { item, log });
+        left = Some(Left { item, log, known });
     }
     let closing = match work.shared.store.commit(work.who.id.0, commit).await {
         Ok(()) => Closing { writer, end: TurnUpdate::Done(done), left, presence },
@@ -254,6 +256,10 @@ fn answer_item(id: String, answered: &Answered) -> Item {
         FinishReason::Stop => ItemStatus::Completed,
         FinishReason::Length | FinishReason::Cancelled => ItemStatus::Incomplete,
     };
-    let content = vec![Part::Text(answered.said.text.clone())];
-    Item { id, message: Message::new(Role::Assistant, content), status }
+    Item { id, message: answer_message(answered), status }
+}
+
+/// What was said, as the history has it.
+pub(super) fn answer_message(answered: &Answered) -> Message {
+    Message::new(Role::Assistant, vec![Part::Text(answered.said.text.clone())])
 }

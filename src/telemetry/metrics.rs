@@ -51,6 +51,11 @@ table! {
     Counter EVICTIONS, "rekindle_evictions_total", Count, "Decisions that took device KV of a conversation.";
     Counter PROMPT_TOKENS, "rekindle_prompt_tokens_total", Count,
         "Prompt tokens by where their KV came from: resident, shared, reloaded_host, reloaded_disk or encoded.";
+    Counter PROMPT_RENDERED_BYTES, "rekindle_prompt_rendered_bytes_total", Bytes, "Text that chat templates wrote for prompts.";
+    Counter PROMPT_TOKENIZED_TOKENS, "rekindle_prompt_tokenized_tokens_total", Count,
+        "Prompt tokens that were made of text; the others were known from the turn before.";
+    Counter PROMPT_HASHED_BLOCKS, "rekindle_prompt_hashed_blocks_total", Count,
+        "Blocks of prompts that were hashed; the others were known from the turn before.";
     Counter REENCODED_TOKENS, "rekindle_reencoded_tokens_total", Count,
         "The part of the encoded prompt tokens whose KV their conversation had before and lost.";
     Counter GENERATED_TOKENS, "rekindle_generated_tokens_total", Count, "Tokens sampled.";

@@ -155,3 +155,34 @@ async fn a_history_longer_than_the_window_loses_its_oldest_turns_where_the_clien
     assert_eq!(client.items(&conversation).await.len(), 15, "what is left out of a prompt stays in the history");
     server.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_twelfth_turn_of_a_conversation_is_no_more_work_to_prepare_than_the_third() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let server = Server::start(&home, &[]);
+    let client = Client::of(&server.url);
+    let conversation = client.conversation().await;
+    let prepared = async || {
+        let metrics = client.metrics().await;
+        ["rendered_bytes", "tokenized_tokens", "hashed_blocks"]
+            .map(|work| metrics.count(&format!("rekindle_prompt_{work}_total")))
+    };
+    let (mut took, mut prompt_tokens) = (Vec::new(), 0);
+    for turn in 0..12 {
+        let before = if turn == 0 { [0; 3] } else { prepared().await };
+        let body = json!({"conversation": conversation, "input": format!("Question {turn:02}? {}", "word ".repeat(20)),
+            "max_output_tokens": 4, "temperature": 0});
+        let answer = client.json(client.post("/v1/responses", &body)).await;
+        prompt_tokens = answer["usage"]["input_tokens"].as_u64().unwrap();
+        let after = prepared().await;
+        took.push([0, 1, 2].map(|work| after[work] - before[work]));
+    }
+    assert!(prompt_tokens > 400, "a history of {prompt_tokens} tokens shows nothing");
+    // Answers of four tokens differ by some bytes; where a block begins differs, too.
+    let more = [40, 8, 1];
+    let is_no_more = |turn: &[u64; 3]| (0..3).all(|work| turn[work] <= took[2][work] + more[work]);
+    assert!(took[2..].iter().all(is_no_more), "{took:?}");
+    assert!(took[2].iter().all(|work| *work > 0), "{took:?}");
+    server.finish().await;
+}
