@@ -39,7 +39,7 @@ use crate::tenants::key::KeyHash;
 use crate::tenants::quota;
 use crate::tenants::secret::{Secret, SecretError};
 use crate::tenants::watch::Watch;
-use crate::types::{BlockSize, Grant, TenantId, TenantKey, TokenCount};
+use crate::types::{BlockSize, Grant, KvKey, TenantId, TenantKey, TokenCount};
 
 /// HTTP work is parsing and copying: the model gets the cores.
 const HTTP_WORKERS: usize = 2;
@@ -109,7 +109,7 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     let (model, language) = load(&config)?;
     let spec = model.spec().clone();
     let (tenants, followed) = tenants(&config)?;
-    let disk = disk_settings(&config, tenants.hash_keys());
+    let disk = disk_settings(&config, tenants.hash_keys(), &store).await?;
     let engine = crate::engine::thread::start(Box::new(model), engine_settings(&config, disk))?;
     let tick_zero_us = unix_us();
     let (engine, engine_ended) = watch(engine);
@@ -263,12 +263,17 @@ impl<'a> Progress<'a> {
 }
 
 /// The disk tier, if there is to be one.
-fn disk_settings(config: &Config, tenants: Vec<(TenantId, TenantKey)>) -> Option<DiskSettings> {
+async fn disk_settings(
+    config: &Config,
+    tenants: Vec<(TenantId, TenantKey)>,
+    store: &Embedded,
+) -> Result<Option<DiskSettings>, ServeError> {
     if config.kv.disk_bytes.0 == 0 {
-        return None;
+        return Ok(None);
     }
+    let lives = store.ids().await?.into_iter().map(KvKey).collect();
     let folder = config.kv.disk_dir.clone().unwrap_or_else(|| config.server.data_dir.join("kv"));
-    Some(DiskSettings { folder, bytes: config.kv.disk_bytes.0, tenants })
+    Ok(Some(DiskSettings { folder, bytes: config.kv.disk_bytes.0, tenants, lives }))
 }
 
 fn engine_settings(config: &Config, disk: Option<DiskSettings>) -> EngineSettings {

@@ -10,7 +10,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
-use rekindle::kernels::files::{FoundSlot, Label};
+use rekindle::kernels::files::{Contents, FoundSlot, Label};
 use rekindle::kv::block::PrefixHash;
 use rekindle::kv::manager::{Admission, Admit, Found};
 use rekindle::kv::pins::PinRefused;
@@ -370,7 +370,10 @@ impl World {
         }
         let failures = self.manager.counters().verification_failures;
         let (direction, ticket) = (order.direction, order.ticket);
-        let reloaded = self.manager.transferred(self.now, TransferDone { ticket, sums, took_us: 1 });
+        let reloaded = self.manager.transferred(
+            self.now,
+            TransferDone { ticket, sums, took_us: if self.now.0.is_multiple_of(5_000) { 1 << 40 } else { 1 } },
+        );
         if let Some(reloaded) = reloaded {
             let sequence = &mut self.sequences[reloaded.key.0 as usize];
             prop_assert_eq!(sequence.state, State::Reloading);
@@ -417,12 +420,13 @@ impl World {
         self.leaving.clear();
         self.pinned.clear();
         self.sequences.iter_mut().for_each(|sequence| sequence.state = State::Idle);
-        let found = self.disk.iter().enumerate().filter_map(|(slot, held)| {
+        let blocks = self.disk.iter().enumerate().filter_map(|(slot, held)| {
             let (label, _, bytes_sum) = (*held)?;
             Some(FoundSlot { slot: slot as u32, label, bytes_sum })
         });
+        let found = Contents { blocks: blocks.collect(), unfinished: Vec::new() };
         let tenants: Vec<_> = (0..TENANTS).map(TenantId).map(|id| (id, tenant_key(id))).collect();
-        self.manager.recover(found.collect(), &tenants);
+        self.manager.recover(found, &tenants, |_| true);
     }
 
     fn do_chores(&mut self) -> Result<(), TestCaseError> {

@@ -392,7 +392,14 @@ impl Core {
             late.map(|sequence| (sequence.turn, now.ms_since(sequence.arrived))).collect();
         late.sort_unstable();
         for (turn, waited_ms) in late {
-            self.fail_turn(now, turn, TurnFailure::QueueTimeout { waited_ms }, events);
+            let sequence = &self.sequences[&turn];
+            let need = TokenCount::of(&sequence.tokens).blocks(self.manager.settings().block_size);
+            let failure = if self.manager.is_short(need) && self.manager.is_at_ceiling(sequence.tenant, need) {
+                TurnFailure::AtCeiling { waited_ms }
+            } else {
+                TurnFailure::QueueTimeout { waited_ms }
+            };
+            self.fail_turn(now, turn, failure, events);
         }
     }
 
@@ -497,7 +504,7 @@ impl Core {
             device: pool(Tier::Device, settings.device_blocks, device_pinned),
             host: pool(Tier::Host, settings.host_blocks, host_pinned),
             disk: pool(Tier::Disk, settings.disk_blocks, BlockCount(0)),
-            disk_rests: self.manager.disk_rests(),
+            disk_rests: self.manager.disk_rests(now),
             disk_bad_slots: self.manager.bad_slots() as u64,
             disk_write_failures: counters.disk_write_failures,
             turns_finished: self.finished,

@@ -93,6 +93,12 @@ pub enum TurnFailure {
         "the turn waited {waited_ms} ms for memory or its place, its deadline; retry, or give the server more `kv.device_bytes`"
     )]
     QueueTimeout { waited_ms: u64 },
+    /// While memory is short it may displace its own conversations alone, and its running turns hold them.
+    #[error(
+        "the turn waited {waited_ms} ms for memory, its deadline: memory is short, and its tenant's own turns hold all that \
+         the tenant's `ceiling` leaves it; retry when one has ended, or raise the ceiling"
+    )]
+    AtCeiling { waited_ms: u64 },
     #[error("the model failed in this step: {0}")]
     Model(String),
 }

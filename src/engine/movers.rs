@@ -4,7 +4,7 @@
 //! load, which a turn waits for, never stands behind a store, which nobody waits for. What a queue does not take waits
 //! here, in order; the core bounds how much that is.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -12,10 +12,10 @@ use std::time::Instant;
 
 use super::handle::Message;
 use super::thread::{DiskSettings, micros};
-use crate::kernels::files::{Buffer, FoundSlot, Slots};
+use crate::kernels::files::{Buffer, Contents, Slots};
 use crate::kernels::memory::Arena;
 use crate::kv::transfer::{self, Direction, TransferDone, TransferOrder};
-use crate::types::{TenantId, TenantKey};
+use crate::types::{KvKey, TenantId, TenantKey};
 
 /// Transfers handed to a thread ahead of time.
 const AHEAD: usize = 16;
@@ -25,8 +25,9 @@ const LOADERS: usize = 2;
 /// A disk tier that can be used, and what is in it.
 pub(super) struct OpenDisk {
     pub slots: Slots,
-    pub found: Vec<FoundSlot>,
+    pub found: Contents,
     pub tenants: Vec<(TenantId, TenantKey)>,
+    pub lives: HashSet<KvKey>,
 }
 
 /// Opens a disk tier. One that can't be used is left out, and service goes on without it.
@@ -36,8 +37,8 @@ pub(super) fn open_disk(settings: DiskSettings, block_bytes: usize, fingerprint:
         Ok((slots, found)) => {
             let (folder, count, direct) = (settings.folder.display(), slots.count(), slots.is_direct());
             let ms = started.elapsed().as_millis();
-            tracing::info!(%folder, slots = count, found = found.len(), direct, %ms, "disk tier opened");
-            Some(OpenDisk { slots, found, tenants: settings.tenants })
+            tracing::info!(%folder, slots = count, found = found.blocks.len(), direct, %ms, "disk tier opened");
+            Some(OpenDisk { slots, found, tenants: settings.tenants, lives: settings.lives })
         }
         Err(error) => {
             tracing::warn!(%error, "the disk tier is left out; KV is kept in memory alone");

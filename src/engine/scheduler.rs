@@ -69,6 +69,7 @@ impl Core {
             self.stalled_loads += 1;
             self.sequences.get_mut(&turn).expect("a running turn is known").avoids_disk = true;
             let key = self.back_in_queue(turn);
+            self.manager.load_hangs(key);
             self.manager.rest(now, key);
         }
     }
@@ -212,12 +213,12 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::super::core::{Command, CoreSettings, Event, StartTurn};
-    use super::super::{Sampling, TurnEvent, TurnRequest};
+    use super::super::{Sampling, TurnEvent, TurnFailure, TurnRequest};
     use super::*;
     use crate::kv::KvSettings;
     use crate::kv::block::PrefixHash;
     use crate::model::Logits;
-    use crate::types::{BlockSize, TenantId, TenantKey, TokenId};
+    use crate::types::{BlockSize, Grant, PoolPart, TenantId, TenantKey, TierBudget, TokenId, Weight};
 
     const SIZE: BlockSize = BlockSize(16);
     const STEP: usize = 64;
@@ -238,6 +239,10 @@ mod tests {
     }
 
     fn start(turn: u64, prompt: u32) -> Command {
+        start_of(TenantId(0), turn, prompt)
+    }
+
+    fn start_of(tenant: TenantId, turn: u64, prompt: u32) -> Command {
         let prompt: Vec<_> = (0..prompt).map(TokenId).collect();
         let tenant_key = TenantKey([1; 32]);
         let hashes = PrefixHash::chain(&tenant_key, &prompt, SIZE);
@@ -251,14 +256,7 @@ mod tests {
             logprobs: None,
         };
         let key = KvKey(turn.into());
-        Command::Start(Box::new(StartTurn {
-            turn: TurnId(turn),
-            key,
-            tenant: TenantId(0),
-            tenant_key,
-            hashes,
-            request,
-        }))
+        Command::Start(Box::new(StartTurn { turn: TurnId(turn), key, tenant, tenant_key, hashes, request }))
     }
 
     /// One step; rows by turn, and the turns that said something.
@@ -282,6 +280,22 @@ mod tests {
         let (rows, said) = step(&mut core, vec![start(1, 20)]);
         assert_eq!((rows, said), (vec![(0, STEP / 2), (1, 20)], vec![1]));
         assert_eq!(step(&mut core, vec![]).0, [(0, STEP)]);
+    }
+
+    #[test]
+    fn a_turn_that_waits_at_its_tenants_ceiling_is_told_so() {
+        let mut core = core();
+        let ceiling = Some(PoolPart::Permille(500));
+        let budget = TierBudget { floor: Some(PoolPart::Bytes(0)), ceiling, pins: None };
+        let grant = |tenant| Grant { tenant, weight: Weight::ORDINARY, device: budget, host: budget, disk: budget };
+        let grants = Command::Grant(vec![grant(TenantId(0)), grant(TenantId(1))]);
+        // Both tenants' ceilings are full, and so is the pool.
+        step(&mut core, vec![grants, start(0, 7900), start_of(TenantId(1), 1, 7900)]);
+        let mut commands = vec![start(2, 1000)];
+        core.plan(Tick(0), &mut commands);
+        let plan = core.plan(Tick(61_000_000), &mut commands);
+        let failed = Event::Turn(TurnId(2), TurnEvent::Failed(TurnFailure::AtCeiling { waited_ms: 61_000 }));
+        assert_eq!(plan.events, [failed]);
     }
 
     #[test]

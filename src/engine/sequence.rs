@@ -97,8 +97,8 @@ impl Sequence {
         let cached = context.0.min(resident.0 + shared.0 + reloaded.0);
         let resident = resident.0.min(cached);
         let reloaded = reloaded.0.min(cached - resident);
-        // The host has the front of what is below, if it has any.
-        let from_disk = from_disk.0.min(reloaded);
+        // The host has the front of what is below, if it has any: what is missing is the disk's.
+        let from_disk = reloaded.saturating_sub(self.found.reloaded.0 - from_disk.0);
         let shared = cached - resident - reloaded;
         let encoded = self.prompt_tokens().0 - cached;
         let reencoded = self.start.request.encoded_before.0.saturating_sub(cached);

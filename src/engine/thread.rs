@@ -5,7 +5,7 @@
 //! mailbox is bounded at the senders' side, a turn's channel has room for all it may say, and copies go on beside the steps.
 //! Invariant: what a listener is told is in the published status and residency already.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -47,6 +47,8 @@ pub struct DiskSettings {
     pub bytes: u64,
     /// Those whose blocks are taken over from the process before; what others left is overwritten.
     pub tenants: Vec<(TenantId, TenantKey)>,
+    /// Conversations that there are: what others left is overwritten too, unless they were over when it was written.
+    pub lives: HashSet<KvKey>,
 }
 
 /// Why the engine did not start.
@@ -121,8 +123,8 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
     };
     let mut manager = Manager::new(kv);
     let disk = match disk {
-        Some(OpenDisk { slots, found, tenants }) => {
-            manager.recover(found, &tenants);
+        Some(OpenDisk { slots, found, tenants, lives }) => {
+            manager.recover(found, &tenants, |key| lives.contains(&key));
             Some(slots)
         }
         None => None,

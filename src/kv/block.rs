@@ -174,6 +174,19 @@ impl Places {
         counts.out_of_use += taken - good;
     }
 
+    /// Whether some places wait to be overwritten.
+    pub fn is_erasing(&self) -> bool {
+        let counts = self.counts.lock();
+        !counts.released.is_empty() || counts.being_erased > 0
+    }
+
+    /// Lets go once more of a place that could not be overwritten.
+    pub fn release_again(&self, place: u32) {
+        let mut counts = self.counts.lock();
+        counts.out_of_use -= 1;
+        counts.released.push(place);
+    }
+
     /// Places that nobody will have again.
     pub fn out_of_use(&self) -> BlockCount {
         BlockCount(self.counts.lock().out_of_use)

@@ -6,7 +6,7 @@
 
 use super::lookup::{Match, Matched, TailMatch};
 use super::manager::{Admit, Found, Manager};
-use crate::types::TokenCount;
+use crate::types::{KvKey, TokenCount};
 
 /// A load that takes this many times as long as foretold is not waited for any longer.
 const STALLS_AT: u64 = 4;
@@ -18,32 +18,64 @@ fn time_us(units: u64, per_s: u64) -> u64 {
     units.saturating_mul(1_000_000).checked_div(per_s).unwrap_or(0)
 }
 
+/// Which tiers were passed over although they had something.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PassedOver {
+    host: bool,
+    disk: bool,
+}
+
 impl Manager {
-    /// Leaves out of what was found whatever is quicker encoded again.
-    pub(super) fn weigh(&mut self, admit: &Admit<'_>, matched: &mut Matched) {
+    /// Leaves out of what was found whatever is quicker encoded again, and what a disk that hangs would not give.
+    pub(super) fn weigh(&self, admit: &Admit<'_>, matched: &mut Matched) -> PassedOver {
         let first = |wanted: fn(&Match) -> bool| matched.arrivals.iter().position(wanted);
         let on_disk = first(|found| matches!(found, Match::OnDisk(_)));
-        let Some(below) = first(|found| !matches!(found, Match::Here(_))) else { return };
-        let (all, size) = (matched.arrivals.len(), u64::from(self.settings.block_size.0));
-        let tokens = |blocks: usize| blocks as u64 * size;
+        let on_host = first(|found| matches!(found, Match::Below(_)));
+        let all = matched.arrivals.len();
         let cost = |keep: usize| {
             let (host, disk) = count(&matched.arrivals[..keep]);
-            self.bring_us(host, disk).saturating_add(time_us(tokens(all - keep), admit.prefill_per_s))
+            let encoded = (all - keep) as u64 * u64::from(self.settings.block_size.0);
+            self.bring_us(host, disk).saturating_add(time_us(encoded, admit.prefill_per_s))
         };
-        // Ties go to what keeps more.
-        let mut choices = vec![(all, if admit.avoids_disk && on_disk.is_some() { u64::MAX } else { cost(all) })];
+        let may_load = !admit.avoids_disk && self.disk_gives(count(&matched.arrivals).1);
+        let whole = on_disk.is_none() || may_load;
+        // The first of equals: what keeps more.
+        let mut choices = Vec::from_iter(whole.then(|| (all, cost(all))));
         choices.extend(on_disk.map(|keep| (keep, cost(keep))));
         if admit.prefill_per_s > 0 {
-            choices.push((below, cost(below)));
+            choices.extend(on_host.map(|keep| (keep, cost(keep))));
         }
-        let Some(&(keep, _)) = choices.iter().min_by_key(|(_, us)| *us) else { return };
+        let keep = choices.iter().min_by_key(|(_, us)| *us).map_or(all, |(keep, _)| *keep);
         if keep < all {
             matched.arrivals.truncate(keep);
             matched.tail = TailMatch::None;
-            if on_disk.is_some_and(|disk| keep <= disk) {
-                // Or it would never be seen again how fast it is by now.
-                self.rates.load_bytes_per_s.hope();
-            }
+        }
+        let left_out = |first: Option<usize>| first.is_some_and(|first| keep <= first);
+        PassedOver { host: left_out(on_host), disk: left_out(on_disk) && may_load }
+    }
+
+    /// After what was passed over was not tried: or nobody would ever see how fast it is by now.
+    pub(super) fn hope_for(&mut self, passed_over: PassedOver) {
+        if passed_over.host {
+            self.rates.reload_bytes_per_s.hope();
+        }
+        if passed_over.disk {
+            self.rates.load_bytes_per_s.hope();
+        }
+    }
+
+    /// Whether the disk can be asked for so many blocks: no load hangs, and even if all of them did, they would leave room
+    /// for others.
+    fn disk_gives(&self, blocks: u64) -> bool {
+        let (total, window) = (self.device.total().0, self.settings.window.blocks(self.settings.block_size).0);
+        let most = (total - window).max(total / 2);
+        self.hanging_loads.is_empty() && self.loading_places + blocks <= u64::from(most)
+    }
+
+    /// Says that a turn does not wait for its load any longer. Until that is back nobody asks the disk for another.
+    pub fn load_hangs(&mut self, key: KvKey) {
+        if let Some(ticket) = self.conversation(key).running().and_then(|running| running.arriving) {
+            self.hanging_loads.insert(ticket);
         }
     }
 
@@ -51,7 +83,7 @@ impl Manager {
     fn bring_us(&self, host: u64, disk: u64) -> u64 {
         let (rates, bytes) = (&self.rates, self.settings.block_bytes);
         // Those before it share the disk, and its threads.
-        let queue = disk * self.loads_under_way as u64;
+        let queue = if disk > 0 { self.loading_places } else { 0 };
         let from_disk = time_us((disk + queue) * bytes, rates.load_bytes_per_s.per_s());
         time_us(host * bytes, rates.reload_bytes_per_s.per_s()).max(from_disk)
     }

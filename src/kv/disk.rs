@@ -6,7 +6,8 @@
 //! conversation gave up is in no file of the tier once that is answered. A disk that refuses a write is left alone for a
 //! while; what it holds is still read.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::mem::take;
 use std::sync::Arc;
 
 use super::block::{Checksum, Places, PrefixHash, SealedBlock, Slot};
@@ -19,13 +20,17 @@ use super::prefix::PrefixIndex;
 use super::residency::{Activity, Conversation};
 use super::tiers::InFlight;
 use super::transfer::{Direction, Ticket};
-use crate::kernels::files::{FoundSlot, Label};
+use crate::kernels::files::{Contents, FoundSlot, Label};
 use crate::types::{BlockCount, BlockId, DiskBlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier};
 
 /// Most blocks of one store.
 const STORE_BLOCKS: usize = 16;
 /// Most stores under way: nobody waits for them, and loads have a queue of their own.
 const STORES: usize = 2;
+/// Most slots that are overwritten by one order, so that a deletion waits for no more than that before its own.
+const ERASE_BLOCKS: usize = 64;
+/// Most conversations that wait to be stored.
+const MOST_WAITING: usize = 1 << 20;
 /// How long a disk that refused a write is left alone.
 const REST_US: u64 = 30_000_000;
 
@@ -37,6 +42,13 @@ pub(super) enum Above {
 }
 
 impl Above {
+    fn tier(&self) -> Tier {
+        match self {
+            Above::Device(_) => Tier::Device,
+            Above::Host(_) => Tier::Host,
+        }
+    }
+
     fn place(&self) -> u32 {
         match self {
             Above::Device(block) => block.id().0,
@@ -74,6 +86,14 @@ impl Above {
     }
 }
 
+/// A forgotten conversation that waits for erasures.
+#[derive(Debug)]
+struct Forget {
+    key: KvKey,
+    freed: Freed,
+    waits: BTreeSet<Ticket>,
+}
+
 /// The disk's part of the block manager.
 #[derive(Debug)]
 pub(super) struct Disk {
@@ -88,8 +108,13 @@ pub(super) struct Disk {
     rests_until: Option<Tick>,
     /// Slots whose bytes were not what they should be: overwritten as the others are, and never used again.
     bad: HashSet<u32>,
-    /// Forgotten conversations that wait for the next erasure.
-    forgets: Vec<(KvKey, Freed)>,
+    /// Erasures under way.
+    erasures: BTreeSet<Ticket>,
+    forgets: Vec<Forget>,
+    /// Slots that were let go and could not be overwritten.
+    unerased: Vec<u32>,
+    /// Conversations that are asked to the disk, and wait for room there.
+    leavers: Vec<KvKey>,
 }
 
 impl Disk {
@@ -103,7 +128,10 @@ impl Disk {
             stores_under_way: 0,
             rests_until: None,
             bad: HashSet::new(),
+            erasures: BTreeSet::new(),
             forgets: Vec::new(),
+            unerased: Vec::new(),
+            leavers: Vec::new(),
         }
     }
 
@@ -112,8 +140,8 @@ impl Disk {
     }
 
     /// Whether it takes no writes for now.
-    pub fn rests(&self) -> bool {
-        self.rests_until.is_some()
+    fn rests(&self, now: Tick) -> bool {
+        self.rests_until.is_some_and(|until| now < until)
     }
 }
 
@@ -136,6 +164,7 @@ impl Conversation {
             parent: parent.0,
             hash: hash.0,
             used: self.used.0,
+            ended: matches!(self.activity, Activity::Ended),
         }
     }
 
@@ -145,64 +174,88 @@ impl Conversation {
 }
 
 impl Manager {
-    /// Takes over what a disk tier held when the process before ended. Slots of tenants that are not among these, and
-    /// blocks whose chain has a gap, are given up.
-    pub fn recover(&mut self, found: Vec<FoundSlot>, tenants: &[(TenantId, TenantKey)]) {
+    /// Takes over what a disk tier held when the process before ended. Slots of tenants that are not among these, of
+    /// conversations that are no more, that were not written to their end, and blocks whose chain has a gap, are given up.
+    pub fn recover(&mut self, found: Contents, tenants: &[(TenantId, TenantKey)], lives: impl Fn(KvKey) -> bool) {
         let marks: HashMap<[u8; 16], (TenantId, TenantKey)> =
             tenants.iter().map(|(id, key)| (tenant_mark(key), (*id, *key))).collect();
-        self.disk.places.occupy(found.iter().map(|found| found.slot));
+        let longest = self.settings.window.blocks(self.settings.block_size).0;
+        let labelled = found.blocks.iter().map(|found| found.slot);
+        self.disk.places.occupy(labelled.chain(found.unfinished.iter().copied()));
+        found.unfinished.into_iter().for_each(|slot| self.disk.places.release(slot));
         let mut blocks: HashMap<PrefixHash, Arc<SealedBlock<DiskBlockId>>> = HashMap::new();
         let mut ends: HashMap<KvKey, Vec<FoundSlot>> = HashMap::new();
-        for found in found {
-            let Some((tenant, _)) = marks.get(&found.label.tenant) else {
+        for found in found.blocks {
+            let (label, hash) = (found.label, PrefixHash(found.label.hash));
+            let owner = marks.get(&label.tenant).filter(|_| label.index < longest);
+            let owner = owner.filter(|(id, _)| blocks.get(&hash).is_none_or(|known| known.tenant() == *id));
+            let Some((tenant, _)) = owner else {
                 self.disk.places.release(found.slot);
                 continue;
             };
+            self.disk.budget.see(*tenant);
             let slot = self.disk.places.claim(found.slot, *tenant);
-            let label = found.label;
-            let block =
-                SealedBlock::found(slot, PrefixHash(label.parent), PrefixHash(label.hash), Checksum(found.bytes_sum));
-            let block = self.disk.index.insert(block);
-            blocks.insert(block.hash(), block);
-            ends.entry(KvKey(label.conversation)).or_default().push(found);
+            let block = SealedBlock::found(slot, PrefixHash(label.parent), hash, Checksum(found.bytes_sum));
+            blocks.insert(hash, self.disk.index.insert(block));
+            let key = KvKey(label.conversation);
+            // What was over serves as a prefix; what was deleted is gone, though others may have its front.
+            if lives(key) || label.ended {
+                ends.entry(key).or_default().push(found);
+            }
         }
-        let mut known: Vec<(u64, KvKey, Vec<FoundSlot>)> = ends
-            .into_iter()
-            .map(|(key, found)| (found.iter().map(|found| found.label.used).max().unwrap_or(0), key, found))
-            .collect();
+        let newest = |found: &Vec<FoundSlot>| found.iter().map(|found| found.label.used).max().unwrap_or(0);
+        let mut known: Vec<_> = ends.into_iter().map(|(key, found)| (newest(&found), key, found)).collect();
         known.sort_unstable_by_key(|(used, key, _)| (*used, *key));
         for (used, key, mut found) in known {
-            // The longest chain without a gap. Its front may be another conversation's, which wrote it first.
-            found.sort_unstable_by_key(|found| std::cmp::Reverse(found.label.index));
-            let Some((end, sealed)) = found.iter().find_map(|end| Some((end, chain_to(end, &blocks)?))) else {
-                continue;
-            };
+            // The newest chain without a gap. Its front may be another conversation's, which wrote it first.
+            found.sort_unstable_by_key(|found| std::cmp::Reverse((found.label.used, found.label.index)));
+            let end = found.iter().find_map(|end| Some((end, chain_to(end, &blocks)?)));
+            let Some((end, sealed)) = end else { continue };
             let (tenant, tenant_key) = marks[&end.label.tenant];
             let mut conversation = Conversation::new(key, tenant, tenant_key);
+            let ended = !lives(key);
             conversation.disk.sealed = sealed;
             conversation.used = UseOrder(used);
+            if ended {
+                conversation.activity = Activity::Ended;
+            }
             self.uses = self.uses.max(used);
             self.conversations.insert(key, conversation);
-            self.disk.line.add(tenant, key, UseOrder(used), false);
+            self.disk.line.add(tenant, key, UseOrder(used), ended);
             self.touch(key);
         }
     }
 
     /// Writes down to disk what idle conversations have above it, as long as few stores are under way.
     pub(super) fn store_ahead(&mut self, now: Tick) {
-        if self.disk.rests_until.is_some_and(|until| now < until) {
+        if self.disk.rests(now) {
             return;
         }
         self.disk.rests_until = None;
+        for place in take(&mut self.disk.unerased) {
+            self.disk.places.release_again(place);
+        }
         while self.disk.stores_under_way < STORES {
             let Some(key) = self.disk.unstored.pop_front() else { return };
-            let idle = self.conversations.get(&key).is_some_and(Conversation::is_idle);
-            if idle && self.conversation(key).storing.is_none() && !self.store(now, key) && self.is_short_of_disk() {
+            let Some(conversation) = self.conversations.get_mut(&key) else { continue };
+            conversation.waits_for_store = false;
+            let may = conversation.is_idle() && conversation.storing.is_none();
+            if may && !self.store(now, key) && self.is_short_of_disk() {
                 // Room is being made: it is tried again once that is there.
+                self.conversations.get_mut(&key).expect("looked up above").waits_for_store = true;
                 self.disk.unstored.push_front(key);
                 return;
             }
         }
+    }
+
+    /// Lets a conversation that is to go to disk wait for the room that is being made there. False if none is.
+    pub(super) fn waits_for_disk_room(&mut self, key: KvKey) -> bool {
+        let waits = self.is_short_of_disk();
+        if waits {
+            self.disk.leavers.push(key);
+        }
+        waits
     }
 
     fn is_short_of_disk(&self) -> bool {
@@ -212,22 +265,30 @@ impl Manager {
     /// Notes that a tier above has full blocks of a conversation that the disk may lack.
     pub(super) fn wants_store(&mut self, key: KvKey) {
         let conversation = self.conversation(key);
-        if self.disk.exists() && self.above(conversation) > conversation.disk.sealed.len() {
+        let lacks = self.above(conversation) > conversation.disk.sealed.len();
+        // More than that wait only while the disk takes nothing; then what has a turn later comes later.
+        if self.disk.exists() && lacks && !conversation.waits_for_store && self.disk.unstored.len() < MOST_WAITING {
             self.disk.unstored.push_back(key);
+            self.conversations.get_mut(&key).expect("looked up above").waits_for_store = true;
         }
     }
 
     /// Full blocks that the tier which is copied to disk has: the host, or the device of a server without one.
     fn above(&self, conversation: &Conversation) -> usize {
-        if self.host.total().0 > 0 { conversation.host.sealed.len() } else { conversation.device.sealed.len() }
+        let (host, device) = (conversation.host.sealed.len(), conversation.device.sealed.len());
+        if self.stores_from_device(conversation) { host.max(device) } else { host }
+    }
+
+    /// Whether the disk copies what the device has: there is no host tier, or it had no room for what is to go to disk.
+    fn stores_from_device(&self, conversation: &Conversation) -> bool {
+        self.host.total().0 == 0 || conversation.leaving == Some(Tier::Disk)
     }
 
     fn block_above(&self, conversation: &Conversation, index: usize) -> Option<Above> {
-        if self.host.total().0 > 0 {
-            conversation.host.sealed.get(index).cloned().map(Above::Host)
-        } else {
-            conversation.device.sealed.get(index).cloned().map(Above::Device)
-        }
+        let on_host = conversation.host.sealed.get(index).cloned().map(Above::Host);
+        let from_device = self.stores_from_device(conversation);
+        let on_device = || conversation.device.sealed.get(index).filter(|_| from_device).cloned().map(Above::Device);
+        on_host.or_else(on_device)
     }
 
     /// Orders a store of the first blocks of an idle conversation that the disk lacks. False if there are none, or no room.
@@ -236,7 +297,7 @@ impl Manager {
         let conversation = self.conversation(key);
         let (first, tenant) = (conversation.disk.sealed.len(), conversation.tenant);
         let missing = self.above(conversation).saturating_sub(first).min(STORE_BLOCKS);
-        if missing == 0 || self.disk.rests() {
+        if missing == 0 || self.disk.rests(now) {
             return false;
         }
         self.make_disk_room(now, BlockCount(u32::try_from(missing).expect("bounded above")), key);
@@ -244,6 +305,10 @@ impl Manager {
         let (mut blocks, mut pairs, mut labels) = (Vec::new(), Vec::new(), Vec::new());
         for index in first..first + missing {
             let Some(block) = self.block_above(conversation, index) else { break };
+            // One order copies from one tier.
+            if blocks.first().is_some_and(|(first, _): &(Above, _)| first.tier() != block.tier()) {
+                break;
+            }
             let Some(slot) = self.disk.places.take::<DiskBlockId>(tenant) else { break };
             pairs.push((block.place(), slot.place().0));
             labels.push((conversation.label(index, block.parent(), block.hash()), block.sum()));
@@ -252,7 +317,7 @@ impl Manager {
         if pairs.is_empty() {
             return false;
         }
-        let from = if self.host.total().0 > 0 { Tier::Host } else { Tier::Device };
+        let from = blocks[0].0.tier();
         let ticket =
             self.order_labelled(Direction::Store { from }, pairs, labels, InFlight::Store { key, first, blocks });
         self.disk.stores_under_way += 1;
@@ -267,8 +332,20 @@ impl Manager {
         loop {
             let conversation = self.conversation(key);
             let next = self.block_above(conversation, conversation.disk.sealed.len());
-            let Some(copy) = next.and_then(|block| self.disk.index.get(&block.hash())) else { return };
+            let Some(copy) = next.and_then(|block| self.disk.index.get(&block.hash())) else { break };
             self.conversations.get_mut(&key).expect("looked up above").disk.sealed.push(copy);
+        }
+        self.in_disk_line(key);
+    }
+
+    /// Puts an idle conversation of which the disk has something back into line, which had dropped it as the coldest.
+    fn in_disk_line(&mut self, key: KvKey) {
+        let conversation = self.conversation(key);
+        let (tenant, used) = (conversation.tenant, conversation.used);
+        let ended = matches!(conversation.activity, Activity::Ended);
+        let belongs = conversation.is_idle() && !conversation.disk.is_empty();
+        if belongs && !self.disk.line.contains(tenant, key) {
+            self.disk.line.add_first(tenant, key, used, ended);
         }
     }
 
@@ -319,11 +396,8 @@ impl Manager {
         if !conversation.is_idle() {
             return;
         }
-        let (tenant, used, leaving) = (conversation.tenant, conversation.used, conversation.leaving);
-        let ended = matches!(conversation.activity, Activity::Ended);
-        if !conversation.disk.is_empty() && !self.disk.line.contains(tenant, key) {
-            self.disk.line.add_first(tenant, key, used, ended);
-        }
+        let leaving = conversation.leaving;
+        self.in_disk_line(key);
         if leaving.is_some() {
             self.go_on_leaving(now, key);
         } else if written {
@@ -398,45 +472,58 @@ impl Manager {
         self.disk.bad.insert(block.id().0);
     }
 
-    /// Says of a forgotten conversation that it is gone, as soon as its slots are overwritten.
+    /// Says of a forgotten conversation that it is gone, as soon as all that was let go until now is overwritten.
     pub(super) fn forgotten_once_erased(&mut self, key: KvKey, freed: Freed) {
-        self.disk.forgets.push((key, freed));
+        self.erase_released();
+        let waits = self.disk.erasures.clone();
+        if waits.is_empty() {
+            return self.forgot(key, freed);
+        }
+        self.disk.forgets.push(Forget { key, freed, waits });
     }
 
     /// Orders that slots which were let go are overwritten. They are free once that is done.
     pub(super) fn erase_released(&mut self) {
-        let places = self.disk.places.take_released();
-        let forgets = std::mem::take(&mut self.disk.forgets);
-        if places.is_empty() && forgets.is_empty() {
-            return;
+        for places in self.disk.places.take_released().chunks(ERASE_BLOCKS) {
+            let pairs = places.iter().map(|place| (*place, *place)).collect();
+            let ticket = self.order(Direction::Erase, pairs, InFlight::Erase { places: places.to_vec() });
+            self.disk.erasures.insert(ticket);
         }
-        let pairs = places.iter().map(|place| (*place, *place)).collect();
-        self.order(Direction::Erase, pairs, InFlight::Erase { places, forgets });
     }
 
-    /// Takes in an erasure's outcome. What could not be overwritten stays out of use, and is told as remaining.
-    pub(super) fn erased(&mut self, places: Vec<u32>, forgets: Vec<(KvKey, Freed)>, sums: &[Option<u32>]) {
-        let done = sums.len() == places.len() && sums.iter().all(Option::is_some);
-        if done {
-            let good = places.iter().copied().filter(|place| !self.disk.bad.contains(place));
-            self.disk.places.give_back(places.len(), good);
-        } else {
-            self.disk.bad.extend(&places);
-            self.disk.places.give_back(places.len(), std::iter::empty());
-            tracing::error!(
-                slots = places.len(),
-                "slots of the disk tier could not be overwritten; they stay out of use"
-            );
+    /// Takes in an erasure's outcome. What could not be overwritten is tried again with the next write, and is told as
+    /// remaining.
+    pub(super) fn erased(&mut self, now: Tick, ticket: Ticket, places: &[u32], sums: &[Option<u32>]) {
+        self.disk.erasures.remove(&ticket);
+        let (done, failed): (Vec<_>, Vec<_>) = places.iter().zip(sums).partition(|(_, sum)| sum.is_some());
+        let good = done.into_iter().map(|(place, _)| *place).filter(|place| !self.disk.bad.contains(place));
+        self.disk.places.give_back(places.len(), good);
+        if !failed.is_empty() {
+            tracing::error!(slots = failed.len(), "slots of the disk tier could not be overwritten; it is tried again");
+            self.disk.unerased.extend(failed.iter().map(|(place, _)| **place));
         }
-        for (key, freed) in forgets {
-            let remaining = if done { BlockCount(0) } else { freed.disk };
-            self.forgot(key, Freed { remaining, disk: BlockCount(freed.disk.0 - remaining.0), ..freed });
+        for key in take(&mut self.disk.leavers) {
+            let leaves = self.conversations.get(&key).filter(|conversation| conversation.is_idle());
+            if leaves.is_some_and(|conversation| conversation.leaving.is_some()) {
+                self.go_on_leaving(now, key);
+            }
+        }
+        for mut forget in take(&mut self.disk.forgets) {
+            if forget.waits.remove(&ticket) && !failed.is_empty() {
+                forget.freed.remaining = forget.freed.disk;
+            }
+            if forget.waits.is_empty() {
+                let Forget { key, freed, .. } = forget;
+                self.forgot(key, Freed { disk: BlockCount(freed.disk.0 - freed.remaining.0), ..freed });
+            } else {
+                self.disk.forgets.push(forget);
+            }
         }
     }
 
     /// Whether the disk is left alone for now, since it refused a write.
-    pub fn disk_rests(&self) -> bool {
-        self.disk.rests()
+    pub fn disk_rests(&self, now: Tick) -> bool {
+        self.disk.rests(now)
     }
 
     /// Disk places that are out of use for good, or will be once they are let go.

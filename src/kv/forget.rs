@@ -69,7 +69,9 @@ impl Manager {
         let kept_disk = tables.2.blocks().0 - disk.0;
         let kept_shared = BlockCount(kept_device.0 + kept_host.0 + kept_disk);
         let freed = Freed { device, host, disk, kept_shared, remaining: BlockCount(0) };
-        if disk.0 > 0 {
+        drop(tables.2);
+        // What was let go of it before may be on its way out still.
+        if disk.0 > 0 || self.disk.places.is_erasing() {
             self.forgotten_once_erased(key, freed);
         } else {
             self.forgot(key, freed);

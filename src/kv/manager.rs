@@ -5,8 +5,8 @@
 //! Invariants: free + held places are a pool's total; a running conversation is never a victim; a place that a transfer
 //! reads or writes is not reused before its outcome is back.
 
-use std::collections::HashMap;
 use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::block::{OpenBlock, Places, PrefixHash, Slot};
@@ -133,7 +133,10 @@ pub struct Manager {
     pub(super) uncopied: VecDeque<KvKey>,
     pub(super) in_flight: HashMap<Ticket, InFlight>,
     pub(super) offloads_under_way: usize,
-    pub(super) loads_under_way: usize,
+    /// Device places that loads from disk write, and whatever else of their turns.
+    pub(super) loading_places: u64,
+    /// Loads that nobody waits for any longer, since they took too long.
+    pub(super) hanging_loads: HashSet<Ticket>,
     pub(super) next_ticket: u64,
     pub(super) orders: Vec<TransferOrder>,
     pub(super) journal: Journal,
@@ -168,7 +171,8 @@ impl Manager {
             uncopied: VecDeque::new(),
             in_flight: HashMap::new(),
             offloads_under_way: 0,
-            loads_under_way: 0,
+            loading_places: 0,
+            hanging_loads: HashSet::new(),
             next_ticket: 0,
             orders: Vec::new(),
             journal: Journal::new(settings.journal_entries),
@@ -207,7 +211,7 @@ impl Manager {
         self.disk.line.remove(tenant, key);
         self.disown_copies(key, admit.usable_hashes(self.settings.block_size));
         let mut matched = self.find(&admit);
-        self.weigh(&admit, &mut matched);
+        let passed_over = self.weigh(&admit, &mut matched);
         let size = self.settings.block_size;
         let total = TokenCount::of(tokens).blocks(size);
         let here = matched.arrivals.iter().filter(|found| matches!(found, Match::Here(_))).count();
@@ -223,6 +227,7 @@ impl Manager {
                 return if room == Room::Coming { Admission::Wait } else { Admission::NoRoom };
             }
         }
+        self.hope_for(passed_over);
         let slots = (0..need.0).map(|_| self.device.take(tenant).expect("room was made"));
         let slots: Vec<Slot<BlockId>> = slots.collect();
         self.run(now, key, matched, slots)
@@ -306,7 +311,7 @@ impl Manager {
         }
         conversation.in_flight += 1;
         conversation.activity = Activity::Running(running);
-        self.loads_under_way += usize::from(!loads.is_empty());
+        self.loading_places += loads.len() as u64;
         let (host, disk) = (Part::of(pairs.len()), Part::of(loads.len()));
         let reload = InFlight::Reload { key, started: now, blocks: arrivals, tail: arriving_tail, host, disk };
         let ticket = if pairs.is_empty() {
@@ -384,6 +389,10 @@ impl Manager {
             panic!("the conversation runs")
         };
         conversation.device.tail = running.open.and_then(OpenBlock::rest).map(Arc::new);
+        // What the host has beyond was not taken up again: a tail there would stand in the way of its copy.
+        if conversation.device.tail.is_some() {
+            conversation.host.truncate(conversation.device.sealed.len());
+        }
         conversation.last_used = now;
         self.uses += 1;
         conversation.used = UseOrder(self.uses);
@@ -432,7 +441,8 @@ impl Manager {
         if host || (device && self.host.total().0 > 0) {
             self.host_line.add(tenant, key, used, ended);
         }
-        if !self.conversation(key).disk.is_empty() {
+        // Like the host's: in its place before anything of it is there.
+        if self.disk.exists() && !self.conversation(key).is_nowhere() {
             self.disk.line.add(tenant, key, used, ended);
         }
     }

@@ -187,6 +187,10 @@ impl Manager {
             device_left.0 -= pin.device.0;
             host_left.0 -= pin.host.0;
             let (idle, exposes) = (conversation.is_idle(), conversation.exposes_device());
+            let (used, ended) = (conversation.used, matches!(conversation.activity, Activity::Ended));
+            if idle && conversation.exposes_host() && !self.host_line.contains(tenant, key) {
+                self.host_line.add_first(tenant, key, used, ended);
+            }
             if !exposes {
                 self.device_line.remove(tenant, key);
             } else if idle && !self.device_line.contains(tenant, key) {

@@ -1,5 +1,8 @@
 //! How fast does something go, as far as was seen?
 
+/// No memory gives more bytes a second.
+const MOST_PER_S: f64 = 1e12;
+
 /// A moving average of a rate, in units a second.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rate {
@@ -15,7 +18,7 @@ impl Rate {
 
     /// Takes it for a little faster than was seen: what is not tried any more would else stay slow for ever.
     pub fn hope(&mut self) {
-        self.per_s *= 1.1;
+        self.per_s = (self.per_s * 1.1).min(MOST_PER_S);
     }
 
     /// Units a second; 0 before the first observation.

@@ -56,6 +56,11 @@ impl Manager {
         self.device.held(tenant).0 + need.0 > self.device_budget.ceiling(tenant).0
     }
 
+    /// Whether fewer device places than that are free.
+    pub fn is_short(&self, need: BlockCount) -> bool {
+        self.device.free() < need
+    }
+
     /// Makes `need` device places free for a turn of `tenant`.
     pub(super) fn make_room(&mut self, now: Tick, need: BlockCount, tenant: TenantId) -> Room {
         while self.device.free() < need {

@@ -29,6 +29,8 @@ pub(super) struct Conversation {
     pub copying: Option<Ticket>,
     /// A store that is under way; at most one.
     pub storing: Option<Ticket>,
+    /// It is among those that wait to be stored.
+    pub waits_for_store: bool,
     /// Transfers under way that read or write its blocks.
     pub in_flight: u32,
     /// A client wants it in this tier and in none above, as soon as it is copied.
@@ -83,6 +85,7 @@ impl Conversation {
             last_eviction: None,
             copying: None,
             storing: None,
+            waits_for_store: false,
             in_flight: 0,
             leaving: None,
             pin: None,

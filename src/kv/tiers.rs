@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use super::block::{Checksum, PrefixHash, SealedBlock, Slot, TailBlock};
 use super::disk::Above;
-use super::forget::Freed;
 use super::journal::{Entry, Rule};
 use super::manager::{Manager, Reloaded};
 use super::residency::Activity;
@@ -56,8 +55,6 @@ pub(super) enum InFlight {
     },
     Erase {
         places: Vec<u32>,
-        /// Conversations that are forgotten once this is done.
-        forgets: Vec<(KvKey, Freed)>,
     },
 }
 
@@ -173,7 +170,7 @@ impl Manager {
         let first = conversation.host.sealed.len();
         // A host tail is older than what is copied now, or the same block: the device has all of it.
         conversation.host.tail = None;
-        let missing = conversation.device.sealed.len() - first;
+        let missing = conversation.device.sealed.len().saturating_sub(first);
         let wanted = (missing + usize::from(conversation.device.tail.is_some())).min(OFFLOAD_BLOCKS);
         let wanted = BlockCount(u32::try_from(wanted).expect("bounded above"));
         self.make_host_room(now, wanted, key);
@@ -181,7 +178,7 @@ impl Manager {
         let mut end = conversation.host.sealed.last().map_or(PrefixHash::ROOT, |block| block.hash());
         let mut sealed = Vec::new();
         let mut pairs = Vec::new();
-        for block in conversation.device.sealed[first..].iter().take(OFFLOAD_BLOCKS) {
+        for block in conversation.device.sealed.iter().skip(first).take(OFFLOAD_BLOCKS) {
             let Some(slot) = self.host.take::<HostBlockId>(tenant) else { break };
             pairs.push((block.id().0, slot.place().0));
             end = block.hash();
@@ -238,12 +235,12 @@ impl Manager {
                 self.stored(now, key, done.ticket, first, blocks, &done.sums);
                 None
             }
-            InFlight::Erase { places, forgets } => {
-                self.erased(places, forgets, &done.sums);
+            InFlight::Erase { places } => {
+                self.erased(now, done.ticket, &places, &done.sums);
                 None
             }
             InFlight::PartOf(ticket) => {
-                self.loaded(bytes, done.took_us);
+                self.loaded(&done);
                 let Some(InFlight::Reload { disk, .. }) = self.in_flight.get_mut(&ticket) else {
                     unreachable!("a reload waits for its parts")
                 };
@@ -256,7 +253,7 @@ impl Manager {
                     self.rates.reload_bytes_per_s.add(bytes, done.took_us);
                     host = Part::Here(done.sums);
                 } else {
-                    self.loaded(bytes, done.took_us);
+                    self.loaded(&done);
                     disk = Part::Here(done.sums);
                 }
                 self.in_flight.insert(done.ticket, InFlight::Reload { key, started, blocks, tail, host, disk });
@@ -265,10 +262,14 @@ impl Manager {
         }
     }
 
-    fn loaded(&mut self, bytes: u64, took_us: u64) {
-        self.loads_under_way -= 1;
+    /// Takes in what a disk gave: what it did not give says nothing about its speed.
+    fn loaded(&mut self, done: &TransferDone) {
+        self.loading_places -= done.sums.len() as u64;
+        let bytes = done.sums.iter().flatten().count() as u64 * self.settings.block_bytes;
         self.counters.loaded_bytes += bytes;
-        self.rates.load_bytes_per_s.add(bytes, took_us);
+        if bytes > 0 {
+            self.rates.load_bytes_per_s.add(bytes, done.took_us);
+        }
     }
 
     fn reloaded_if_all_here(&mut self, now: Tick, ticket: Ticket) -> Option<Reloaded> {
@@ -276,6 +277,7 @@ impl Manager {
         if host.is_coming() || disk.is_coming() {
             return None;
         }
+        self.hanging_loads.remove(&ticket);
         let Some(InFlight::Reload { key, started, blocks, tail, host, disk }) = self.in_flight.remove(&ticket) else {
             return None;
         };
@@ -458,7 +460,8 @@ impl Manager {
             return;
         }
         let to_disk = self.conversation(key).leaving == Some(Tier::Disk) && self.disk.exists();
-        if to_disk && (self.conversation(key).storing.is_some() || self.store(now, key)) {
+        let is_stored = || self.conversation(key).storing.is_some();
+        if to_disk && (is_stored() || self.store(now, key) || self.waits_for_disk_room(key)) {
             return;
         }
         let conversation = self.conversations.get_mut(&key).expect("the caller knows the conversation");

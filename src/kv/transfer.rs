@@ -79,8 +79,8 @@ pub fn execute_on_disk(
         Direction::Store { from } => store(order, slots, if from == Tier::Host { host } else { device }, buffer),
         Direction::Load => return load(order, slots, device, buffer),
         Direction::Erase => {
-            let erased = slots.erase(order.pairs.iter().map(|(_, to)| *to), buffer);
-            erased.map(|()| vec![Some(0); order.pairs.len()])
+            let places: Vec<u32> = order.pairs.iter().map(|(_, to)| *to).collect();
+            return slots.erase(&places, buffer).into_iter().map(|erased| told(erased).map(|()| 0)).collect();
         }
         Direction::Offload | Direction::Reload => panic!("no transfer of the disk's: {order:?}"),
     };
@@ -88,6 +88,11 @@ pub fn execute_on_disk(
         tracing::debug!(%error, direction = ?order.direction, blocks = order.pairs.len(), "the disk tier failed");
         vec![None; order.pairs.len()]
     })
+}
+
+/// What went wrong is told to the log.
+fn told(erased: std::io::Result<()>) -> Option<()> {
+    erased.inspect_err(|error| tracing::debug!(%error, "a slot could not be overwritten")).ok()
 }
 
 fn store(order: &TransferOrder, slots: &Slots, source: &Arena, buffer: &Buffer) -> std::io::Result<Vec<Option<u32>>> {

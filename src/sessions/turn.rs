@@ -258,7 +258,9 @@ impl From<SubmitError> for TurnError {
 impl From<TurnFailure> for TurnError {
     fn from(failure: TurnFailure) -> Self {
         match failure {
-            TurnFailure::QueueTimeout { .. } => TurnError::QueueTimeout(failure.to_string()),
+            TurnFailure::QueueTimeout { .. } | TurnFailure::AtCeiling { .. } => {
+                TurnError::QueueTimeout(failure.to_string())
+            }
             TurnFailure::Model(_) => TurnError::Internal(failure.to_string()),
         }
     }

@@ -129,6 +129,10 @@ impl Store for Embedded {
         }))
     }
 
+    fn ids(&self) -> StoreFuture<'_, Vec<u128>> {
+        Box::pin(self.read(records::ids))
+    }
+
     fn conversations(&self, tenant: &str, query: ListQuery) -> StoreFuture<'_, Option<Vec<Listed>>> {
         let tenant = tenant.to_owned();
         Box::pin(self.read(move |db| records::list(db, &tenant, &query)))

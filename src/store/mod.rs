@@ -167,6 +167,8 @@ pub trait Store: Send + Sync {
     /// Makes a conversation with all that the commit brings, in one transaction.
     fn begin(&self, conversation: ConversationRecord, commit: Commit) -> StoreFuture<'_, ()>;
     fn conversation(&self, tenant: &str, id: u128) -> StoreFuture<'_, Option<ConversationRecord>>;
+    /// All conversations that there are, nameless chains among them.
+    fn ids(&self) -> StoreFuture<'_, Vec<u128>>;
     /// A page of the conversations that clients can name; `None` if there is no `after`.
     fn conversations(&self, tenant: &str, query: ListQuery) -> StoreFuture<'_, Option<Vec<Listed>>>;
     fn load(&self, tenant: &str, id: u128) -> StoreFuture<'_, Option<StoredConversation>>;

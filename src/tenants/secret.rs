@@ -48,6 +48,9 @@ impl Secret {
                 file.write_all(&secret.0)?;
                 file.sync_all()?;
                 std::fs::rename(&new, path)?;
+                // Its name must last as long as what is found by it.
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+                std::fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
                 Ok(secret)
             }
             Err(error) => Err(error),

@@ -768,7 +768,7 @@ impl World {
         let turn = self.turns.remove(&id).expect("a turn ends once");
         match failure {
             TurnFailure::Model(_) => {}
-            TurnFailure::QueueTimeout { waited_ms } => {
+            TurnFailure::QueueTimeout { waited_ms } | TurnFailure::AtCeiling { waited_ms } => {
                 assert!(u128::from(*waited_ms) >= turn.request.queue_deadline.as_millis(), "too early: {turn:?}");
                 assert!(turn.started.is_none());
             }

@@ -44,6 +44,12 @@ pub(super) fn conversation(db: &Connection, tenant: &str, id: u128) -> Result<Op
     Ok(find(db, tenant, id)?.map(|(_, record)| record))
 }
 
+pub(super) fn ids(db: &Connection) -> Result<Vec<u128>, StoreError> {
+    let mut query = db.prepare_cached("SELECT id FROM conversations")?;
+    let ids = query.query_map([], |row| row.get(0).map(u128::from_be_bytes))?;
+    Ok(ids.collect::<Result<_, _>>()?)
+}
+
 pub(super) fn load(db: &Connection, tenant: &str, id: u128) -> Result<Option<StoredConversation>, StoreError> {
     // One transaction, so that all of it is of the same moment.
     let db = db.unchecked_transaction()?;
