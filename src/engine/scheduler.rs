@@ -69,7 +69,7 @@ impl Core {
             self.stalled_loads += 1;
             self.sequences.get_mut(&turn).expect("a running turn is known").avoids_disk = true;
             let key = self.back_in_queue(turn);
-            self.manager.rest(now, key);
+            self.manager.set_back(now, key);
         }
     }
 
@@ -132,7 +132,7 @@ impl Core {
         let key = self.back_in_queue(victim);
         // While it is known: one that has nothing in place yet, after a damaged reload, leaves no record.
         self.note_preemption(now, key, for_tenant);
-        self.manager.rest(now, key);
+        self.manager.set_back(now, key);
     }
 
     /// Makes a running turn one that waits, first of its tenant's.
@@ -212,10 +212,11 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::super::core::{Command, CoreSettings, Event, StartTurn};
-    use super::super::{Sampling, TurnEvent, TurnRequest};
+    use super::super::{Sampling, TurnEvent, TurnRequest, TurnShape};
     use super::*;
     use crate::kv::KvSettings;
     use crate::kv::block::PrefixHash;
+    use crate::kv::evictor::Policy;
     use crate::model::Logits;
     use crate::types::{BlockSize, TenantId, TenantKey, TokenId};
 
@@ -231,6 +232,8 @@ mod tests {
             disk_blocks: BlockCount(0),
             window: TokenCount(8000),
             background_offload: false,
+            policy: Policy::Lru,
+            doubles_at: None,
             journal_entries: 10,
             reuse: false,
         };
@@ -244,6 +247,7 @@ mod tests {
         let request = TurnRequest {
             prompt: prompt.into(),
             encoded_before: TokenCount(0),
+            shape: TurnShape { number: 1, new_tokens: TokenCount(0) },
             sampling: Sampling::default(),
             max_tokens: TokenCount(1),
             stop_tokens: [].into(),
