@@ -10,6 +10,7 @@ mod metrics;
 mod movers;
 mod odds;
 pub mod prompt;
+pub mod replay;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
