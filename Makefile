@@ -69,6 +69,15 @@ perplexity: ## Hold the model's perplexity in ten formats to llama.cpp's, built 
 	@test -f $(model) || $(program) pull
 	$(target_dir)/release/load-tests perplexity $(ARGS)
 
+# Traces as CSV, plain or .gz: load-tests/README.md says which.
+TRACES ?= traces
+
+.PHONY: eviction
+eviction: ## Replay traces through the evictor, some minutes: make eviction TRACES=DIR
+	@scripts/setup
+	@$(MAKE) --no-print-directory $(program)
+	$(target_dir)/release/load-tests eviction --traces $(TRACES) $(ARGS)
+
 .PHONY: soak
 soak: ## The system and simulation tests, for much longer
 	@scripts/setup test

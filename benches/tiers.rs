@@ -9,9 +9,11 @@ use std::hint::black_box;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use rekindle::engine::TurnShape;
 use rekindle::kernels::files::{Label, Slots};
 use rekindle::kernels::memory::Arena;
 use rekindle::kv::block::PrefixHash;
+use rekindle::kv::evictor::Policy;
 use rekindle::kv::manager::{Admission, Admit};
 use rekindle::kv::transfer::{Direction, Ticket, TransferOrder, execute, execute_on_disk};
 use rekindle::kv::{KvSettings, Manager};
@@ -112,6 +114,8 @@ fn full_pool() -> (Manager, u128) {
         disk_blocks: BlockCount(0),
         window: TokenCount(LENGTH * SIZE.0),
         background_offload: false,
+        policy: Policy::ReturnRate,
+        doubles_at: None,
         journal_entries: 1_000,
         reuse: true,
     });
@@ -131,7 +135,7 @@ fn turn(manager: &mut Manager, key: u128) {
     let admitted = manager.admit(now, admit);
     assert!(matches!(admitted, Admission::Ready(_)), "{admitted:?}");
     manager.append(key, &tokens);
-    manager.rest(now, key);
+    manager.rest(now, key, TurnShape { number: 1, new_tokens: TokenCount(LENGTH * SIZE.0) });
 }
 
 fn blocks(c: &mut Criterion) {

@@ -90,6 +90,8 @@ pub struct Kv {
     pub disk_dir: Option<PathBuf>,
     pub block_size: u32,
     pub eviction_policy: EvictionPolicy,
+    /// 0: length counts for nothing.
+    pub eviction_doubles_at: u32,
     pub background_offload: bool,
     pub journal_entries: usize,
 }
@@ -97,6 +99,7 @@ pub struct Kv {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EvictionPolicy {
+    ReturnRate,
     Lru,
 }
 
@@ -242,6 +245,7 @@ impl Layers {
         if kv.block_size != 16 {
             return Err(self.impossible("kv.block_size", "the CPU kernels work on blocks of 16 tokens"));
         }
+        self.range("kv.eviction_doubles_at", kv.eviction_doubles_at, 0..=1_000_000_000)?;
         self.range("kv.journal_entries", kv.journal_entries, 100..=1_000_000)?;
         self.range("engine.threads", engine.threads, 0..=1024)?;
         self.range("engine.max_running", engine.max_running, 1..=4096)?;

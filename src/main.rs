@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use rekindle::cli::chat::{self, ChatArgs};
 use rekindle::cli::key::{self, KeyArgs};
 use rekindle::cli::pull::{self, PullArgs};
+use rekindle::cli::replay::{self, ReplayArgs};
 use rekindle::config::{Config, Layers, LogFormat};
 use rekindle::telemetry::log;
 
@@ -36,6 +37,8 @@ enum Command {
     Pull(PullArgs),
     /// Make an API key, for a tenant or an admin
     Key(KeyArgs),
+    /// Say what a policy and a memory would have cost on a trace of turns
+    Replay(ReplayArgs),
 }
 
 /// Every key of config/default.toml can be set by --set, by a file or by the environment: `kv.device_bytes` is
@@ -113,5 +116,6 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Chat(arguments) => chat::run(arguments).await,
         Command::Pull(arguments) => pull::run(arguments).await,
         Command::Key(arguments) => Ok(key::run(&arguments)?),
+        Command::Replay(arguments) => replay::run(&arguments),
     }
 }

@@ -24,7 +24,7 @@ use crate::config::tenants::TenantsError;
 use crate::config::{self, Config};
 use crate::engine::status::EngineStatus;
 use crate::engine::thread::{DiskSettings, Engine, EngineSettings, StartError};
-use crate::engine::{EngineHandle, Language};
+use crate::engine::{EngineHandle, Language, Policy};
 use crate::model::decoder::{Compute, Decoder, IsaError, LoadError};
 use crate::model::language::LanguageError;
 use crate::model::weights::{OpenError, WeightFile};
@@ -283,6 +283,11 @@ fn engine_settings(config: &Config, disk: Option<DiskSettings>) -> EngineSetting
         host_bytes: config.kv.host_bytes.0,
         disk,
         background_offload: config.kv.background_offload,
+        policy: match config.kv.eviction_policy {
+            config::EvictionPolicy::ReturnRate => Policy::ReturnRate,
+            config::EvictionPolicy::Lru => Policy::Lru,
+        },
+        doubles_at: Some(TokenCount(config.kv.eviction_doubles_at)).filter(|length| length.0 > 0),
         journal_entries: config.kv.journal_entries,
         max_running: config.engine.max_running,
         step_tokens: TokenCount(config.engine.step_tokens),

@@ -16,7 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "main",
         &["api", "cli", "cluster", "config", "dashboard", "engine", "model", "server", "sessions", "store", "tenants"],
     ),
-    ("cli", &["config", "model", "server", "tenants"]),
+    ("cli", &["config", "engine::replay", "model", "server", "tenants"]),
     ("server", &["api", "cluster", "config", "dashboard", "engine", "model", "sessions", "store", "tenants"]),
     ("config", &[]),
     ("api", &["cluster", "engine::status", "engine::replay", "sessions", "tenants"]),

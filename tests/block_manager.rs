@@ -12,8 +12,10 @@ use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use rekindle::kernels::files::{Contents, FoundSlot, Label};
 use rekindle::kv::block::PrefixHash;
+use rekindle::kv::evictor::Policy;
 use rekindle::kv::manager::{Admission, Admit, Found};
 use rekindle::kv::pins::PinRefused;
+use rekindle::kv::return_rate::TurnShape;
 use rekindle::kv::transfer::{Direction, TransferDone, TransferOrder};
 use rekindle::kv::{KvSettings, Manager};
 use rekindle::types::{
@@ -44,6 +46,8 @@ enum Op {
     Forget(usize),
     Leave(usize, Tier),
     End(usize),
+    Expect(usize),
+    AwaitTool(usize),
     /// The oldest copy on its way is made, and told.
     Copy {
         damage: bool,
@@ -73,6 +77,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (conversation.clone(), prop_oneof![Just(Tier::Host), Just(Tier::Disk)])
             .prop_map(|(conversation, to)| Op::Leave(conversation, to)),
         1 => conversation.clone().prop_map(Op::End),
+        1 => conversation.clone().prop_map(Op::Expect),
+        1 => conversation.clone().prop_map(Op::AwaitTool),
         2 => (conversation.clone(), 1..40u64).prop_map(|(conversation, ticks)| Op::Pin { conversation, ticks }),
         1 => conversation.prop_map(Op::Unpin),
         6 => proptest::bool::weighted(0.1).prop_map(|damage| Op::Copy { damage }),
@@ -144,7 +150,7 @@ fn sum(cells: &[Cell]) -> u32 {
 }
 
 impl World {
-    fn new(device: u32, host: u32, disk: u32, background_offload: bool) -> Self {
+    fn new(device: u32, host: u32, disk: u32, background_offload: bool, policy: Policy) -> Self {
         let settings = KvSettings {
             block_size: SIZE,
             block_bytes: 64,
@@ -153,6 +159,8 @@ impl World {
             disk_blocks: BlockCount(disk),
             window: TokenCount(WINDOW as u32),
             background_offload,
+            policy,
+            doubles_at: None,
             journal_entries: 16,
             reuse: true,
         };
@@ -198,12 +206,14 @@ impl World {
                 }
             }
             Op::End(conversation) => self.manager.end(key(conversation)),
+            Op::Expect(conversation) => self.manager.expect_soon(self.now, key(conversation)),
+            Op::AwaitTool(conversation) => self.manager.await_tool(key(conversation)),
             Op::Copy { damage } => self.copy(damage)?,
             Op::WorkAhead => self.manager.work_ahead(self.now),
             Op::Restart => self.restart(),
             Op::Pin { conversation, ticks } => self.pin(conversation, ticks)?,
             Op::Unpin(conversation) => {
-                self.manager.unpin(key(conversation));
+                self.manager.unpin(self.now, key(conversation));
                 self.pinned.remove(&key(conversation));
             }
             Op::Grant(ref parts) => {
@@ -346,7 +356,8 @@ impl World {
         let sequence = &mut self.sequences[conversation];
         if sequence.state != State::Idle {
             sequence.state = State::Idle;
-            self.manager.rest(self.now, key(conversation));
+            let number = self.now.0 as u32 / 1_000 % 10;
+            self.manager.rest(self.now, key(conversation), TurnShape { number, new_tokens: TokenCount(number * 100) });
         }
     }
 
@@ -494,7 +505,7 @@ impl World {
 /// Retried at a block's border, its last full block is encoded anew: the copy of it that is under way is not its own.
 #[test]
 fn a_prompt_asked_again_while_it_is_copied_down_is_not_taken_for_copied() {
-    let mut world = World::new(15, 8, 0, true);
+    let mut world = World::new(15, 8, 0, true, Policy::ReturnRate);
     for op in [
         Op::Admit { conversation: 4, keep: 0, words: 1, voice: 0 },
         Op::Append { conversation: 4, tokens: 16 },
@@ -520,9 +531,10 @@ proptest! {
         host in prop_oneof![Just(0u32), 2..60u32],
         disk in prop_oneof![Just(0u32), 2..20u32, 20..200u32],
         background in any::<bool>(),
+        policy in prop_oneof![3 => Just(Policy::ReturnRate), 1 => Just(Policy::Lru)],
         ops in vec(op(), 1..400),
     ) {
-        let mut world = World::new(device, host, disk, background);
+        let mut world = World::new(device, host, disk, background, policy);
         for op in &ops {
             world.apply(op)?;
         }

@@ -5,6 +5,7 @@
 
 mod client;
 mod compare;
+mod eviction;
 mod idle;
 mod numbers;
 mod overhead;
@@ -58,6 +59,8 @@ enum Command {
     Throughput(throughput::Args),
     /// What the engine itself takes of each step, without the model
     Overhead(overhead::Args),
+    /// What the evictor is worth on traces of real servers
+    Eviction(eviction::Args),
     /// Memory that idle conversations take
     Idle(idle::Args),
     /// The model and the server beside llama.cpp, which is fetched and built for it
@@ -97,6 +100,7 @@ fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Ttft(args) => keep(runtime.block_on(ttft::measure(common, &args))),
         Command::Throughput(args) => keep(runtime.block_on(throughput::measure(common, &args))),
         Command::Overhead(args) => keep(overhead::measure(&args)),
+        Command::Eviction(args) => keep(eviction::measure(&args)),
         Command::Idle(args) => keep(runtime.block_on(idle::measure(common, &args))),
         Command::Compare(args) => keep(compare::measure(common, &args, &runtime)),
         Command::Perplexity(args) => keep(perplexity::measure(&common.model, &args)),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use clap::Parser;
 use rekindle::engine::core::{Command, Core, CoreSettings, Event, StartTurn};
-use rekindle::engine::{Sampling, TurnRequest};
+use rekindle::engine::{Policy, Sampling, TurnRequest, TurnShape};
 use rekindle::kernels::memory::Arena;
 use rekindle::kv::KvSettings;
 use rekindle::kv::block::PrefixHash;
@@ -172,6 +172,8 @@ impl Engine {
             disk_blocks: BlockCount(0),
             window,
             background_offload: true,
+            policy: Policy::ReturnRate,
+            doubles_at: None,
             journal_entries: 10_000,
             reuse: true,
         };
@@ -206,6 +208,7 @@ impl Engine {
         let request = TurnRequest {
             prompt,
             encoded_before: TokenCount(0),
+            shape: TurnShape { number: 1, new_tokens: TokenCount(prompt_tokens) },
             sampling: Sampling { ignore_eos: true, ..Sampling::default() },
             max_tokens: TokenCount(max_tokens),
             stop_tokens: Arc::from([]),

@@ -154,6 +154,7 @@ fn residency_object(id: ConversationId, of: &ConversationResidency, tenant: Tena
             "id": format!("jrn_{:032x}", eviction.journal),
             "at": unix_seconds(eviction.at, settings),
             "rule": eviction.rule,
+            "why": eviction.why.to_string(),
             "for_tenant": if eviction.for_tenant == tenant { "self" } else { "other" },
             "freed_bytes": eviction.freed_bytes,
         })
@@ -220,18 +221,33 @@ fn unix_seconds(tick: Tick, settings: &ApiSettings) -> i64 {
 mod tests {
     use super::super::tests::settings;
     use super::*;
-    use crate::engine::status::LastEviction;
-    use crate::types::Tier;
+    use crate::engine::status::{LastEviction, Why};
+    use crate::kv::evictor::Reason;
+    use crate::kv::journal::{Entry, Rule};
+    use crate::types::{BlockCount, BlockSize, KvKey, Tier};
 
     #[test]
     fn residency_has_every_key_of_the_contract_and_no_tenants_name() {
-        let eviction = LastEviction {
-            journal: 7,
+        let entry = Entry {
+            id: 7,
             at: Tick(3_000_000),
-            rule: "lru",
+            victim: KvKey(1),
+            tenant: TenantId(0),
             for_tenant: TenantId(1),
+            rule: Rule::Lru,
+            reason: Reason { silent_ms: 90_000, ..Reason::default() },
             from: Tier::Device,
+            freed: BlockCount(2),
+            lost: BlockCount(0),
+        };
+        let eviction = LastEviction {
+            journal: entry.id,
+            at: entry.at,
+            rule: entry.rule.name(),
+            for_tenant: entry.for_tenant,
+            from: entry.from,
             freed_bytes: 4096,
+            why: Why { entry, block_size: BlockSize(16) },
         };
         let host = TierShare { tokens: TokenCount(32), bytes_private: 1, bytes_shared: 2 };
         let of = ConversationResidency {
@@ -274,6 +290,8 @@ mod tests {
         assert_eq!(shown["last_eviction"]["at"], 1_790_000_003);
         assert_eq!(shown["last_eviction"]["for_tenant"], "other");
         assert_eq!(shown["last_eviction"]["id"], format!("jrn_{:032x}", 7));
+        let why = shown["last_eviction"]["why"].as_str().unwrap();
+        assert!(why.contains("another tenant") && why.contains("silent the longest, for 90 s"), "{why}");
     }
 
     #[test]

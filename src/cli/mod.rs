@@ -4,3 +4,4 @@ pub mod chat;
 pub mod download;
 pub mod key;
 pub mod pull;
+pub mod replay;

@@ -9,7 +9,7 @@ use super::batch::Rows;
 use super::fairness::Fairness;
 use super::sampler;
 use super::sequence::{Phase, Sequence};
-use super::status::{EngineStatus, LastEviction, PoolStatus, PromptTotals, Residency, ResidencyState, TierShare};
+use super::status::{EngineStatus, LastEviction, PoolStatus, PromptTotals, Residency, ResidencyState, TierShare, Why};
 use super::{FinishReason, Token, TurnEvent, TurnFailure, TurnRequest};
 use crate::kv::block::PrefixHash;
 use crate::kv::chores::Chores;
@@ -17,6 +17,7 @@ use crate::kv::forget::Freed;
 use crate::kv::journal::Rule;
 use crate::kv::pins::{PinBudget, PinRefused};
 use crate::kv::rate::Rate;
+use crate::kv::return_rate::Learned;
 use crate::kv::transfer::{TransferDone, TransferOrder};
 use crate::kv::{KvSettings, Manager};
 use crate::model::{ForwardError, Logits};
@@ -47,6 +48,8 @@ pub enum Command {
     LetGo(KvKey),
     /// The conversation is over.
     End(KvKey),
+    /// The turn that has just ended called a tool, whose answer will come.
+    AwaitTool(KvKey),
     /// Keep a conversation's blocks from the evictor for so many microseconds; `None`: no longer.
     Pin {
         key: KvKey,
@@ -57,6 +60,8 @@ pub enum Command {
     Transferred(TransferDone),
     /// What all tenants are given from now on.
     Grant(Vec<Grant>),
+    /// What was learned of conversations' returns before a restart.
+    GoOnFrom(Learned),
 }
 
 /// What the core tells.
@@ -225,7 +230,8 @@ impl Core {
     fn observe_prefill(&mut self, now: Tick, plan: &Plan) {
         let took_us = now.0.saturating_sub(plan.started.0);
         let decodes = plan.spans.iter().filter(|span| span.rows == 1).count();
-        if plan.tokens.len() > 2 * decodes {
+        // A replay's steps take no time, and say nothing of the model's speed.
+        if took_us > 0 && plan.tokens.len() > 2 * decodes {
             self.prefill.add((plan.tokens.len() - decodes) as u64, took_us);
         }
     }
@@ -292,11 +298,15 @@ impl Core {
     /// Takes a turn out of wherever it is. `None` if it has ended already.
     fn take_out(&mut self, now: Tick, turn: TurnId) -> Option<Sequence> {
         let sequence = self.sequences.remove(&turn)?;
+        let shape = sequence.start.request.shape;
         match sequence.phase {
-            Phase::Queued => self.fairness.remove(sequence.tenant, turn),
+            Phase::Queued => {
+                self.fairness.remove(sequence.tenant, turn);
+                self.manager.fall_silent(now, sequence.key, shape);
+            }
             Phase::Reloading | Phase::Prefill | Phase::Decode => {
                 self.running.retain(|running| *running != turn);
-                self.manager.rest(now, sequence.key);
+                self.manager.rest(now, sequence.key, shape);
             }
         }
         if let Some(place) = self.ending.iter().position(|key| *key == sequence.key) {
@@ -309,7 +319,7 @@ impl Core {
     fn take_in(&mut self, now: Tick, command: Command, events: &mut Vec<Event>) {
         match command {
             Command::Start(start) => {
-                self.manager.expect_soon(start.key);
+                self.manager.expect_soon(now, start.key);
                 self.fairness.push(start.tenant, start.turn);
                 self.sequences.insert(start.turn, Sequence::new(start, now));
             }
@@ -331,19 +341,21 @@ impl Core {
                 }
             }
             Command::End(key) => self.manager.end(key),
+            Command::AwaitTool(key) => self.manager.await_tool(key),
             Command::Pin { key, tenant, tenant_key, for_us: Some(for_us) } => {
                 let until = Tick(now.0.saturating_add(for_us));
                 let pinned = self.manager.pin(tenant, tenant_key, key, until);
                 events.push(Event::Pinned(pinned.map(|budget| (budget, Some(until)))));
             }
             Command::Pin { key, tenant, for_us: None, .. } => {
-                self.manager.unpin(key);
+                self.manager.unpin(now, key);
                 events.push(Event::Pinned(Ok((self.manager.pin_budget(tenant), None))));
             }
             Command::Grant(grants) => {
                 grants.iter().for_each(|grant| self.fairness.weigh(grant.tenant, grant.weight));
                 self.manager.grant(&grants);
             }
+            Command::GoOnFrom(learned) => self.manager.go_on_from(learned),
             Command::Transferred(done) => {
                 if let Some(reloaded) = self.manager.transferred(now, done) {
                     self.go_on(now, reloaded.key, reloaded.context, reloaded.took_ms);
@@ -474,6 +486,7 @@ impl Core {
                 journal: entry.id,
                 at: entry.at,
                 rule: entry.rule.name(),
+                why: Why { entry, block_size: self.manager.settings().block_size },
                 for_tenant: entry.for_tenant,
                 from: entry.from,
                 freed_bytes: u64::from(entry.freed.0) * block_bytes,

@@ -18,6 +18,7 @@ use super::core::StartTurn;
 use super::prompt::HashedPrompt;
 use super::status::{EngineStatus, Residency};
 use super::{TurnEvent, TurnRequest};
+use crate::kv::return_rate::Learned;
 use crate::kv::transfer::TransferDone;
 use crate::model::ModelSpec;
 use crate::types::{BlockSize, Grant, KvKey, TenantId, TenantKey, Tick, TokenCount, TurnId};
@@ -35,6 +36,15 @@ pub enum SubmitError {
     Busy,
     #[error("the engine has stopped")]
     Gone,
+}
+
+/// Why the engine does not go on from what was learned before.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum GoOnError {
+    #[error("it was kept by another version, or is damaged")]
+    OtherForm,
+    #[error(transparent)]
+    NotHeard(#[from] SubmitError),
 }
 
 /// What forgetting a conversation gave back.
@@ -107,6 +117,9 @@ pub(super) enum Message {
     },
     Transferred(TransferDone),
     Grant(Vec<Grant>),
+    /// Asks for what was learned of conversations' returns.
+    Learned(oneshot::Sender<Vec<u8>>),
+    GoOnFrom(Learned),
     /// Cancels wait in `Shared::cancels`.
     Wake,
     Shutdown,
@@ -205,6 +218,21 @@ impl EngineHandle {
     /// Replaces what all tenants are given: whoever is not named is gone. Heard with the next step.
     pub fn grant(&self, grants: Vec<Grant>) -> Result<(), SubmitError> {
         self.send(Message::Grant(grants))
+    }
+
+    /// What was learned of how conversations come back, to be kept over a restart.
+    pub async fn learned(&self) -> Result<Vec<u8>, SubmitError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::Learned(reply))?;
+        answer.await.map_err(|_| SubmitError::Gone)
+    }
+
+    /// Goes on from what was learned before a restart: from so many silences.
+    pub fn go_on_from(&self, learned: &[u8]) -> Result<u64, GoOnError> {
+        let learned = Learned::from_bytes(learned).ok_or(GoOnError::OtherForm)?;
+        let silences = learned.silences();
+        self.send(Message::GoOnFrom(learned))?;
+        Ok(silences)
     }
 
     /// Keeps a conversation's blocks from the evictor for so long, within its tenant's budget; `None`: no longer. Asked of

@@ -10,6 +10,7 @@ mod metrics;
 mod movers;
 mod odds;
 pub mod prompt;
+pub mod replay;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
@@ -19,6 +20,9 @@ pub mod thread;
 pub use handle::{EngineHandle, KvHandle, SubmitError, TurnEvents, TurnHandle};
 pub use prompt::HashedPrompt;
 pub use sampler::Sampling;
+
+pub use crate::kv::evictor::Policy;
+pub use crate::kv::return_rate::TurnShape;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +40,8 @@ pub struct TurnRequest {
     /// Tokens at the prompt's front that an earlier turn of this conversation encoded: what of them is not found in any
     /// tier is counted as re-encoded.
     pub encoded_before: TokenCount,
+    /// What it tells of whether the conversation goes on.
+    pub shape: TurnShape,
     pub sampling: Sampling,
     /// Most tokens to generate, at least 1. The window may cut it shorter.
     pub max_tokens: TokenCount,

@@ -70,7 +70,7 @@ impl Core {
             self.sequences.get_mut(&turn).expect("a running turn is known").avoids_disk = true;
             let key = self.back_in_queue(turn);
             self.manager.load_hangs(key);
-            self.manager.rest(now, key);
+            self.manager.set_back(now, key);
         }
     }
 
@@ -133,7 +133,7 @@ impl Core {
         let key = self.back_in_queue(victim);
         // While it is known: one that has nothing in place yet, after a damaged reload, leaves no record.
         self.note_preemption(now, key, for_tenant);
-        self.manager.rest(now, key);
+        self.manager.set_back(now, key);
     }
 
     /// Makes a running turn one that waits, first of its tenant's.
@@ -213,10 +213,11 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::super::core::{Command, CoreSettings, Event, StartTurn};
-    use super::super::{Sampling, TurnEvent, TurnFailure, TurnRequest};
+    use super::super::{Sampling, TurnEvent, TurnFailure, TurnRequest, TurnShape};
     use super::*;
     use crate::kv::KvSettings;
     use crate::kv::block::PrefixHash;
+    use crate::kv::evictor::Policy;
     use crate::model::Logits;
     use crate::types::{BlockSize, Grant, PoolPart, TenantId, TenantKey, TierBudget, TokenId, Weight};
 
@@ -232,6 +233,8 @@ mod tests {
             disk_blocks: BlockCount(0),
             window: TokenCount(8000),
             background_offload: false,
+            policy: Policy::Lru,
+            doubles_at: None,
             journal_entries: 10,
             reuse: false,
         };
@@ -249,6 +252,7 @@ mod tests {
         let request = TurnRequest {
             prompt: prompt.into(),
             encoded_before: TokenCount(0),
+            shape: TurnShape { number: 1, new_tokens: TokenCount(0) },
             sampling: Sampling::default(),
             max_tokens: TokenCount(1),
             stop_tokens: [].into(),

@@ -3,7 +3,10 @@
 //! A snapshot swapped after each step, and one residency entry a conversation, kept as things change. Readers never
 //! touch the engine's loop.
 
-use crate::types::{BlockCount, TenantId, Tick, Tier, TokenCount};
+use std::fmt;
+
+use crate::kv::journal::Entry;
+use crate::types::{BlockCount, BlockSize, TenantId, Tick, Tier, TokenCount};
 
 /// Counters and gauges since the start; totals only ever rise.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -108,7 +111,21 @@ pub struct LastEviction {
     pub journal: u64,
     pub at: Tick,
     pub rule: &'static str,
+    pub why: Why,
     pub for_tenant: TenantId,
     pub from: Tier,
     pub freed_bytes: u64,
+}
+
+/// A decision in words, which are found when somebody asks for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Why {
+    pub entry: Entry,
+    pub block_size: BlockSize,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.entry.sentence(self.block_size))
+    }
 }

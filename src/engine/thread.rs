@@ -20,6 +20,7 @@ use super::handle::{EngineHandle, Forgotten, Message, OffloadTo, Offloaded, PinE
 use super::movers::{Movers, OpenDisk, open_disk};
 use super::{TurnEvent, TurnFailure};
 use crate::kernels::memory::{Arena, ArenaError};
+use crate::kv::evictor::Policy;
 use crate::kv::pins::{PinBudget, PinRefused};
 use crate::kv::{KvSettings, Manager};
 use crate::model::{Logits, Model};
@@ -33,6 +34,8 @@ pub struct EngineSettings {
     pub host_bytes: u64,
     pub disk: Option<DiskSettings>,
     pub background_offload: bool,
+    pub policy: Policy,
+    pub doubles_at: Option<TokenCount>,
     pub journal_entries: usize,
     pub max_running: usize,
     pub step_tokens: TokenCount,
@@ -118,6 +121,8 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
         disk_blocks,
         window,
         background_offload: settings.background_offload,
+        policy: settings.policy,
+        doubles_at: settings.doubles_at,
         journal_entries: settings.journal_entries,
         reuse: settings.reuse,
     };
@@ -273,6 +278,8 @@ impl Driver {
             }
             Message::Transferred(done) => self.commands.push(Command::Transferred(done)),
             Message::Grant(grants) => self.commands.push(Command::Grant(grants)),
+            Message::Learned(reply) => drop(reply.send(self.core.manager().learned().to_bytes())),
+            Message::GoOnFrom(learned) => self.commands.push(Command::GoOnFrom(learned)),
             Message::Wake => {}
             Message::Shutdown => return Goes::Down,
         }

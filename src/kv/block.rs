@@ -5,11 +5,13 @@
 //! is no `free()` to forget or to call twice.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use crate::types::{
-    BlockCount, BlockId, BlockSize, DiskBlockId, HostBlockId, TenantId, TenantKey, Tier, TokenCount, TokenId,
+    BlockCount, BlockId, BlockSize, DiskBlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount,
+    TokenId,
 };
 
 /// Identity of a full block: a chain of keyed BLAKE3 over (tenant's key, parent's hash, the block's token ids), 256 bits.
@@ -24,6 +26,12 @@ impl std::fmt::Debug for PrefixHash {
 }
 
 impl PrefixHash {
+    /// A name for the prefix that ends with this block, in the space of conversations' keys.
+    pub fn as_key(&self) -> KvKey {
+        let (half, _) = self.0.split_first_chunk().expect("a hash has 32 bytes");
+        KvKey(u128::from_le_bytes(*half))
+    }
+
     /// The parent of a sequence's first block.
     pub const ROOT: PrefixHash = PrefixHash([0; 32]);
 
@@ -293,7 +301,7 @@ impl OpenBlock {
             return Err(Box::new(self));
         }
         let hash = parent.child(key, &self.tokens);
-        Ok(SealedBlock { slot: self.slot, parent, hash, proof: () })
+        Ok(SealedBlock { slot: self.slot, parent, hash, proof: (), shared_at: AtomicU64::new(0) })
     }
 
     /// Lays a part-full block to rest; an empty one gives its place back.
@@ -309,18 +317,21 @@ pub struct SealedBlock<P: Place> {
     parent: PrefixHash,
     hash: PrefixHash,
     proof: P::Proof,
+    /// When a conversation last used it that had it from another one, if it is the last of what they share; 0: never.
+    shared_at: AtomicU64,
 }
 
 impl<P: Place> SealedBlock<P> {
     /// A copy of a block in another tier's place.
     pub fn copied<Q: Place>(of: &SealedBlock<Q>, slot: Slot<P>, proof: P::Proof) -> Self {
         assert_eq!(of.slot.tenant, slot.tenant, "a block crossed tenants");
-        Self { slot, parent: of.parent, hash: of.hash, proof }
+        let shared_at = AtomicU64::new(of.shared_at.load(Ordering::Relaxed));
+        Self { slot, parent: of.parent, hash: of.hash, proof, shared_at }
     }
 
     /// A block that a tier held when this process began.
     pub fn found(slot: Slot<P>, parent: PrefixHash, hash: PrefixHash, proof: P::Proof) -> Self {
-        Self { slot, parent, hash, proof }
+        Self { slot, parent, hash, proof, shared_at: AtomicU64::new(0) }
     }
 
     pub fn id(&self) -> P {
@@ -341,6 +352,16 @@ impl<P: Place> SealedBlock<P> {
 
     pub fn proof(&self) -> P::Proof {
         self.proof
+    }
+
+    /// Notes that what ends with this block is a prefix that conversations share, and was used.
+    pub fn share(&self, now: Tick) {
+        self.shared_at.store(now.0.max(1), Ordering::Relaxed);
+    }
+
+    /// When the prefix that ends with this block was last used, if conversations share one.
+    pub fn shared_at(&self) -> Option<Tick> {
+        Some(Tick(self.shared_at.load(Ordering::Relaxed))).filter(|at| at.0 > 0)
     }
 
     pub fn into_slot(self) -> Slot<P> {

@@ -12,12 +12,13 @@ use std::sync::Arc;
 
 use super::block::{Checksum, Places, PrefixHash, SealedBlock, Slot};
 use super::budget::Budget;
-use super::evictor::{Evictor, UseOrder};
+use super::evictor::{Evictor, Judge, Victim};
 use super::forget::Freed;
-use super::journal::{Entry, Rule};
+use super::journal::Entry;
 use super::manager::Manager;
 use super::prefix::PrefixIndex;
 use super::residency::{Activity, Conversation};
+use super::return_rate::Class;
 use super::tiers::InFlight;
 use super::transfer::{Direction, Ticket};
 use crate::kernels::files::{Contents, FoundSlot, Label};
@@ -163,7 +164,7 @@ impl Conversation {
             index: u32::try_from(index).expect("a window bounds a table"),
             parent: parent.0,
             hash: hash.0,
-            used: self.used.0,
+            used: self.used,
             ended: matches!(self.activity, Activity::Ended),
         }
     }
@@ -215,13 +216,14 @@ impl Manager {
             let mut conversation = Conversation::new(key, tenant, tenant_key);
             let ended = !lives(key);
             conversation.disk.sealed = sealed;
-            conversation.used = UseOrder(used);
+            conversation.used = used;
             if ended {
                 conversation.activity = Activity::Ended;
             }
             self.uses = self.uses.max(used);
+            let length = conversation.disk.tokens(self.settings.block_size);
+            self.disk.line.add(tenant, key, conversation.silent_since, conversation.standing(), length);
             self.conversations.insert(key, conversation);
-            self.disk.line.add(tenant, key, UseOrder(used), ended);
             self.touch(key);
         }
     }
@@ -341,11 +343,11 @@ impl Manager {
     /// Puts an idle conversation of which the disk has something back into line, which had dropped it as the coldest.
     fn in_disk_line(&mut self, key: KvKey) {
         let conversation = self.conversation(key);
-        let (tenant, used) = (conversation.tenant, conversation.used);
-        let ended = matches!(conversation.activity, Activity::Ended);
         let belongs = conversation.is_idle() && !conversation.disk.is_empty();
-        if belongs && !self.disk.line.contains(tenant, key) {
-            self.disk.line.add_first(tenant, key, used, ended);
+        if belongs && !self.disk.line.contains(key) {
+            let (tenant, since, standing) = (conversation.tenant, conversation.silent_since, conversation.standing());
+            let length = conversation.disk.tokens(self.settings.block_size);
+            self.disk.line.add_first(tenant, key, since, standing, length);
         }
     }
 
@@ -410,27 +412,25 @@ impl Manager {
     /// Makes up to `need` disk places free soon, as `make_host_room` does for the host.
     fn make_disk_room(&mut self, now: Tick, need: BlockCount, key: KvKey) {
         let conversation = self.conversation(key);
-        let (tenant, used) = (conversation.tenant, conversation.used);
-        let ended = matches!(conversation.activity, Activity::Ended);
+        let (tenant, standing, since) = (conversation.tenant, conversation.standing(), conversation.silent_since);
+        let length = conversation.disk.blocks().max(conversation.host.blocks()).tokens(self.settings.block_size);
         while self.disk.places.soon() < need {
-            let held = |tenant| self.disk.places.held(tenant);
-            let at_ceiling = held(tenant).0 + need.0 > self.disk.budget.ceiling(tenant).0;
-            let others_may = |other| !at_ceiling && held(other) > self.disk.budget.floor(other);
-            let victim = self.disk.line.victim(|other| other == tenant || others_may(other));
-            let Some((victim, rule, victim_used)) = victim else { return };
-            let colder = match rule {
-                Rule::Ended => victim != key,
-                Rule::Lru | Rule::OverCeiling | Rule::Preempted | Rule::Requested => !ended && victim_used < used,
-            };
-            if !colder {
-                return;
+            let (places, budget) = (&self.disk.places, &self.disk.budget);
+            let at_ceiling = places.held(tenant).0 + need.0 > budget.ceiling(tenant).0;
+            let others_may = |other| !at_ceiling && places.held(other) > budget.floor(other);
+            let judge = Judge::new(self.settings.policy, self.settings.doubles_at, &self.returns, now);
+            let own_rank = judge.rank(standing, since, length);
+            let victim = self.disk.line.victim(&judge, |other| other == tenant || others_may(other));
+            let Some(victim) = victim.filter(|victim| victim.rank < own_rank) else { return };
+            if !self.stands_as_shared(&victim, Tier::Disk) {
+                self.drop_disk_end(now, victim, need, tenant);
             }
-            self.drop_disk_end(now, victim, need, tenant, rule);
         }
     }
 
     /// Takes disk blocks off a conversation's end until `need` places are free soon. Journalled where copies were the last.
-    fn drop_disk_end(&mut self, now: Tick, key: KvKey, need: BlockCount, for_tenant: TenantId, rule: Rule) {
+    fn drop_disk_end(&mut self, now: Tick, victim: Victim, need: BlockCount, for_tenant: TenantId) {
+        let Victim { key, rule, reason, .. } = victim;
         let conversation = self.conversations.get_mut(&key).expect("a conversation in line is known");
         let tenant = conversation.tenant;
         let floor = self.disk.budget.floor(tenant);
@@ -443,13 +443,18 @@ impl Manager {
             let alone = Arc::strong_count(&block) == 1;
             freed.0 += u32::from(alone);
             lost.0 += u32::from(alone && is_last_copy);
+            if reason.class != Some(Class::SHARED) && conversation.disk.last_of_shared().is_some() {
+                break;
+            }
         }
+        self.disk.line.shorten(key, conversation.disk.tokens(self.settings.block_size));
         if conversation.disk.is_empty() {
-            self.disk.line.remove(tenant, key);
+            self.disk.line.remove(key);
         }
         if lost.0 > 0 {
             self.counters.evictions += 1;
-            self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant, rule, from: Tier::Disk, freed, lost });
+            let from = Tier::Disk;
+            self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant, rule, reason, from, freed, lost });
         }
         self.drop_if_empty(key);
     }

@@ -29,6 +29,7 @@ impl Manager {
     ///
     /// Panics if it runs: the engine ends the turn first.
     pub fn forget(&mut self, key: KvKey) {
+        self.returns.forget(key);
         let Some(conversation) = self.conversations.get_mut(&key) else {
             self.forgotten.push((key, Freed::default()));
             return;
@@ -37,7 +38,7 @@ impl Manager {
         if matches!(conversation.activity, Activity::Forgetting) {
             return;
         }
-        self.unpin(key);
+        self.end_pin(key);
         let Some(conversation) = self.conversations.get_mut(&key) else {
             self.forgotten.push((key, Freed::default()));
             return;
@@ -47,10 +48,10 @@ impl Manager {
         }
         let conversation = self.conversations.get_mut(&key).expect("looked up above");
         conversation.activity = Activity::Forgetting;
-        let (tenant, waits) = (conversation.tenant, conversation.in_flight > 0);
-        self.device_line.remove(tenant, key);
-        self.host_line.remove(tenant, key);
-        self.disk.line.remove(tenant, key);
+        let waits = conversation.in_flight > 0;
+        self.device_line.remove(key);
+        self.host_line.remove(key);
+        self.disk.line.remove(key);
         if !waits {
             self.finish_forgetting(key);
         }

@@ -46,7 +46,7 @@ impl Manager {
             if let Some(running) = conversation.running() {
                 device.extend(running.open.iter().map(OpenBlock::id));
                 device.extend(running.spare.iter().map(Slot::place));
-                assert!(!self.device_line.contains(conversation.tenant, conversation.key), "a running one is in line");
+                assert!(!self.device_line.contains(conversation.key), "a running one is in line");
                 if running.arriving.is_none() {
                     let sealed = conversation.device.sealed.iter().map(|block| block.id());
                     let spare = running.spare.iter().rev().map(Slot::place);
@@ -54,7 +54,7 @@ impl Manager {
                     assert_eq!(running.ids, ids, "the block table names the blocks in order");
                 }
             } else if conversation.is_idle() {
-                let in_line = self.device_line.contains(conversation.tenant, conversation.key);
+                let in_line = self.device_line.contains(conversation.key);
                 assert_eq!(in_line, conversation.exposes_device(), "in line is who is idle, but for what pins keep");
             }
             in_flight += conversation.in_flight;

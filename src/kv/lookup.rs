@@ -16,6 +16,8 @@ pub(super) struct Matched {
     /// Full blocks that follow them.
     pub arrivals: Vec<Match>,
     pub tail: TailMatch,
+    /// Full blocks up to the last one that another conversation has or had too.
+    pub shared: usize,
 }
 
 pub(super) enum Match {
@@ -59,12 +61,15 @@ impl Manager {
         let disk = same(&mut conversation.disk.sealed.iter().map(|block| block.hash()));
         conversation.disk.truncate(disk);
         let mut arrivals = Vec::new();
+        let mut shared = conversation.shared.min(own.max(host));
         for (index, hash) in hashes.iter().enumerate().skip(own) {
             if let Some(block) = self.device_index.get(hash) {
+                shared = index + 1;
                 arrivals.push(Match::Here(block));
             } else if let Some(block) = conversation.host.sealed.get(index) {
                 arrivals.push(Match::Below(Arc::clone(block)));
             } else if let Some(block) = self.host_index.get(hash) {
+                shared = index + 1;
                 arrivals.push(Match::Below(block));
             } else if let Some(block) = conversation.disk.sealed.get(index) {
                 arrivals.push(Match::OnDisk(Arc::clone(block)));
@@ -91,6 +96,6 @@ impl Manager {
         {
             tail = TailMatch::Below { keep: keep(block.tokens()), block: Arc::clone(block) };
         }
-        Matched { own, arrivals, tail }
+        Matched { own, arrivals, tail, shared }
     }
 }

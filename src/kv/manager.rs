@@ -13,7 +13,7 @@ use super::block::{OpenBlock, Places, PrefixHash, Slot};
 use super::budget::Budget;
 use super::chores::Chores;
 use super::disk::Disk;
-use super::evictor::{Evictor, UseOrder};
+use super::evictor::{Evictor, Policy, Reason};
 use super::forget::Freed;
 use super::journal::{Entry, Journal, Rule};
 use super::lookup::{Match, Matched, TailMatch};
@@ -22,7 +22,8 @@ use super::prefix::PrefixIndex;
 use super::rate::Rates;
 use super::reclaim::Room;
 use super::residency::{Activity, Conversation, Running};
-use super::table::{BlockTable, Resident};
+use super::return_rate::ReturnRates;
+use super::table::Resident;
 use super::tiers::{Arrival, ArrivingTail, InFlight, Part};
 use super::transfer::{Direction, Ticket, TransferOrder};
 use crate::types::{
@@ -41,6 +42,10 @@ pub struct KvSettings {
     pub window: TokenCount,
     /// Keep clean host copies of idle conversations, so that an eviction copies nothing.
     pub background_offload: bool,
+    pub policy: Policy,
+    /// Length at which a return is worth twice what it is worth at none, since long contexts cost more to encode again.
+    /// `None`: length counts for nothing.
+    pub doubles_at: Option<TokenCount>,
     pub journal_entries: usize,
     /// Find and keep KV between turns; off only to compare.
     pub reuse: bool,
@@ -125,6 +130,7 @@ pub struct Manager {
     pub(super) conversations: HashMap<KvKey, Conversation>,
     pub(super) device_line: Evictor,
     pub(super) host_line: Evictor,
+    pub(super) returns: ReturnRates,
     pub(super) device_budget: Budget,
     pub(super) host_budget: Budget,
     pub(super) disk: Disk,
@@ -163,6 +169,7 @@ impl Manager {
             conversations: HashMap::new(),
             device_line: Evictor::default(),
             host_line: Evictor::default(),
+            returns: ReturnRates::default(),
             device_budget: Budget::new(settings.device_blocks, settings.block_bytes, window),
             // No sequence runs there, so that none must find room.
             host_budget: Budget::new(settings.host_blocks, settings.block_bytes, BlockCount(0)),
@@ -206,9 +213,9 @@ impl Manager {
             self.left.push((key, 0));
         }
         // Out of line while it looks for room: it is no victim of its own turn.
-        self.device_line.remove(tenant, key);
-        self.host_line.remove(tenant, key);
-        self.disk.line.remove(tenant, key);
+        self.device_line.remove(key);
+        self.host_line.remove(key);
+        self.disk.line.remove(key);
         self.disown_copies(key, admit.usable_hashes(self.settings.block_size));
         let mut matched = self.find(&admit);
         let passed_over = self.weigh(&admit, &mut matched);
@@ -286,6 +293,7 @@ impl Manager {
             });
         }
         conversation.last_used = now;
+        conversation.shared = matched.shared;
         self.touched.push(key);
         let (mut pairs, mut loads, mut labels) = (Vec::new(), Vec::new(), Vec::new());
         for (index, arrival) in (conversation.device.sealed.len()..).zip(&arrivals) {
@@ -382,68 +390,22 @@ impl Manager {
         }
     }
 
-    /// Lays a running sequence's blocks to rest: it has ended, was cancelled, or is preempted.
-    pub fn rest(&mut self, now: Tick, key: KvKey) {
-        let conversation = self.conversations.get_mut(&key).expect("a running sequence is known");
-        let Activity::Running(running) = std::mem::replace(&mut conversation.activity, Activity::Idle) else {
-            panic!("the conversation runs")
-        };
-        conversation.device.tail = running.open.and_then(OpenBlock::rest).map(Arc::new);
-        // What the host has beyond was not taken up again: a tail there would stand in the way of its copy.
-        if conversation.device.tail.is_some() {
-            conversation.host.truncate(conversation.device.sealed.len());
-        }
-        conversation.last_used = now;
-        self.uses += 1;
-        conversation.used = UseOrder(self.uses);
-        if !self.settings.reuse {
-            conversation.device = BlockTable::default();
-        }
-        self.touched.push(key);
-        self.settle_pin_of(key);
-        self.back_in_line(key);
-        if self.settings.background_offload && self.host.total().0 > 0 {
-            self.uncopied.push_back(key);
-        } else {
-            self.wants_store(key);
-        }
-        self.drop_if_empty(key);
-    }
-
-    /// Told that a turn waits for this conversation: it goes last in line.
-    pub fn expect_soon(&mut self, key: KvKey) {
-        self.uses += 1;
-        let used = UseOrder(self.uses);
-        if let Some(conversation) = self.conversations.get_mut(&key).filter(|conversation| conversation.is_idle()) {
-            conversation.used = used;
-            self.back_in_line(key);
-        }
-    }
-
-    /// Told that the conversation is over: it goes first, and serves as a shared prefix until then.
-    pub fn end(&mut self, key: KvKey) {
-        let Some(conversation) = self.conversations.get_mut(&key).filter(|conversation| conversation.is_idle()) else {
-            return;
-        };
-        conversation.activity = Activity::Ended;
-        self.back_in_line(key);
-    }
-
-    fn back_in_line(&mut self, key: KvKey) {
+    pub(super) fn back_in_line(&mut self, key: KvKey) {
         let conversation = self.conversation(key);
-        let (tenant, used, ended) =
-            (conversation.tenant, conversation.used, matches!(conversation.activity, Activity::Ended));
+        let (tenant, since, standing) = (conversation.tenant, conversation.silent_since, conversation.standing());
         let exposes = conversation.exposes_device();
         let (device, host) = (!conversation.device.is_empty(), !conversation.host.is_empty());
+        let blocks = conversation.device.blocks().max(conversation.host.blocks()).max(conversation.disk.blocks());
+        let length = blocks.tokens(self.settings.block_size);
         if exposes {
-            self.device_line.add(tenant, key, used, ended);
+            self.device_line.add(tenant, key, since, standing, length);
         }
         if host || (device && self.host.total().0 > 0) {
-            self.host_line.add(tenant, key, used, ended);
+            self.host_line.add(tenant, key, since, standing, length);
         }
         // Like the host's: in its place before anything of it is there.
         if self.disk.exists() && !self.conversation(key).is_nowhere() {
-            self.disk.line.add(tenant, key, used, ended);
+            self.disk.line.add(tenant, key, since, standing, length);
         }
     }
 
@@ -453,10 +415,9 @@ impl Manager {
         let empty = conversation.is_nowhere();
         let wanted = conversation.leaving.is_some() || conversation.pin.is_some();
         if conversation.is_idle() && empty && conversation.in_flight == 0 && !wanted {
-            let tenant = conversation.tenant;
-            self.device_line.remove(tenant, key);
-            self.host_line.remove(tenant, key);
-            self.disk.line.remove(tenant, key);
+            self.device_line.remove(key);
+            self.host_line.remove(key);
+            self.disk.line.remove(key);
             self.conversations.remove(&key);
             self.touched.push(key);
         }
@@ -518,8 +479,8 @@ impl Manager {
     /// Writes down a decision that took no blocks by itself: a preemption, whose blocks go as the evictor says.
     pub fn note_decision(&mut self, at: Tick, victim: KvKey, for_tenant: TenantId, rule: Rule) {
         let tenant = self.conversation(victim).tenant;
-        let (from, freed, lost) = (Tier::Device, BlockCount(0), BlockCount(0));
-        self.note(Entry { id: 0, at, victim, tenant, for_tenant, rule, from, freed, lost });
+        let (reason, from, freed, lost) = (Reason::default(), Tier::Device, BlockCount(0), BlockCount(0));
+        self.note(Entry { id: 0, at, victim, tenant, for_tenant, rule, reason, from, freed, lost });
     }
 
     pub fn settings(&self) -> &KvSettings {

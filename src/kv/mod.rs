@@ -16,6 +16,8 @@ pub mod prefix;
 pub mod rate;
 pub mod reclaim;
 pub mod residency;
+pub mod return_rate;
+pub mod silence;
 pub mod table;
 pub mod tiers;
 pub mod transfer;

@@ -125,14 +125,21 @@ impl Manager {
         Ok(self.pin_budget(tenant))
     }
 
-    /// Gives a conversation's blocks back to the evictor, last in line. Nothing if it isn't pinned.
-    pub fn unpin(&mut self, key: KvKey) {
+    /// Gives a conversation's blocks back to the evictor, last of those like it. Nothing if it isn't pinned.
+    pub fn unpin(&mut self, now: Tick, key: KvKey) {
+        if self.conversations.get(&key).is_some_and(|conversation| conversation.pin.is_some()) {
+            self.end_pin(key);
+            self.freshen(now, key);
+        }
+    }
+
+    /// Ends a pin, if there is one, and leaves the conversation where it is in line.
+    pub(super) fn end_pin(&mut self, key: KvKey) {
         let Some(conversation) = self.conversations.get_mut(&key) else { return };
         let Some(pin) = conversation.pin.take() else { return };
         let tenant = conversation.tenant;
         self.pins.ends.remove(&(pin.until, key));
         self.pins.of(tenant).keys.retain(|pinned| *pinned != key);
-        self.expect_soon(key);
         self.settle_pins(tenant);
         self.touch(key);
         self.drop_if_empty(key);
@@ -142,7 +149,7 @@ impl Manager {
     pub fn expire_pins(&mut self, now: Tick) {
         while let Some(&(until, key)) = self.pins.ends.first().filter(|(until, _)| *until <= now) {
             debug_assert_eq!(self.conversation(key).pinned_until(), Some(until));
-            self.unpin(key);
+            self.unpin(now, key);
         }
     }
 
@@ -187,14 +194,15 @@ impl Manager {
             device_left.0 -= pin.device.0;
             host_left.0 -= pin.host.0;
             let (idle, exposes) = (conversation.is_idle(), conversation.exposes_device());
-            let (used, ended) = (conversation.used, matches!(conversation.activity, Activity::Ended));
-            if idle && conversation.exposes_host() && !self.host_line.contains(tenant, key) {
-                self.host_line.add_first(tenant, key, used, ended);
+            if idle && conversation.exposes_host() && !self.host_line.contains(key) {
+                let (since, standing) = (conversation.silent_since, conversation.standing());
+                let length = conversation.host.tokens(self.settings.block_size);
+                self.host_line.add_first(tenant, key, since, standing, length);
             }
             if !exposes {
-                self.device_line.remove(tenant, key);
-            } else if idle && !self.device_line.contains(tenant, key) {
-                self.expect_soon(key);
+                self.device_line.remove(key);
+            } else if idle && !self.device_line.contains(key) {
+                self.back_in_line(key);
             }
         }
         let pinned = self.pins.of(tenant);

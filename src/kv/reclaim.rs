@@ -6,9 +6,10 @@
 //! copied first, and the requester waits for that.
 
 use super::block::Place;
+use super::evictor::{Judge, Standing, Victim};
 use super::journal::{Entry, Rule};
 use super::manager::Manager;
-use super::residency::Activity;
+use super::return_rate::Class;
 use super::table::BlockTable;
 use crate::types::{BlockCount, Grant, KvKey, TenantId, Tick, Tier};
 
@@ -64,16 +65,15 @@ impl Manager {
     /// Makes `need` device places free for a turn of `tenant`.
     pub(super) fn make_room(&mut self, now: Tick, need: BlockCount, tenant: TenantId) -> Room {
         while self.device.free() < need {
-            let Some((key, rule)) = self.device_victim(need, tenant) else { break };
-            if self.needs_copy_first(key) {
-                if !self.copy_down_now(now, key) {
-                    // No room below: what has no copy is given up for good, from the tail.
-                    self.evict(now, key, need, tenant, rule);
-                    continue;
-                }
+            let Some(victim) = self.device_victim(now, need, tenant) else { break };
+            if self.stands_as_shared(&victim, Tier::Device) {
+                continue;
+            }
+            // With no room below, what has no copy is given up for good, from the tail.
+            if self.needs_copy_first(victim.key) && self.copy_down_now(now, victim.key) {
                 return Room::Coming;
             }
-            self.evict(now, key, need, tenant, rule);
+            self.evict(now, victim, need, tenant);
         }
         if self.device.free() >= need {
             Room::Made
@@ -85,16 +85,45 @@ impl Manager {
     }
 
     /// Who gives up device blocks for a turn of `tenant` that needs so many, and by which rule.
-    fn device_victim(&self, need: BlockCount, tenant: TenantId) -> Option<(KvKey, Rule)> {
-        let (held, line) = (|tenant| self.device.held(tenant), &self.device_line);
-        if self.is_at_ceiling(tenant, need) {
-            return line.victim(|other| other == tenant).map(|(key, rule, _)| (key, rule));
+    fn device_victim(&mut self, now: Tick, need: BlockCount, tenant: TenantId) -> Option<Victim> {
+        let at_ceiling = self.is_at_ceiling(tenant, need);
+        let judge = Judge::new(self.settings.policy, self.settings.doubles_at, &self.returns, now);
+        let (device, budget, line) = (&self.device, &self.device_budget, &mut self.device_line);
+        if at_ceiling {
+            return line.victim(&judge, |other| other == tenant);
         }
-        if let Some((key, rule, _)) = line.victim(|other| held(other) > self.device_budget.ceiling(other)) {
-            return Some((key, if rule == Rule::Lru { Rule::OverCeiling } else { rule }));
+        if let Some(victim) = line.victim(&judge, |other| device.held(other) > budget.ceiling(other)) {
+            let rule = if victim.rule == Rule::Ended { Rule::Ended } else { Rule::OverCeiling };
+            return Some(Victim { rule, ..victim });
         }
-        let may_lose = |other| other == tenant || held(other) > self.device_budget.floor(other);
-        line.victim(may_lose).map(|(key, rule, _)| (key, rule))
+        line.victim(&judge, |other| other == tenant || device.held(other) > budget.floor(other))
+    }
+
+    /// Puts what is left of a victim in a tier's line as the shared prefix that it is, if it isn't there already.
+    pub(super) fn stands_as_shared(&mut self, victim: &Victim, tier: Tier) -> bool {
+        let conversation = self.conversations.get(&victim.key).expect("a conversation in line is known");
+        if victim.reason.class == Some(Class::SHARED) {
+            return false;
+        }
+        let size = self.settings.block_size;
+        let (line, used, length) = match tier {
+            Tier::Device => {
+                let table = &conversation.device;
+                (&mut self.device_line, table.last_of_shared(), table.tokens(size))
+            }
+            Tier::Host => {
+                let table = &conversation.host;
+                (&mut self.host_line, table.last_of_shared(), table.tokens(size))
+            }
+            Tier::Disk => {
+                let table = &conversation.disk;
+                (&mut self.disk.line, table.last_of_shared(), table.tokens(size))
+            }
+        };
+        let Some(used) = used else { return false };
+        let since = used.max(conversation.silent_since);
+        line.add(conversation.tenant, victim.key, since, Standing::Idle(Class::SHARED), length);
+        true
     }
 
     /// Whether a victim's last block would be lost although the host pool exists.
@@ -106,7 +135,8 @@ impl Manager {
 
     /// Takes device blocks off a conversation's tail until `need` places are free, its tenant has come down to its ceiling
     /// or floor, or what is left has a copy while what went had none. Writes one journal entry.
-    fn evict(&mut self, now: Tick, key: KvKey, need: BlockCount, for_tenant: TenantId, rule: Rule) {
+    fn evict(&mut self, now: Tick, victim: Victim, need: BlockCount, for_tenant: TenantId) {
+        let Victim { key, rule, reason, .. } = victim;
         let conversation = self.conversations.get_mut(&key).expect("a conversation in line is known");
         let tenant = conversation.tenant;
         let floor = self.device_budget.floor(tenant);
@@ -123,43 +153,48 @@ impl Manager {
             let Some(taken) = take_end(&mut conversation.device) else { break };
             freed.0 += u32::from(taken.freed);
             lost.0 += u32::from(taken.freed && !starts_clean);
+            // What conversations share is worth more than what was its own: its turn comes later.
+            if reason.class != Some(Class::SHARED) && conversation.device.last_of_shared().is_some() {
+                break;
+            }
         }
+        self.device_line.shorten(key, conversation.device.tokens(self.settings.block_size));
         if tenant != for_tenant && (self.device.held(tenant) < floor || for_one_at_its_ceiling) {
             self.counters.isolation_faults += 1;
         }
         if !conversation.exposes_device() {
-            self.device_line.remove(tenant, key);
+            self.device_line.remove(key);
         }
         self.counters.evictions += 1;
-        self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant, rule, from: Tier::Device, freed, lost });
+        let from = Tier::Device;
+        self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant, rule, reason, from, freed, lost });
         self.drop_if_empty(key);
     }
 
-    /// Makes up to `need` host places free for copies of a conversation: ended ones and colder ones give up theirs, of the
+    /// Makes up to `need` host places free for copies of a conversation: those that go before it give up theirs, of the
     /// same tenant or, unless that is at its ceiling, of those above their floor.
     pub(super) fn make_host_room(&mut self, now: Tick, need: BlockCount, key: KvKey) {
         let conversation = self.conversation(key);
-        let (tenant, used) = (conversation.tenant, conversation.used);
-        let ended = matches!(conversation.activity, Activity::Ended);
+        let tenant = conversation.tenant;
+        let length = conversation.device.tokens(self.settings.block_size);
+        let (standing, since) = (conversation.standing(), conversation.silent_since);
         while self.host.free() < need {
             let held = |tenant| self.host.held(tenant);
             let at_ceiling = held(tenant).0 + need.0 > self.host_budget.ceiling(tenant).0;
             let others_may = |other| !at_ceiling && held(other) > self.host_budget.floor(other);
-            let victim = self.host_line.victim(|other| other == tenant || others_may(other));
-            let Some((victim, rule, victim_used)) = victim else { return };
-            let colder = match rule {
-                Rule::Ended => victim != key,
-                Rule::Lru | Rule::OverCeiling | Rule::Preempted | Rule::Requested => !ended && victim_used < used,
-            };
-            if !colder {
-                return;
+            let judge = Judge::new(self.settings.policy, self.settings.doubles_at, &self.returns, now);
+            let own_rank = judge.rank(standing, since, length);
+            let victim = self.host_line.victim(&judge, |other| other == tenant || others_may(other));
+            let Some(victim) = victim.filter(|victim| victim.rank < own_rank) else { return };
+            if !self.stands_as_shared(&victim, Tier::Host) {
+                self.drop_host_end(now, victim, need, tenant);
             }
-            self.drop_host_end(now, victim, need, tenant, rule);
         }
     }
 
     /// Takes host blocks off a conversation's tail until `need` places are free. Journalled where copies were the last.
-    fn drop_host_end(&mut self, now: Tick, key: KvKey, need: BlockCount, for_tenant: TenantId, rule: Rule) {
+    fn drop_host_end(&mut self, now: Tick, victim: Victim, need: BlockCount, for_tenant: TenantId) {
+        let Victim { key, rule, reason, .. } = victim;
         let conversation = self.conversations.get_mut(&key).expect("a conversation in line is known");
         let tenant = conversation.tenant;
         let floor = self.host_budget.floor(tenant);
@@ -171,13 +206,18 @@ impl Manager {
             let Some(taken) = take_end(&mut conversation.host) else { break };
             freed.0 += u32::from(taken.freed);
             lost.0 += u32::from(taken.freed && is_last_copy);
+            if reason.class != Some(Class::SHARED) && conversation.host.last_of_shared().is_some() {
+                break;
+            }
         }
+        self.host_line.shorten(key, conversation.host.tokens(self.settings.block_size));
         if !conversation.exposes_host() {
-            self.host_line.remove(tenant, key);
+            self.host_line.remove(key);
         }
         if lost.0 > 0 {
             self.counters.evictions += 1;
-            self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant, rule, from: Tier::Host, freed, lost });
+            let from = Tier::Host;
+            self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant, rule, reason, from, freed, lost });
         }
         self.drop_if_empty(key);
     }
@@ -195,8 +235,10 @@ impl Manager {
 #[cfg(test)]
 mod tests {
     use super::super::block::PrefixHash;
+    use super::super::evictor::Policy;
     use super::super::manager::{Admission, Admit};
     use super::super::pins::{PinBudget, PinRefused};
+    use super::super::return_rate::TurnShape;
     use super::*;
     use crate::kv::KvSettings;
     use crate::types::{BlockSize, PoolPart, TenantKey, TierBudget, TokenCount, TokenId, Weight};
@@ -228,6 +270,8 @@ mod tests {
                 disk_blocks: BlockCount(0),
                 window: TokenCount(4 * BLOCKS),
                 background_offload: false,
+                policy: Policy::ReturnRate,
+                doubles_at: None,
                 journal_entries: 16,
                 reuse: true,
             };
@@ -246,21 +290,19 @@ mod tests {
             self.conversations += 1;
             let key = KvKey(self.conversations);
             let tokens: Vec<TokenId> = (0..4 * BLOCKS).map(|i| TokenId(i + 100 * self.conversations as u32)).collect();
+            self.turn_of(tenant, key, &tokens);
+        }
+
+        fn turn_of(&mut self, tenant: TenantId, key: KvKey, tokens: &[TokenId]) {
             let tenant_key = TenantKey([tenant.0 as u8; 32]);
-            let hashes = PrefixHash::chain(&tenant_key, &tokens, BlockSize(4));
-            let admit = Admit {
-                key,
-                tenant,
-                tenant_key,
-                tokens: &tokens,
-                hashes: &hashes,
-                prefill_per_s: 0,
-                avoids_disk: false,
-            };
+            let hashes = PrefixHash::chain(&tenant_key, tokens, BlockSize(4));
+            let admit =
+                Admit { key, tenant, tenant_key, tokens, hashes: &hashes, prefill_per_s: 0, avoids_disk: false };
             let now = Tick(u64::try_from(self.conversations).unwrap());
             assert!(matches!(self.manager.admit(now, admit), Admission::Ready(_)), "there is room");
-            self.manager.append(key, &tokens);
-            self.manager.rest(now, key);
+            let found = self.manager.resident(key).context().get();
+            self.manager.append(key, &tokens[found..]);
+            self.manager.rest(now, key, TurnShape { number: 1, new_tokens: TokenCount(4 * BLOCKS) });
             self.manager.assert_invariants();
         }
 
@@ -285,6 +327,27 @@ mod tests {
         pool.turn(A);
         assert_eq!(pool.held(), (8, 12), "the coldest are B's, and stay");
         assert_eq!(pool.newest_rule(), Rule::Lru);
+    }
+
+    #[test]
+    fn what_conversations_share_goes_by_itself_once_the_last_of_them_has_lost_its_own() {
+        let mut pool = Pool::granted((0, 20), (0, 20));
+        for (key, own) in [(101, 500), (102, 600)] {
+            let tokens: Vec<TokenId> = (0..8).map(TokenId).chain((own..own + 8).map(TokenId)).collect();
+            pool.conversations += 1;
+            pool.turn_of(A, KvKey(key), &tokens);
+        }
+        assert_eq!(pool.held().0, 6, "two blocks are shared");
+        [A, A, A].into_iter().for_each(|tenant| pool.turn(tenant));
+        // Two blocks are free; two more are the first one's own.
+        pool.turn(A);
+        assert_eq!((pool.manager.device_tokens(101), pool.manager.device_tokens(102)), (8, 16));
+        // Two are the second one's own, and then what both shared.
+        pool.turn(A);
+        assert_eq!((pool.manager.device_tokens(101), pool.manager.device_tokens(102)), (0, 0));
+        let entries = pool.manager.journal().entries();
+        let classes = entries.map(|entry| (entry.victim.0, entry.freed.0, entry.reason.class == Some(Class::SHARED)));
+        assert_eq!(classes.skip(1).collect::<Vec<_>>().last(), Some(&(102, 2, true)));
     }
 
     #[test]
@@ -336,7 +399,7 @@ mod tests {
         assert!(pool.pin(A, 1, 100).is_ok());
         let budget = PinBudget { limit: BlockCount(5), used: BlockCount(4) };
         assert_eq!(pool.pin(A, 2, 100), Err(PinRefused::OverBudget(budget, BlockCount(4))));
-        pool.manager.unpin(KvKey(1));
+        pool.manager.unpin(Tick(8), KvKey(1));
         assert!(pool.pin(A, 2, 100).is_ok());
         // A smaller budget keeps the front of what is pinned.
         let given = |floor: u64| TierBudget { floor: Some(PoolPart::Bytes(floor * 64)), ..TierBudget::default() };

@@ -2,9 +2,10 @@
 
 use super::Manager;
 use super::block::{OpenBlock, PrefixHash, Slot};
-use super::evictor::UseOrder;
+use super::evictor::Standing;
 use super::journal::Entry;
 use super::pins::Pin;
+use super::return_rate::Class;
 use super::table::BlockTable;
 use super::transfer::Ticket;
 use crate::types::{BlockCount, BlockId, DiskBlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount};
@@ -23,7 +24,13 @@ pub(super) struct Conversation {
     pub disk: BlockTable<DiskBlockId>,
     pub activity: Activity,
     pub last_used: Tick,
-    pub used: UseOrder,
+    /// When it fell silent, or was last heard of.
+    pub silent_since: Tick,
+    /// Rises with each use of any conversation, over restarts too.
+    pub used: u64,
+    pub class: Class,
+    /// Full blocks at the front that it had from other conversations, by their prefix.
+    pub shared: usize,
     pub last_eviction: Option<Entry>,
     /// An offload that is under way; at most one.
     pub copying: Option<Ticket>,
@@ -41,6 +48,8 @@ pub(super) struct Conversation {
 #[derive(Debug)]
 pub(super) enum Activity {
     Idle,
+    /// A turn of it waits: last in line.
+    Expected,
     /// Over: first in line, and a shared prefix until then.
     Ended,
     /// To be forgotten as soon as the transfer that holds its blocks is back.
@@ -81,7 +90,10 @@ impl Conversation {
             disk: BlockTable::default(),
             activity: Activity::Idle,
             last_used: Tick(0),
-            used: UseOrder(0),
+            silent_since: Tick(0),
+            used: 0,
+            class: Class::default(),
+            shared: 0,
             last_eviction: None,
             copying: None,
             storing: None,
@@ -94,22 +106,31 @@ impl Conversation {
 
     pub fn is_idle(&self) -> bool {
         match self.activity {
-            Activity::Idle | Activity::Ended => true,
+            Activity::Idle | Activity::Expected | Activity::Ended => true,
             Activity::Forgetting | Activity::Running(_) => false,
+        }
+    }
+
+    /// Where it stands in line, while it doesn't run.
+    pub fn standing(&self) -> Standing {
+        match self.activity {
+            Activity::Ended => Standing::Ended,
+            Activity::Expected => Standing::Expected,
+            Activity::Idle | Activity::Forgetting | Activity::Running(_) => Standing::Idle(self.class),
         }
     }
 
     pub fn running(&self) -> Option<&Running> {
         match &self.activity {
             Activity::Running(running) => Some(running),
-            Activity::Idle | Activity::Ended | Activity::Forgetting => None,
+            Activity::Idle | Activity::Expected | Activity::Ended | Activity::Forgetting => None,
         }
     }
 
     pub fn running_mut(&mut self) -> Option<&mut Running> {
         match &mut self.activity {
             Activity::Running(running) => Some(running),
-            Activity::Idle | Activity::Ended | Activity::Forgetting => None,
+            Activity::Idle | Activity::Expected | Activity::Ended | Activity::Forgetting => None,
         }
     }
 

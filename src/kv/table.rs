@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::block::{Place, SealedBlock, TailBlock};
-use crate::types::{BlockCount, BlockId, BlockSize, TokenCount};
+use crate::types::{BlockCount, BlockId, BlockSize, Tick, TokenCount};
 
 /// A conversation's blocks at rest in one tier: full ones from the first token on without a gap, then perhaps a tail.
 #[derive(Debug)]
@@ -33,6 +33,12 @@ impl<P: Place> BlockTable<P> {
     pub fn tokens(&self, size: BlockSize) -> TokenCount {
         let full = u32::try_from(self.sealed.len()).expect("a window bounds a table") * size.0;
         TokenCount(full + self.tail.as_ref().map_or(0, |tail| tail.len().0))
+    }
+
+    /// If all that is left is a prefix that conversations share, and no other holds it: when it was last used.
+    pub fn last_of_shared(&self) -> Option<Tick> {
+        let end = self.sealed.last().filter(|_| self.tail.is_none())?;
+        end.shared_at().filter(|_| Arc::strong_count(end) == 1)
     }
 
     /// Keeps the first `full` full blocks, and the tail only if it follows them directly.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::block::{Checksum, PrefixHash, SealedBlock, Slot, TailBlock};
 use super::disk::Above;
+use super::evictor::Reason;
 use super::journal::{Entry, Rule};
 use super::manager::{Manager, Reloaded};
 use super::residency::Activity;
@@ -332,12 +333,12 @@ impl Manager {
         }
         self.settle_pin_of(key);
         let conversation = self.conversation(key);
-        let (tenant, used, ended) =
-            (conversation.tenant, conversation.used, matches!(conversation.activity, Activity::Ended));
         let (exposes, leaving) = (conversation.exposes_host(), conversation.leaving.is_some());
         let clean = conversation.end_is_clean();
-        if exposes && !self.host_line.contains(tenant, key) {
-            self.host_line.add_first(tenant, key, used, ended);
+        if exposes && !self.host_line.contains(key) {
+            let (tenant, since, standing) = (conversation.tenant, conversation.silent_since, conversation.standing());
+            let length = conversation.host.tokens(self.settings.block_size);
+            self.host_line.add_first(tenant, key, since, standing, length);
         }
         if leaving {
             self.go_on_leaving(now, key);
@@ -482,15 +483,16 @@ impl Manager {
         }
         let (no_device, no_host) = (conversation.device.is_empty(), conversation.host.is_empty());
         if no_device {
-            self.device_line.remove(tenant, key);
+            self.device_line.remove(key);
         }
         if no_device && no_host {
-            self.host_line.remove(tenant, key);
+            self.host_line.remove(key);
         }
         let freed = BlockCount(self.device.free().0 - before.0);
         if freed.0 > 0 {
-            let (rule, from, lost) = (Rule::Requested, Tier::Device, BlockCount(0));
-            self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant: tenant, rule, from, freed, lost });
+            let (rule, reason, from, lost) = (Rule::Requested, Reason::default(), Tier::Device, BlockCount(0));
+            let for_tenant = tenant;
+            self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant, rule, reason, from, freed, lost });
         }
         self.left.push((key, u64::from(freed.0) * self.settings.block_bytes));
         self.settle_pin_of(key);

@@ -11,6 +11,7 @@ mod fixtures;
 mod forecast;
 mod fork;
 mod gate;
+mod habits;
 mod kept;
 mod listing;
 mod live;
@@ -121,6 +122,9 @@ impl Sessions {
             tracing::error!("the sessions' thread ended at its start");
         }
         if !thread.system.arbiter().spawn(sweep::sweep(Arc::downgrade(&shared))) {
+            tracing::error!("the sessions' thread ended at its start");
+        }
+        if !thread.system.arbiter().spawn(habits::keep_up(Arc::downgrade(&shared))) {
             tracing::error!("the sessions' thread ended at its start");
         }
         Self { shared, _thread: Arc::new(thread) }
@@ -238,6 +242,7 @@ impl Sessions {
     /// when none runs.
     pub async fn drain(&self, deadline: Duration) {
         self.shared.gate.drain(deadline).await;
+        habits::keep(&self.shared).await;
     }
 
     /// Whether the server takes no new turns any more.

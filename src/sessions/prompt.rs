@@ -58,6 +58,8 @@ pub struct Prompt {
     kept: usize,
     /// Tokens at the front that an earlier turn of the conversation encoded.
     pub encoded_before: TokenCount,
+    /// Which turn of the conversation it is for, from 1, as its messages tell: one and its answer are a turn.
+    pub turn: u32,
     /// Items of the history that are not in it.
     pub dropped_items: usize,
     pub work: PromptWork,
@@ -123,6 +125,7 @@ impl Draft<'_> {
         let hashed = Arc::new(log.hashed(|| self.empty.clone()));
         log.is_prompt(Arc::clone(&hashed));
         let encoded_before = if base.is_own { kept.min(transcript.log.encoded()) } else { 0 };
+        let turn = u32::try_from(digests.messages().div_ceil(2)).unwrap_or(u32::MAX);
         let work = PromptWork {
             messages: digests.messages() - digested,
             rendered_bytes,
@@ -140,7 +143,7 @@ impl Draft<'_> {
             front,
         };
         let encoded_before = TokenCount(u32::try_from(encoded_before).expect("the window bounds a log"));
-        Ok(Prompt { log, hashed, kept, encoded_before, dropped_items, work, known })
+        Ok(Prompt { log, hashed, kept, encoded_before, turn, dropped_items, work, known })
     }
 
     /// The prompt of the whole history.
@@ -264,6 +267,11 @@ impl Prompt {
 
     pub fn is_empty(&self) -> bool {
         self.log.is_empty()
+    }
+
+    /// Tokens that the log before it doesn't have.
+    pub fn fresh(&self) -> TokenCount {
+        TokenCount(self.len().0.saturating_sub(u32::try_from(self.kept).unwrap_or(u32::MAX)))
     }
 
     pub fn ids(&self) -> &Arc<[TokenId]> {

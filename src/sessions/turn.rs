@@ -16,7 +16,8 @@ use super::stream::{Stop, TurnWriter};
 use super::transcript::Transcript;
 use super::{Shared, unix_now};
 use crate::engine::{
-    FinishReason, KvHandle, SubmitError, TurnEvent, TurnEvents, TurnFailure, TurnHandle, TurnRequest, TurnUsage,
+    FinishReason, KvHandle, SubmitError, TurnEvent, TurnEvents, TurnFailure, TurnHandle, TurnRequest, TurnShape,
+    TurnUsage,
 };
 use crate::telemetry::metrics;
 use crate::tenants::Tenant;
@@ -90,6 +91,7 @@ pub(super) fn start(
     let request = TurnRequest {
         prompt: Arc::clone(prompt.ids()),
         encoded_before: prompt.encoded_before,
+        shape: TurnShape { number: prompt.turn, new_tokens: prompt.fresh() },
         sampling: limits.sampling,
         max_tokens: TokenCount(wanted.min(room).max(1)),
         stop_tokens: Arc::clone(shared.language.stop_tokens()),

@@ -22,7 +22,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rusqlite::{Connection, ErrorCode};
+use rusqlite::{Connection, ErrorCode, OptionalExtension};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -203,6 +203,23 @@ impl Store for Embedded {
     fn delete(&self, tenant: &str, id: u128) -> StoreFuture<'_, bool> {
         let tenant = tenant.to_owned();
         Box::pin(self.write(Erases::Old, move |db| records::delete(db, &tenant, id)))
+    }
+
+    fn note(&self, name: &str) -> StoreFuture<'_, Option<Vec<u8>>> {
+        let name = name.to_owned();
+        Box::pin(self.read(move |db| {
+            let mut found = db.prepare_cached("SELECT value FROM notes WHERE name = ?1")?;
+            Ok(found.query_row([name], |row| row.get(0)).optional()?)
+        }))
+    }
+
+    fn keep_note(&self, name: &str, value: Vec<u8>) -> StoreFuture<'_, ()> {
+        let name = name.to_owned();
+        Box::pin(self.write(Erases::Nothing, move |db| {
+            let sql = "INSERT OR REPLACE INTO notes (name, value) VALUES (?1, ?2)";
+            db.prepare_cached(sql)?.execute(rusqlite::params![name, value])?;
+            Ok(())
+        }))
     }
 
     fn ping(&self) -> StoreFuture<'_, ()> {

@@ -195,5 +195,9 @@ pub trait Store: Send + Sync {
     /// chains that have no response any more, and whose they are: their end is the caller's.
     fn sweep(&self, now: i64, results_since: i64) -> StoreFuture<'_, Vec<(String, u128)>>;
     /// A cheap call that fails if the store can't be reached: for readiness.
+    /// What was kept under a name, of what is no conversation's.
+    fn note(&self, name: &str) -> StoreFuture<'_, Option<Vec<u8>>>;
+    /// Keeps something under a name, in place of what was there.
+    fn keep_note(&self, name: &str, value: Vec<u8>) -> StoreFuture<'_, ()>;
     fn ping(&self) -> StoreFuture<'_, ()>;
 }

@@ -63,7 +63,7 @@ fn every_answer_is_the_one_that_the_conversation_alone_would_get() {
 /// Without this, the test above could be blind.
 #[test]
 fn a_byte_that_changes_on_the_device_shows_in_the_answers() {
-    let seen = total((0..4).into_par_iter().map(|seed| run(Scenario::draw(seed, 1_000).with(Damage::Device))));
+    let seen = total((0..6).into_par_iter().map(|seed| run(Scenario::draw(seed, 1_000).with(Damage::Device))));
     assert!(seen.wrong_answers > 50, "only {} answers of {} are wrong", seen.wrong_answers, seen.finished);
 }
 

@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use rekindle::engine::core::{Command, Core, CoreSettings, Event, Plan, StartTurn};
 use rekindle::engine::status::PromptTotals;
-use rekindle::engine::{FinishReason, Sampling, TurnEvent, TurnFailure, TurnRequest, TurnUsage};
+use rekindle::engine::{FinishReason, Sampling, TurnEvent, TurnFailure, TurnRequest, TurnShape, TurnUsage};
 use rekindle::kernels::files::Label;
 use rekindle::kernels::memory::Arena;
 use rekindle::kv::KvSettings;
 use rekindle::kv::block::PrefixHash;
+use rekindle::kv::evictor::Policy;
 use rekindle::kv::transfer::{self, Direction, TransferDone, TransferOrder};
 use rekindle::model::fake::FakeModel;
 use rekindle::model::{ForwardError, Logits, Model};
@@ -58,6 +59,8 @@ pub struct Scenario {
     pub host_blocks: u32,
     pub disk_blocks: u32,
     pub background_offload: bool,
+    pub policy: Policy,
+    pub doubles_at: Option<TokenCount>,
     pub reuse: bool,
     pub max_running: usize,
     pub step_tokens: usize,
@@ -85,6 +88,8 @@ impl Scenario {
             device_blocks: device_blocks as u32,
             host_blocks: host_blocks as u32,
             background_offload: !luck.once_in(3),
+            policy: luck.of(&[Policy::ReturnRate, Policy::ReturnRate, Policy::Lru]),
+            doubles_at: luck.once_in(3).then_some(TokenCount(64)),
             reuse: !luck.once_in(10),
             max_running: luck.of(&[1, 4, 8, 32]),
             step_tokens: luck.of(&[8, 16, 64, 256]),
@@ -212,6 +217,8 @@ impl World {
             disk_blocks: BlockCount(scenario.disk_blocks),
             window: TokenCount(scenario.window),
             background_offload: scenario.background_offload,
+            policy: scenario.policy,
+            doubles_at: scenario.doubles_at,
             journal_entries: 64,
             reuse: scenario.reuse,
         };
@@ -300,6 +307,7 @@ impl World {
                 0 | 1 => self.cancel_one(),
                 2 => self.leave_one(),
                 3 => self.end_one(),
+                7 | 8 => self.await_tool(),
                 4 => self.forget_one(),
                 5 => self.fork_one(),
                 6 => self.pin_one(),
@@ -410,10 +418,13 @@ impl World {
             ..Sampling::default()
         };
         let deadline_ms = if self.luck.once_in(20) { self.luck.below(200) as u64 } else { 1_000_000_000 };
+        // Long and short ones, so that each class of conversations has some.
+        let (number, new_tokens) = (self.luck.between(1, 10) as u32, self.luck.between(0, 1024) as u32);
         let conversation = &mut self.conversations[index];
         let request = TurnRequest {
             prompt: conversation.prompt(words),
             encoded_before: TokenCount(conversation.encoded as u32),
+            shape: TurnShape { number, new_tokens: TokenCount(new_tokens) },
             sampling,
             max_tokens: TokenCount(self.luck.between(1, 24) as u32),
             stop_tokens: Arc::from([TokenId(0), TokenId(1)]),
@@ -464,6 +475,13 @@ impl World {
     fn end_one(&mut self) {
         let Some(index) = self.pick() else { return };
         self.commands.push(Command::End(self.conversations[index].key));
+    }
+
+    /// A conversation's answer was a call of a tool, or so it is said.
+    fn await_tool(&mut self) {
+        if let Some(index) = self.pick() {
+            self.commands.push(Command::AwaitTool(self.conversations[index].key));
+        }
     }
 
     fn forget_one(&mut self) {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::engine::status::ResidencyState;
-use crate::engine::{FinishReason, KvHandle, Sampling, TurnEvents, TurnHandle, TurnRequest, TurnUsage};
+use crate::engine::{FinishReason, KvHandle, Sampling, TurnEvents, TurnHandle, TurnRequest, TurnShape, TurnUsage};
 use crate::model::fake::FakeModel;
 use crate::types::{TenantId, TenantKey, TokenId};
 
@@ -20,6 +20,8 @@ fn settings(device_blocks: u64, host_blocks: u64) -> EngineSettings {
         host_bytes: host_blocks * BLOCK,
         disk: None,
         background_offload: true,
+        policy: Policy::ReturnRate,
+        doubles_at: None,
         journal_entries: 100,
         max_running: 8,
         step_tokens: TokenCount(64),
@@ -40,6 +42,7 @@ fn ask(prompt: &[TokenId], max_tokens: u32) -> TurnRequest {
     TurnRequest {
         prompt: prompt.into(),
         encoded_before: TokenCount(0),
+        shape: TurnShape { number: 1, new_tokens: TokenCount::of(prompt) },
         sampling: Sampling::default(),
         max_tokens: TokenCount(max_tokens),
         stop_tokens: [].into(),

@@ -497,6 +497,21 @@ async fn a_sweep_forgets_what_is_over_and_names_the_chains_that_nothing_leads_to
 }
 
 #[tokio::test]
+async fn a_note_is_what_was_kept_last_and_a_store_without_any_gets_room_for_them() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(Embedded::open(dir.path()).unwrap());
+    tamper(dir.path(), "DROP TABLE notes; PRAGMA user_version = 2");
+    let store = Embedded::open(dir.path()).unwrap();
+    assert_eq!(store.note("habits").await.unwrap(), None);
+    for value in [vec![1, 2], vec![3]] {
+        store.keep_note("habits", value).await.unwrap();
+    }
+    drop(store);
+    let store = Embedded::open(dir.path()).unwrap();
+    assert_eq!(store.note("habits").await.unwrap(), Some(vec![3]));
+}
+
+#[tokio::test]
 async fn a_store_of_the_first_release_is_opened_with_all_that_is_in_it() {
     let dir = tempfile::tempdir().unwrap();
     let store = Embedded::open(dir.path()).unwrap();
@@ -504,7 +519,7 @@ async fn a_store_of_the_first_release_is_opened_with_all_that_is_in_it() {
     drop(store);
     tamper(
         dir.path(),
-        "DROP TABLE responses; DROP TABLE results; DROP INDEX items_by_id; ALTER TABLE conversations DROP COLUMN chain;
+        "DROP TABLE notes; DROP TABLE responses; DROP TABLE results; DROP INDEX items_by_id; ALTER TABLE conversations DROP COLUMN chain;
          PRAGMA user_version = 1",
     );
     let store = Embedded::open(dir.path()).unwrap();
