@@ -323,7 +323,7 @@ impl Manager {
         }
         let (tenant, leaving) = (conversation.tenant, conversation.leaving);
         if !conversation.disk.is_empty() && !self.disk.line.contains(key) {
-            let length = conversation.disk.tokens(self.settings.block_size);
+            let length = conversation.length(self.settings.block_size);
             self.disk.line.add_first(tenant, key, conversation.silent_since, conversation.standing(), length);
         }
         if leaving.is_some() {
@@ -339,7 +339,7 @@ impl Manager {
     fn make_disk_room(&mut self, now: Tick, need: BlockCount, key: KvKey) {
         let conversation = self.conversation(key);
         let (tenant, standing, since) = (conversation.tenant, conversation.standing(), conversation.silent_since);
-        let length = conversation.disk.blocks().max(conversation.host.blocks()).tokens(self.settings.block_size);
+        let length = conversation.length(self.settings.block_size);
         while self.disk.places.soon() < need {
             let (places, budget) = (&self.disk.places, &self.disk.budget);
             let at_ceiling = places.held(tenant).0 + need.0 > budget.ceiling(tenant).0;
@@ -373,7 +373,6 @@ impl Manager {
                 break;
             }
         }
-        self.disk.line.shorten(key, conversation.disk.tokens(self.settings.block_size));
         if conversation.disk.is_empty() {
             self.disk.line.remove(key);
         }
