@@ -346,7 +346,7 @@ impl Manager {
         let belongs = conversation.is_idle() && !conversation.disk.is_empty();
         if belongs && !self.disk.line.contains(key) {
             let (tenant, since, standing) = (conversation.tenant, conversation.silent_since, conversation.standing());
-            let length = conversation.disk.tokens(self.settings.block_size);
+            let length = conversation.length(self.settings.block_size);
             self.disk.line.add_first(tenant, key, since, standing, length);
         }
     }
@@ -413,7 +413,7 @@ impl Manager {
     fn make_disk_room(&mut self, now: Tick, need: BlockCount, key: KvKey) {
         let conversation = self.conversation(key);
         let (tenant, standing, since) = (conversation.tenant, conversation.standing(), conversation.silent_since);
-        let length = conversation.disk.blocks().max(conversation.host.blocks()).tokens(self.settings.block_size);
+        let length = conversation.length(self.settings.block_size);
         while self.disk.places.soon() < need {
             let (places, budget) = (&self.disk.places, &self.disk.budget);
             let at_ceiling = places.held(tenant).0 + need.0 > budget.ceiling(tenant).0;
@@ -447,7 +447,6 @@ impl Manager {
                 break;
             }
         }
-        self.disk.line.shorten(key, conversation.disk.tokens(self.settings.block_size));
         if conversation.disk.is_empty() {
             self.disk.line.remove(key);
         }

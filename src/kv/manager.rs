@@ -395,8 +395,7 @@ impl Manager {
         let (tenant, since, standing) = (conversation.tenant, conversation.silent_since, conversation.standing());
         let exposes = conversation.exposes_device();
         let (device, host) = (!conversation.device.is_empty(), !conversation.host.is_empty());
-        let blocks = conversation.device.blocks().max(conversation.host.blocks()).max(conversation.disk.blocks());
-        let length = blocks.tokens(self.settings.block_size);
+        let length = conversation.length(self.settings.block_size);
         if exposes {
             self.device_line.add(tenant, key, since, standing, length);
         }

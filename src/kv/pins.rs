@@ -196,7 +196,7 @@ impl Manager {
             let (idle, exposes) = (conversation.is_idle(), conversation.exposes_device());
             if idle && conversation.exposes_host() && !self.host_line.contains(key) {
                 let (since, standing) = (conversation.silent_since, conversation.standing());
-                let length = conversation.host.tokens(self.settings.block_size);
+                let length = conversation.length(self.settings.block_size);
                 self.host_line.add_first(tenant, key, since, standing, length);
             }
             if !exposes {

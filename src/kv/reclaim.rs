@@ -176,7 +176,7 @@ impl Manager {
     pub(super) fn make_host_room(&mut self, now: Tick, need: BlockCount, key: KvKey) {
         let conversation = self.conversation(key);
         let tenant = conversation.tenant;
-        let length = conversation.device.tokens(self.settings.block_size);
+        let length = conversation.length(self.settings.block_size);
         let (standing, since) = (conversation.standing(), conversation.silent_since);
         while self.host.free() < need {
             let held = |tenant| self.host.held(tenant);
@@ -210,7 +210,6 @@ impl Manager {
                 break;
             }
         }
-        self.host_line.shorten(key, conversation.host.tokens(self.settings.block_size));
         if !conversation.exposes_host() {
             self.host_line.remove(key);
         }

@@ -8,7 +8,9 @@ use super::pins::Pin;
 use super::return_rate::Class;
 use super::table::BlockTable;
 use super::transfer::Ticket;
-use crate::types::{BlockCount, BlockId, DiskBlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount};
+use crate::types::{
+    BlockCount, BlockId, BlockSize, DiskBlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount,
+};
 
 /// What the manager knows of one conversation.
 ///
@@ -109,6 +111,12 @@ impl Conversation {
             Activity::Idle | Activity::Expected | Activity::Ended => true,
             Activity::Forgetting | Activity::Running(_) => false,
         }
+    }
+
+    /// How long it is where it is longest: what a return saves, and the same in every tier's line, so that of two
+    /// conversations at most one displaces the other's copies.
+    pub fn length(&self, size: BlockSize) -> TokenCount {
+        self.device.blocks().max(self.host.blocks()).max(self.disk.blocks()).tokens(size)
     }
 
     /// Where it stands in line, while it doesn't run.

@@ -337,7 +337,7 @@ impl Manager {
         let clean = conversation.end_is_clean();
         if exposes && !self.host_line.contains(key) {
             let (tenant, since, standing) = (conversation.tenant, conversation.silent_since, conversation.standing());
-            let length = conversation.host.tokens(self.settings.block_size);
+            let length = conversation.length(self.settings.block_size);
             self.host_line.add_first(tenant, key, since, standing, length);
         }
         if leaving {
