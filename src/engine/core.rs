@@ -335,7 +335,8 @@ impl Core {
             }
             Command::Leave(key, to) => self.manager.leave(now, key, to),
             Command::LetGo(key) => self.manager.forget(key),
-            Command::End(key) if self.manager.runs(key) => {
+            // One that waits would make it an idle one again when it ends.
+            Command::End(key) if !self.turns_of(key).is_empty() => {
                 if !self.ending.contains(&key) {
                     self.ending.push(key);
                 }

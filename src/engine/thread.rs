@@ -150,6 +150,7 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
             listeners: HashMap::new(),
             replies: HashMap::new(),
             pin_replies: VecDeque::new(),
+            learned_asked: Vec::new(),
             commands: Vec::new(),
             started: 0,
             left_queue: 0,
@@ -192,6 +193,8 @@ struct Driver {
     replies: HashMap<KvKey, Vec<Reply>>,
     /// In the order in which pins were asked for.
     pin_replies: VecDeque<oneshot::Sender<Result<Pinned, PinError>>>,
+    /// Who wants to know what was learned.
+    learned_asked: Vec<oneshot::Sender<Vec<u8>>>,
     commands: Vec<Command>,
     /// Turns ever started, and those of them that are in the queue no more.
     started: usize,
@@ -278,7 +281,8 @@ impl Driver {
             }
             Message::Transferred(done) => self.commands.push(Command::Transferred(done)),
             Message::Grant(grants) => self.commands.push(Command::Grant(grants)),
-            Message::Learned(reply) => drop(reply.send(self.core.manager().learned().to_bytes())),
+            // Answered after the step, which takes in what it is to go on from.
+            Message::Learned(reply) => self.learned_asked.push(reply),
             Message::GoOnFrom(learned) => self.commands.push(Command::GoOnFrom(learned)),
             Message::Wake => {}
             Message::Shutdown => return Goes::Down,
@@ -312,6 +316,9 @@ impl Driver {
         }
         self.publish();
         self.tell(events);
+        for reply in std::mem::take(&mut self.learned_asked) {
+            drop(reply.send(self.core.manager().learned().to_bytes()));
+        }
     }
 
     /// Shows the state to those who only look.

@@ -56,6 +56,10 @@ impl Manager {
             } else if conversation.is_idle() {
                 let in_line = self.device_line.contains(conversation.key);
                 assert_eq!(in_line, conversation.exposes_device(), "in line is who is idle, but for what pins keep");
+                let in_line = self.host_line.contains(conversation.key);
+                assert!(in_line || !conversation.exposes_host(), "who is idle is in the host's line");
+                let in_line = self.disk.line.contains(conversation.key);
+                assert!(in_line || conversation.disk.is_empty(), "who is idle is in the disk's line");
             }
             in_flight += conversation.in_flight;
         }

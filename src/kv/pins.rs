@@ -202,7 +202,10 @@ impl Manager {
             if !exposes {
                 self.device_line.remove(key);
             } else if idle && !self.device_line.contains(key) {
-                self.back_in_line(key);
+                // As silent as it has been: a budget's change is no use of it.
+                let (since, standing) = (conversation.silent_since, conversation.standing());
+                let length = conversation.length(self.settings.block_size);
+                self.device_line.add_first(tenant, key, since, standing, length);
             }
         }
         let pinned = self.pins.of(tenant);

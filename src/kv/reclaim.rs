@@ -185,7 +185,8 @@ impl Manager {
             let judge = Judge::new(self.settings.policy, self.settings.doubles_at, &self.returns, now);
             let own_rank = judge.rank(standing, since, length);
             let victim = self.host_line.victim(&judge, |other| other == tenant || others_may(other));
-            let Some(victim) = victim.filter(|victim| victim.rank < own_rank) else { return };
+            // Nor does it make room for itself by what it has there.
+            let Some(victim) = victim.filter(|victim| victim.rank < own_rank && victim.key != key) else { return };
             if !self.stands_as_shared(&victim, Tier::Host) {
                 self.drop_host_end(now, victim, need, tenant);
             }

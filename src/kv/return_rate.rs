@@ -157,15 +157,22 @@ impl Counts {
         }
     }
 
+    /// One that has just begun teaches nothing after all.
+    fn take_back(&mut self) {
+        self.begun = self.begun.saturating_sub(1);
+        // It may have been halved since, with all others.
+        self.reached[0] = (self.reached[0] - 1.0).max(0.0);
+    }
+
     /// The return rate at each age.
     fn rates(&self) -> [ReturnRate; AGES] {
         let returns = |age: usize| (f64::from(self.returned[age]) / f64::from(self.reached[age]).max(1e-9)).min(0.999);
-        let lasts_s = |age: usize| (begins_us(age + 1) - begins_us(age)) as f64 * 1e-6;
+        let lasts_s: [f64; AGES] = std::array::from_fn(|age| (begins_us(age + 1) - begins_us(age)) as f64 * 1e-6);
         std::array::from_fn(|age| {
             let (mut best, mut still_silent, mut time_s, mut returned) = (0.0_f64, 1.0, 0.0, 0.0);
-            for until in age..AGES {
+            for (until, lasts_s) in lasts_s.iter().enumerate().skip(age) {
                 let share = returns(until);
-                time_s += still_silent * lasts_s(until) * (1.0 - share / 2.0);
+                time_s += still_silent * lasts_s * (1.0 - share / 2.0);
                 returned += still_silent * share;
                 still_silent *= 1.0 - share;
                 best = best.max(returned / time_s);
@@ -219,7 +226,7 @@ impl Learned {
         bytes
     }
 
-    /// What was kept; `None` if it is of another form, or no counts.
+    /// What was kept; `None` if it is of another form. A class whose counts are none begins anew.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let (silences, mut rest) = bytes.strip_prefix(FORM)?.split_first_chunk()?;
         let mut next = || -> Option<[u8; 4]> {
@@ -232,14 +239,18 @@ impl Learned {
             class.begun = u32::from_le_bytes(next()?).min(HALVE_AT - 1);
             for count in class.returned.iter_mut().chain(&mut class.reached) {
                 *count = f32::from_le_bytes(next()?);
-                if !(0.0..1e9).contains(count) {
-                    return None;
-                }
+            }
+            // One class's damage is that class's alone.
+            if !class.returned.iter().chain(&class.reached).all(|count| (0.0..1e9).contains(count)) {
+                *class = Counts::NONE;
             }
         }
         rest.is_empty().then_some(Self { classes, silences: u64::from_le_bytes(*silences) })
     }
 }
+
+/// Most silences that are looked at in one go: after a night in which nothing happened the rest is for the next.
+const MOST_AT_ONCE: usize = 1024;
 
 /// Learns and tells return rates.
 #[derive(Debug)]
@@ -251,6 +262,8 @@ pub struct ReturnRates {
     passing: [VecDeque<Passing>; AGES],
     next_id: u32,
     edition: u64,
+    /// Silences that began since rates were reckoned.
+    unreckoned: u64,
     /// Ends of buckets, in microseconds of silence.
     ends_us: [u64; AGES],
 }
@@ -271,6 +284,7 @@ impl ReturnRates {
             passing: std::array::from_fn(|_| VecDeque::new()),
             next_id: 0,
             edition: 0,
+            unreckoned: 0,
             ends_us: std::array::from_fn(|age| if age + 1 < AGES { begins_us(age + 1) } else { u64::MAX }),
         };
         rates.reckon();
@@ -312,8 +326,10 @@ impl ReturnRates {
         self.silences.insert(key, Silence { since: now, id, class });
         self.passing[0].push_back(Passing { key, since: now, id });
         self.learned.classes[class.index()].begin();
-        self.learned.silences += 1;
-        if self.learned.silences.is_multiple_of(RECKON_EVERY) || self.learned.silences == ENOUGH {
+        // A prefix's uses are no conversation's silences: they say nothing of whether enough is known of those.
+        self.learned.silences += u64::from(class != Class::SHARED);
+        self.unreckoned += 1;
+        if self.unreckoned >= RECKON_EVERY || self.learned.silences == ENOUGH {
             self.reckon();
         }
     }
@@ -322,7 +338,7 @@ impl ReturnRates {
     pub fn reclassify(&mut self, key: KvKey, class: Class) {
         let Some(silence) = self.silences.get_mut(&key) else { return };
         let before = std::mem::replace(&mut silence.class, class);
-        self.learned.classes[before.index()].reached[0] -= 1.0;
+        self.learned.classes[before.index()].take_back();
         self.learned.classes[class.index()].begin();
     }
 
@@ -340,14 +356,20 @@ impl ReturnRates {
         let Some(silence) = self.silences.remove(&key) else { return };
         // Still in the first bucket, it would count there as one that did not come back.
         if self.passing[0].front().is_some_and(|first| first.since <= silence.since) {
-            self.learned.classes[silence.class.index()].reached[0] -= 1.0;
+            self.learned.classes[silence.class.index()].take_back();
+            self.learned.silences -= u64::from(silence.class != Class::SHARED).min(self.learned.silences);
         }
     }
 
     /// Counts the buckets that silences have reached.
     fn pass_on(&mut self, now: Tick) {
+        let mut left = MOST_AT_ONCE;
         for age in 0..AGES - 1 {
             while let Some(first) = self.passing[age].front() {
+                if left == 0 {
+                    return;
+                }
+                left -= 1;
                 if now.0.saturating_sub(first.since.0) < self.ends_us[age] {
                     break;
                 }
@@ -375,6 +397,7 @@ impl ReturnRates {
 
     fn reckon(&mut self) {
         self.edition += 1;
+        self.unreckoned = 0;
         for (rates, counts) in self.rates.iter_mut().zip(self.learned.classes.iter()) {
             *rates = counts.rates();
         }

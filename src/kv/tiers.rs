@@ -157,6 +157,17 @@ impl Manager {
             conversation.host.tail = None;
             conversation.host.sealed.push(copy);
         }
+        self.in_host_line(key);
+    }
+
+    /// Puts an idle conversation of which the host has something back into line, which had dropped it as the coldest.
+    fn in_host_line(&mut self, key: KvKey) {
+        let conversation = self.conversation(key);
+        if conversation.is_idle() && conversation.exposes_host() && !self.host_line.contains(key) {
+            let (tenant, since, standing) = (conversation.tenant, conversation.silent_since, conversation.standing());
+            let length = conversation.length(self.settings.block_size);
+            self.host_line.add_first(tenant, key, since, standing, length);
+        }
     }
 
     /// Orders copies of the first blocks of an idle conversation that have none. False if there is nothing to copy or no

@@ -33,6 +33,7 @@ mod work;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, SystemTime};
 
@@ -87,6 +88,8 @@ struct Shared {
     live: Arc<Live>,
     recall: Recall,
     once: Arc<once::Running>,
+    /// The engine has what was learned before, so that what it knows by now may replace that.
+    goes_on: AtomicBool,
 }
 
 /// All conversations, for those above. Cheap to clone; callable from any tokio task. The actors have a thread of their own,
@@ -117,6 +120,7 @@ impl Sessions {
             live: Arc::default(),
             recall: Recall::new(settings.recalled_tokens),
             once: Arc::default(),
+            goes_on: AtomicBool::new(false),
         });
         if !thread.system.arbiter().spawn(registry::tick(Arc::downgrade(&shared), settings.idle)) {
             tracing::error!("the sessions' thread ended at its start");

@@ -68,6 +68,8 @@ pub struct Trace {
     pub requests: Vec<Request>,
 }
 
+/// Books are kept for all tenants up to the largest.
+const MOST_TENANTS: u32 = 65_535;
 const COLUMNS: [&str; 9] = ["t", "tenant", "conv", "turn", "in", "out", "ref", "shared", "stop"];
 
 impl Trace {
@@ -114,7 +116,11 @@ fn request(line: &str, places: &[usize; 9], before: &[Request]) -> Result<Reques
         text.parse().map_err(|_| format!("`{text}` is no number of this column"))
     }
     let at = Tick(number::<u64>(next()?)?.checked_mul(1000).ok_or("the time is too late")?);
-    let (tenant, conversation, turn) = (TenantId(number(next()?)?), KvKey(number(next()?)?), number(next()?)?);
+    let tenant = TenantId(number(next()?)?);
+    if tenant.0 > MOST_TENANTS {
+        return Err(format!("tenant {tenant} is too large a number: tenants are numbered from 0 to {MOST_TENANTS}"));
+    }
+    let (conversation, turn) = (KvKey(number(next()?)?), number(next()?)?);
     let (prompt, answer) = (TokenCount(number(next()?)?), TokenCount(number(next()?)?));
     let (follows, shared): (i64, u32) = (number(next()?)?, number(next()?)?);
     let end = if next()? == "t" { End::ToolCall } else { End::Other };
@@ -172,6 +178,8 @@ mod tests {
             let error = read(lines).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         }
+        let large = format!("{HEAD}0,3000000000,1,1,10,1,-1,0,-\n");
+        assert!(Trace::read(large.as_bytes()).unwrap_err().to_string().contains("line 2"));
         assert!(Trace::read("t,conv\n".as_bytes()).unwrap_err().to_string().contains("`tenant`"));
         assert!(Trace::read([0x1f, 0x8b, 8].as_slice()).unwrap_err().to_string().contains("zcat"));
     }
