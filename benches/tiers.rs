@@ -67,13 +67,13 @@ fn tiers(c: &mut Criterion) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let bytes = u64::from(BLOCKS) * (BLOCK_BYTES as u64 + 4096);
     let (slots, _) = Slots::open(folder.path(), bytes, BLOCK_BYTES, [7; 32]).expect("room for the bench");
-    let buffer = slots.buffer().expect("memory");
+    let buffers = [slots.buffer().expect("memory"), slots.buffer().expect("memory")];
     let labels: Vec<_> = (0..BLOCKS).map(|index| (label(index), None)).collect();
     let store = TransferOrder {
         pairs: (0..BLOCKS).map(|block| (block, block)).collect(),
         ..order(Direction::Store { from: Tier::Host }, labels.clone())
     };
-    let stored = execute_on_disk(&store, &slots, &device, &host, &buffer);
+    let stored = execute_on_disk(&store, &slots, &device, &host, &buffers);
     assert!(stored.iter().all(Option::is_some), "the disk takes the blocks");
     let path = folder.path().join("slots.0000");
     let direct = if slots.is_direct() { OFlags::DIRECT.bits() as i32 } else { 0 };
@@ -92,7 +92,7 @@ fn tiers(c: &mut Criterion) {
     let load = order(Direction::Load, labels);
     group.bench_function("loaded from disk", |b| {
         b.iter(|| {
-            let loaded = execute_on_disk(&load, &slots, &device, &host, &buffer);
+            let loaded = execute_on_disk(&load, &slots, &device, &host, &buffers);
             assert!(loaded.iter().all(Option::is_some), "{loaded:?}");
         });
     });

@@ -12,9 +12,9 @@ use std::time::Instant;
 
 use super::handle::Message;
 use super::thread::{DiskSettings, micros};
-use crate::kernels::files::{Buffer, Contents, Slots};
+use crate::kernels::files::{Contents, Slots};
 use crate::kernels::memory::Arena;
-use crate::kv::transfer::{self, Direction, TransferDone, TransferOrder};
+use crate::kv::transfer::{self, Buffers, Direction, TransferDone, TransferOrder};
 use crate::types::{KvKey, TenantId, TenantKey};
 
 /// Transfers handed to a thread ahead of time.
@@ -68,7 +68,7 @@ impl Movers {
     ) -> Result<Self, std::io::Error> {
         let arenas = Arenas { device: Arc::clone(device), host: Arc::clone(host) };
         let mut threads = Vec::new();
-        let mut spawn = |name: &str, orders: &Orders, disk: Option<(Arc<Slots>, Buffer)>| {
+        let mut spawn = |name: &str, orders: &Orders, disk: Option<(Arc<Slots>, Buffers)>| {
             let mover = Mover { arenas: arenas.clone(), disk, orders: Arc::clone(orders), mailbox: mailbox.clone() };
             threads.push(std::thread::Builder::new().name(name.into()).spawn(move || mover.run())?);
             Ok::<_, std::io::Error>(())
@@ -81,9 +81,9 @@ impl Movers {
                 let slots = Arc::new(slots);
                 let ((loads, to_load), (stores, to_store)) = (queue(), queue());
                 for _ in 0..LOADERS {
-                    spawn("disk-load", &to_load, Some((Arc::clone(&slots), slots.buffer()?)))?;
+                    spawn("disk-load", &to_load, Some((Arc::clone(&slots), [slots.buffer()?, slots.buffer()?])))?;
                 }
-                spawn("disk-store", &to_store, Some((Arc::clone(&slots), slots.buffer()?)))?;
+                spawn("disk-store", &to_store, Some((Arc::clone(&slots), [slots.buffer()?, slots.buffer()?])))?;
                 Some(DiskQueues { loads, stores })
             }
         };
@@ -162,7 +162,7 @@ struct Arenas {
 /// One thread's work.
 struct Mover {
     arenas: Arenas,
-    disk: Option<(Arc<Slots>, Buffer)>,
+    disk: Option<(Arc<Slots>, Buffers)>,
     orders: Orders,
     mailbox: SyncSender<Message>,
 }
@@ -177,7 +177,7 @@ impl Mover {
             let started = Instant::now();
             let sums = match &self.disk {
                 None => transfer::execute(&order, device, host),
-                Some((slots, buffer)) => transfer::execute_on_disk(&order, slots, device, host, buffer),
+                Some((slots, buffers)) => transfer::execute_on_disk(&order, slots, device, host, buffers),
             };
             let done = TransferDone { ticket: order.ticket, sums, took_us: micros(started.elapsed()) };
             if self.mailbox.send(Message::Transferred(done)).is_err() {

@@ -22,6 +22,8 @@ const PAGE: usize = 4096;
 const FILE_BYTES: u64 = 1 << 30;
 /// Most files of a new tier, unless it is made larger later.
 const MOST_FILES: u64 = 256;
+/// Most slots of one read: some megabytes, as disks like it.
+const RUN: usize = 8;
 /// Threads that read labels at the start.
 const SCANNERS: u32 = 8;
 /// Of the folder's format; a change of layout makes it another one.
@@ -158,7 +160,7 @@ pub struct Contents {
     pub unfinished: Vec<u32>,
 }
 
-/// Room for one slot, aligned as direct transfers want it; one for each thread that reads or writes.
+/// Room for a run of slots, aligned as direct transfers want it; one for each thread that reads or writes.
 #[derive(Debug)]
 pub struct Buffer {
     room: Arena,
@@ -243,7 +245,7 @@ impl Slots {
     }
 
     pub fn buffer(&self) -> io::Result<Buffer> {
-        Arena::new(1, self.slot_bytes()).map(|room| Buffer { room }).map_err(io::Error::other)
+        Arena::new(1, RUN * self.slot_bytes()).map(|room| Buffer { room }).map_err(io::Error::other)
     }
 
     fn slot_bytes(&self) -> usize {
@@ -266,7 +268,7 @@ impl Slots {
             room[..UNFINISHED.len()].copy_from_slice(&UNFINISHED);
             room[PAGE..][..bytes.len()].copy_from_slice(bytes);
             let sum = crc32c::crc32c(&room[PAGE..][..bytes.len()]);
-            file.write_all_at(room, at)?;
+            file.write_all_at(&room[..self.slot_bytes()], at)?;
             Ok(sum)
         })
     }
@@ -281,27 +283,58 @@ impl Slots {
         })
     }
 
-    /// Reads a block into `bytes`, if the slot holds just this one. Returns the CRC-32C.
-    pub fn read(&self, slot: u32, wanted: &Label, bytes: &mut [u8], buffer: &Buffer) -> Result<u32, ReadError> {
-        assert_eq!(bytes.len(), self.block_bytes, "a slot holds one block");
-        let (file, at) = self.place(slot);
-        buffer.room.with_bytes_mut(0, |room| {
-            file.read_exact_at(room, at)?;
-            let page = Page::read(room, self.fingerprint).ok_or(ReadError::Label)?;
-            // When it was used, and by which of the conversations that share it, is no part of what it is.
-            let label = page.label();
-            let same = (label.tenant, label.index, label.parent, label.hash)
-                == (wanted.tenant, wanted.index, wanted.parent, wanted.hash);
-            if !same {
-                return Err(ReadError::Label);
+    /// How many of these slots, from the first on, one read gives: they follow one another in a file.
+    pub fn run(&self, mut slots: impl Iterator<Item = u32>) -> usize {
+        let Some(first) = slots.next() else { return 0 };
+        let end = (first / self.slots_per_file + 1) * self.slots_per_file;
+        let next = (first + 1..end).zip(slots).take_while(|(wanted, slot)| wanted == slot);
+        1 + next.take(RUN - 1).count()
+    }
+
+    /// Reads a run of slots in one go, and gives `take` each block and its CRC-32C, if the slot holds just this one.
+    pub fn read(
+        &self,
+        first: u32,
+        wanted: &[&Label],
+        buffer: &Buffer,
+        take: &mut impl FnMut(usize, Result<(&[u8], u32), ReadError>),
+    ) {
+        let ((file, at), slot_bytes) = (self.place(first), self.slot_bytes());
+        let whole =
+            buffer.room.with_bytes_mut(0, |room| file.read_exact_at(&mut room[..wanted.len() * slot_bytes], at));
+        match whole {
+            Ok(()) => {
+                let slots = buffer.room.bytes(0).chunks(slot_bytes);
+                for (index, (slot, wanted)) in slots.zip(wanted).enumerate() {
+                    take(index, self.check(slot, wanted));
+                }
             }
-            let found = &room[PAGE..][..bytes.len()];
-            if crc32c::crc32c(found) != page.bytes_sum {
-                return Err(ReadError::Checksum);
+            Err(error) if wanted.len() == 1 => take(0, Err(error.into())),
+            // One bad sector is one slot's.
+            Err(_) => {
+                for (index, wanted) in wanted.iter().enumerate() {
+                    let slot = first + u32::try_from(index).unwrap_or(u32::MAX);
+                    self.read(slot, &[*wanted], buffer, &mut |_, read| take(index, read));
+                }
             }
-            bytes.copy_from_slice(found);
-            Ok(page.bytes_sum)
-        })
+        }
+    }
+
+    /// What a slot holds, if it is just what was wanted.
+    fn check<'a>(&self, slot: &'a [u8], wanted: &Label) -> Result<(&'a [u8], u32), ReadError> {
+        let page = Page::read(slot, self.fingerprint).ok_or(ReadError::Label)?;
+        // When it was used, and by which of the conversations that share it, is no part of what it is.
+        let label = page.label();
+        let same = (label.tenant, label.index, label.parent, label.hash)
+            == (wanted.tenant, wanted.index, wanted.parent, wanted.hash);
+        if !same {
+            return Err(ReadError::Label);
+        }
+        let bytes = &slot[PAGE..][..self.block_bytes];
+        if crc32c::crc32c(bytes) != page.bytes_sum {
+            return Err(ReadError::Checksum);
+        }
+        Ok((bytes, page.bytes_sum))
     }
 
     /// Overwrites slots with zeros: all bytes, and once that is on the disk, the labels, so that a slot that says nothing
@@ -313,7 +346,7 @@ impl Slots {
                 let (file, at) = self.place(slot);
                 file.write_all_at(&room[from..to], at + from as u64)
             };
-            let emptied = slots.iter().map(|slot| write(*slot, PAGE, room.len()));
+            let emptied = slots.iter().map(|slot| write(*slot, PAGE, self.slot_bytes()));
             let mut done: Vec<io::Result<()>> = emptied.collect();
             let mut and_then = |step: &dyn Fn(u32) -> io::Result<()>| {
                 for (slot, done) in slots.iter().zip(&mut done).filter(|(_, done)| done.is_ok()) {
@@ -518,8 +551,10 @@ mod tests {
     }
 
     fn load(slots: &Slots, slot: u32, index: u32) -> Result<Vec<u8>, ReadError> {
-        let mut into = vec![0; BLOCK];
-        slots.read(slot, &label(index), &mut into, &slots.buffer().unwrap()).map(|_| into)
+        let (mut read, buffer) = (None, slots.buffer().unwrap());
+        slots
+            .read(slot, &[&label(index)], &buffer, &mut |_, found| read = Some(found.map(|(bytes, _)| bytes.to_vec())));
+        read.unwrap()
     }
 
     #[test]
@@ -621,6 +656,22 @@ mod tests {
             assert_eq!(load(&slots, slot as u32, slot as u32).unwrap(), bytes(slot as u8));
         }
         assert_eq!(noticed, CASES);
+    }
+
+    #[test]
+    fn slots_that_follow_one_another_are_read_in_one_go_and_each_is_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        let (slots, _) = open(folder.path(), 12);
+        (0..12).for_each(|slot| store(&slots, slot, slot));
+        let runs = [&[3][..], &[0, 1, 2, 4], &[5, 4], &[2, 3, 4, 5, 6, 7, 8, 9, 10, 11], &[11, 12]];
+        let lengths = runs.map(|run| slots.run(run.iter().copied()));
+        assert_eq!(lengths, [1, 3, 1, RUN, 1]);
+        let labels: Vec<Label> = [4, 5, 99, 7].map(label).into();
+        let mut read = Vec::new();
+        slots.read(4, &labels.iter().collect::<Vec<_>>(), &slots.buffer().unwrap(), &mut |index, found| {
+            read.push((index, found.map(|(found, _)| found.to_vec()).ok()));
+        });
+        assert_eq!(read, [(0, Some(bytes(4))), (1, Some(bytes(5))), (2, None), (3, Some(bytes(7)))]);
     }
 
     #[test]

@@ -66,6 +66,9 @@ pub fn execute(order: &TransferOrder, device: &Arena, host: &Arena) -> Vec<Optio
     order.pairs.iter().map(|&(from, to)| Some(destination.copy_from(to, source, from))).collect()
 }
 
+/// What a thread that moves blocks from and to disk needs.
+pub type Buffers = [Buffer; 2];
+
 /// Makes a transfer from or to disk. A store's bytes are on the disk before their labels, and both when this returns; what
 /// goes wrong is logged, and `None` in the sums. Panics if it is a copy between memories.
 pub fn execute_on_disk(
@@ -73,11 +76,12 @@ pub fn execute_on_disk(
     slots: &Slots,
     device: &Arena,
     host: &Arena,
-    buffer: &Buffer,
+    buffers: &Buffers,
 ) -> Vec<Option<u32>> {
+    let buffer = &buffers[0];
     let done = match order.direction {
         Direction::Store { from } => store(order, slots, if from == Tier::Host { host } else { device }, buffer),
-        Direction::Load => return load(order, slots, device, buffer),
+        Direction::Load => return load(order, slots, device, buffers),
         Direction::Erase => {
             let places: Vec<u32> = order.pairs.iter().map(|(_, to)| *to).collect();
             return slots.erase(&places, buffer).into_iter().map(|erased| told(erased).map(|()| 0)).collect();
@@ -113,11 +117,39 @@ fn store(order: &TransferOrder, slots: &Slots, source: &Arena, buffer: &Buffer) 
     Ok(sums)
 }
 
-fn load(order: &TransferOrder, slots: &Slots, device: &Arena, buffer: &Buffer) -> Vec<Option<u32>> {
-    let pairs = order.pairs.iter().zip(&order.labels);
-    let read = pairs.map(|(&(from, to), (label, _))| {
-        let read = device.with_bytes_mut(to, |bytes| slots.read(from, label, bytes, buffer));
-        read.inspect_err(|error| tracing::debug!(%error, slot = from, "a block did not come back from disk")).ok()
-    });
-    read.collect()
+/// Two halves at a time, so that one is read while the other is looked through.
+fn load(order: &TransferOrder, slots: &Slots, device: &Arena, buffers: &Buffers) -> Vec<Option<u32>> {
+    let (front, back) = order.pairs.split_at(order.pairs.len() / 2);
+    let (front_labels, back_labels) = order.labels.split_at(front.len());
+    std::thread::scope(|scope| {
+        let front = scope.spawn(|| load_part(front, front_labels, slots, device, &buffers[0]));
+        let back = load_part(back, back_labels, slots, device, &buffers[1]);
+        let mut loaded = front.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        loaded.extend(back);
+        loaded
+    })
+}
+
+fn load_part(
+    pairs: &[(u32, u32)],
+    labels: &[(Label, Option<u32>)],
+    slots: &Slots,
+    device: &Arena,
+    buffer: &Buffer,
+) -> Vec<Option<u32>> {
+    let mut loaded = vec![None; pairs.len()];
+    let mut start = 0;
+    while start < pairs.len() {
+        let run = slots.run(pairs[start..].iter().map(|(from, _)| *from));
+        let wanted: Vec<&Label> = labels[start..][..run].iter().map(|(label, _)| label).collect();
+        slots.read(pairs[start].0, &wanted, buffer, &mut |index, read| match read {
+            Ok((bytes, sum)) => {
+                device.with_bytes_mut(pairs[start + index].1, |into| into.copy_from_slice(bytes));
+                loaded[start + index] = Some(sum);
+            }
+            Err(error) => tracing::debug!(%error, slot = pairs[start + index].0, "a block did not come back from disk"),
+        });
+        start += run;
+    }
+    loaded
 }

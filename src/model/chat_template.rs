@@ -215,7 +215,8 @@ impl ChatTemplate {
             message
         };
         let fresh: Arc<[TemplateMessage]> = (first..count).map(&message_at).collect();
-        let fuel = FUEL + fuel(&fresh) + fuel(&[message_at(0)]);
+        let oldest: Option<TemplateMessage> = (count > 0).then(|| message_at(0));
+        let fuel = FUEL + fuel(&fresh) + fuel(oldest.as_slice());
         let known = Arc::clone(&fresh);
         let messages = move |index: usize| match index.checked_sub(first).and_then(|index| known.get(index)) {
             Some(message) => context_message(message, shape),

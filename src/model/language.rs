@@ -95,9 +95,10 @@ pub struct Front {
 }
 
 impl Front {
-    /// Messages that it has whole.
-    pub fn messages(&self) -> usize {
-        self.next.resume.messages
+    /// Messages, from the first, that must be the same for it to be the front of another conversation's prompt: those that
+    /// it has whole, and those that the template looked ahead at.
+    pub fn depends_on(&self) -> usize {
+        self.next.resume.depends_on
     }
 }
 
@@ -147,8 +148,13 @@ impl Language {
 
     /// ChatML over bytes, for tests and the fake model: a token a byte, of the byte's own number, then `<|im_start|>` (256)
     /// and `<|im_end|>` (257), which ends an answer.
-    #[expect(clippy::expect_used, reason = "the metadata is a constant, which a test loads")]
     pub fn chatml_over_bytes() -> Self {
+        Self::over_bytes(CHATML)
+    }
+
+    /// The same with another template, which must parse.
+    #[expect(clippy::expect_used, reason = "the metadata is a constant, as are the templates, which tests load")]
+    pub fn over_bytes(template: &str) -> Self {
         let control = ["<|im_start|>", "<|im_end|>"].map(str::to_owned);
         let tokens: Vec<String> = byte_alphabet().map(String::from).chain(control).collect();
         let types = [vec![1; 256], vec![3; 2]].concat();
@@ -158,10 +164,10 @@ impl Language {
             ("tokenizer.ggml.tokens", Value::Strs(tokens)),
             ("tokenizer.ggml.token_type", Value::I32s(types)),
             ("tokenizer.ggml.merges", Value::Strs(Vec::new())),
-            (CHAT_TEMPLATE, Value::Str(CHATML.to_owned())),
+            (CHAT_TEMPLATE, Value::Str(template.to_owned())),
         ];
         let metadata = pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
-        Self::from_metadata(&metadata).expect("a vocabulary of all bytes and ChatML")
+        Self::from_metadata(&metadata).expect("a vocabulary of all bytes and a template that parses")
     }
 
     /// The prompt that these messages make, `add_generation_prompt`: up to where the answer begins. `arguments`: values

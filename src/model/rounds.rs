@@ -3,9 +3,10 @@
 //! A chat template is a program, and what it writes depends on what it has read. So its loop over the messages is watched:
 //! the list of messages and the `loop` are ours, and note what they are asked. A round that begins before anything was asked
 //! that more messages would answer otherwise (how many are there? is this the last?) begins just so in every longer
-//! conversation, and what was written before it is written there too: a *front*. And since a round leaves nothing behind but
-//! its text (Jinja forgets its variables; templates with a `namespace` are not watched), the loop may begin at that round the
-//! next time, all messages within its reach, and writes what follows the front.
+//! conversation, and what was written before it is written there too: a *front*. In another conversation it is only if that
+//! begins with the same messages, those included that the template looked ahead at. And since a round leaves nothing behind
+//! but its text (Jinja forgets its variables; templates with a `namespace` are not watched), the loop may begin at that round
+//! the next time, all messages within its reach, and writes what follows the front.
 //! Invariant: what can't be watched is never guessed. It makes `Watch::finish` give nothing, and the prompt is rendered whole.
 #![deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -32,6 +33,8 @@ const BEGIN: &str = "begin";
 pub(super) struct Resume {
     /// Messages before that round.
     pub messages: usize,
+    /// Messages, from the first, that what was written before it depends on: a template may have looked ahead of it.
+    pub depends_on: usize,
     /// What the clock said to the template before its loop.
     clock: Vec<String>,
 }
@@ -61,7 +64,9 @@ struct Seen {
     text: Vec<u8>,
     /// Where the first round began.
     start: Option<usize>,
-    next: Option<(usize, usize)>,
+    next: Option<(Resume, usize)>,
+    /// The messages up to the last one that the template asked for by itself.
+    asked: usize,
     clock: Vec<String>,
     loops: usize,
     /// Something was asked that more messages would answer otherwise.
@@ -72,7 +77,8 @@ struct Seen {
 
 impl Watch {
     pub fn new(messages: Messages, count: usize, resume: Option<Resume>) -> Arc<Self> {
-        Arc::new(Self { messages, count, resume, seen: Mutex::default() })
+        let asked = resume.as_ref().map_or(0, |resume| resume.depends_on);
+        Arc::new(Self { messages, count, resume, seen: Mutex::new(Seen { asked, ..Seen::default() }) })
     }
 
     /// The list of messages that the template gets.
@@ -105,7 +111,7 @@ impl Watch {
             Some(_) => return None,
         };
         let text = String::from_utf8(seen.text.get(start..)?.to_vec()).ok()?;
-        let next = seen.next.map(|(messages, at)| (Resume { messages, clock: seen.clock }, at - start));
+        let next = seen.next.map(|(resume, at)| (Resume { clock: seen.clock, ..resume }, at - start));
         Some(Written { text, next })
     }
 
@@ -127,12 +133,24 @@ impl Watch {
         Some(value)
     }
 
+    /// A message that isn't given by its round: the template asks for it, and what it writes then depends on it.
+    fn asked_for(&self, index: usize) -> Option<Value> {
+        self.depends_on(index);
+        self.message(index)
+    }
+
+    fn depends_on(&self, index: usize) {
+        let mut seen = self.seen.lock();
+        seen.asked = seen.asked.max(index.saturating_add(1));
+    }
+
     fn begin(&self, message: usize) {
         let mut seen = self.seen.lock();
         let at = seen.text.len();
         seen.start.get_or_insert(at);
         if !seen.is_open {
-            seen.next = Some((message, at));
+            let depends_on = seen.asked.max(message);
+            seen.next = Some((Resume { messages: message, depends_on, clock: Vec::new() }, at));
         }
     }
 
@@ -177,7 +195,7 @@ impl Object for List {
     }
 
     fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
-        self.watch.message(self.first.checked_add(key.as_usize()?)?)
+        self.watch.asked_for(self.first.checked_add(key.as_usize()?)?)
     }
 
     /// Whoever goes through it by himself, or wants its length, learns how many there are.
@@ -188,7 +206,9 @@ impl Object for List {
 
     fn is_true(self: &Arc<Self>) -> bool {
         let has_any = self.first < self.watch.count;
-        if !has_any {
+        if has_any {
+            self.watch.depends_on(self.first);
+        } else {
             self.watch.open();
         }
         has_any
@@ -204,7 +224,7 @@ struct Round {
 }
 
 impl Round {
-    /// Whether a message follows. That one does stays true when more are added.
+    /// Whether a message follows. That one does stays true when more are added, and is so wherever a later round begins.
     fn is_last(&self) -> bool {
         let is_last = self.message + 1 >= self.watch.count;
         if is_last {
@@ -236,8 +256,8 @@ impl Object for Round {
             "first" => Some(Value::from(self.index == 0)),
             "last" => Some(Value::from(self.is_last())),
             "previtem" if self.index == 0 => Some(Value::UNDEFINED),
-            "previtem" => self.watch.message(self.message - 1),
-            "nextitem" => Some(self.watch.message(self.message + 1).unwrap_or_default()),
+            "previtem" => self.watch.asked_for(self.message - 1),
+            "nextitem" => Some(self.watch.asked_for(self.message + 1).unwrap_or_default()),
             // Others need the length, or are rare.
             _ => {
                 self.watch.foreign();
@@ -456,7 +476,14 @@ impl Edits {
                     self.is_prompted_early |= self.is_prompted;
                 }
             }
-            "elif" | "else" | "do" | "break" | "continue" => {}
+            // What a loop over nothing has instead stands outside of it: `loop` is that of the loop around it.
+            "else" => {
+                if let Some(innermost @ (Open::Rounds | Open::For)) = open.last_mut() {
+                    let ended = std::mem::replace(innermost, Open::If);
+                    self.is_prompted_early |= ended == Open::Rounds && self.is_prompted;
+                }
+            }
+            "elif" | "do" | "break" | "continue" => {}
             // Blocks and other files.
             _ => return None,
         }

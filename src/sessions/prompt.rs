@@ -132,7 +132,9 @@ impl Draft<'_> {
             tokenized,
             hashed_blocks: hashed.fresh_blocks(),
         };
-        digests.keep_exact_from(front.as_ref().map_or(usize::MAX, Front::messages));
+        // Without as many turns the next prompt would lack messages that this one has.
+        let front = front.filter(|_| !self.begins_in_one_of(dropped_turns));
+        digests.keep_exact_from(front.as_ref().map_or(usize::MAX, Front::depends_on));
         let known = Known {
             instructions: rules.instructions.clone(),
             arguments: rules.arguments.clone(),
@@ -190,7 +192,9 @@ impl Draft<'_> {
             Err(TurnError::ContextLength { .. }) => {}
             fits_or_fails => return fits_or_fails,
         }
-        let turns = self.transcript.items.iter().filter(|item| item.message.role == Role::User).count();
+        // What is to be answered stays: if nothing in the input is the user's, it is the last that was said before.
+        let begun = self.turns();
+        let turns = if self.input.iter().any(is_users) { begun } else { begun.saturating_sub(1) };
         let (mut few, mut many) = (fewest + 1, turns);
         let mut found = None;
         while few <= many {
@@ -208,6 +212,26 @@ impl Draft<'_> {
         let whatever_is_left = || self.without_oldest(turns, base, self.window).map(|made| Made { limit, ..made });
         found.map_or_else(whatever_is_left, Ok)
     }
+
+    /// Turns that the history has.
+    fn turns(&self) -> usize {
+        self.transcript.items.iter().filter(|item| is_users(&item.message)).count()
+    }
+
+    /// Whether the input begins with messages that, once they are history, belong to one of this many oldest turns.
+    fn begins_in_one_of(&self, dropped_turns: usize) -> bool {
+        let mut before_question = self.input.iter().take_while(|message| !is_users(message));
+        dropped_turns > 0 && before_question.any(|message| !always_stays(message.role)) && self.turns() <= dropped_turns
+    }
+}
+
+fn is_users(message: &Message) -> bool {
+    message.role == Role::User
+}
+
+/// Whether messages of this role are never dropped.
+fn always_stays(role: Role) -> bool {
+    matches!(role, Role::System | Role::Developer)
 }
 
 /// The tokens that a prompt goes on from.
@@ -357,7 +381,7 @@ fn without_oldest(transcript: &Transcript, turns: usize) -> Vec<usize> {
     let roles = transcript.items.iter().map(|item| item.message.role).enumerate();
     let kept = roles.filter(|(_, role)| {
         begun += usize::from(*role == Role::User);
-        begun.max(1) > turns || matches!(role, Role::System | Role::Developer)
+        begun.max(1) > turns || always_stays(*role)
     });
     kept.map(|(index, _)| index).collect()
 }

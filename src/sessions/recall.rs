@@ -26,7 +26,7 @@ struct Remembered {
     key: KvKey,
     log: TokenLog,
     digests: Vec<Digest>,
-    /// The front of the log's prompt, and the exact digest of its messages.
+    /// The front of the log's prompt, and the exact digest of the messages that it depends on.
     front: Option<(Front, Digest)>,
 }
 
@@ -45,13 +45,13 @@ impl Memory {
     fn find(&mut self, digests: &Digests) -> Option<Recalled> {
         let id = *digests.answers().iter().rev().find_map(|digest| self.by_digest.get(digest))?;
         let found = self.logs.to_back(&id)?;
-        let front = found.front.as_ref().filter(|(front, digest)| digests.exact(front.messages()) == Some(*digest));
+        let front = found.front.as_ref().filter(|(front, digest)| digests.exact(front.depends_on()) == Some(*digest));
         Some(Recalled { log: found.log.clone(), front: front.map(|(front, _)| front.clone()) })
     }
 
     fn keep(&mut self, key: KvKey, known: &Known, log: TokenLog, most: usize) {
         let answers = known.digests().answers();
-        let front = known.front().and_then(|front| Some((front.clone(), known.digests().exact(front.messages())?)));
+        let front = known.front().and_then(|front| Some((front.clone(), known.digests().exact(front.depends_on())?)));
         let (id, had) = match self.goes_on_from(key, answers) {
             Some((id, had)) => {
                 if let Some(other) = self.by_key.get(&key).copied().filter(|other| *other != id) {
@@ -103,9 +103,11 @@ impl Memory {
         (answers.get(last) == had.last()).then_some((id, had.len()))
     }
 
+    /// Whether a digest leads to this log. A log that takes others' digests takes them from the oldest on, so that the last
+    /// is the last to go.
     fn is_reachable(&self, id: LogId) -> bool {
-        let leads = |digest| self.by_digest.get(digest) == Some(&id);
-        self.logs.get(&id).is_some_and(|known| known.digests.iter().any(leads))
+        let last = self.logs.get(&id).and_then(|known| known.digests.last());
+        last.is_some_and(|digest| self.by_digest.get(digest) == Some(&id))
     }
 
     fn forget(&mut self, id: LogId) {
@@ -156,6 +158,9 @@ impl Recall {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
     use crate::sessions::fixtures::message;
     use crate::sessions::messages::Role;
@@ -219,6 +224,32 @@ mod tests {
         assert_eq!(found(&recall, 1, &["a", "x", "?"]), Some(10));
         recall.forget(TenantId(1), KvKey(10));
         assert_eq!(found(&recall, 1, &["a", "x", "?"]), None);
+    }
+
+    proptest! {
+        /// Whatever branches, goes on or is taken back: so that this one digest tells whether a log can be found.
+        #[test]
+        fn the_last_digest_of_every_log_leads_to_it(
+            kept in vec((0..4_u128, vec(prop::sample::select(vec!["a", "b"]), 1..5), any::<bool>(), 0..5_usize), 1..40),
+            most in 10..100_usize,
+        ) {
+            let recall = Recall::new(most);
+            for (key, answers, forgets, touched) in &kept {
+                let texts: Vec<&str> = answers.iter().flat_map(|answer| ["?", answer]).collect();
+                recall.keep(TenantId(1), KvKey(*key), &said(&texts), log(10));
+                prop_assert_eq!(found(&recall, 1, &texts), Some(10));
+                found(&recall, 1, &texts[..texts.len().min(2 * touched)]);
+                if *forgets {
+                    recall.forget(TenantId(1), KvKey((key + 1) % 4));
+                }
+                let memory = recall.tenants.get(&TenantId(1)).unwrap();
+                for (id, known) in &memory.logs {
+                    prop_assert_eq!(memory.by_digest.get(known.digests.last().unwrap()), Some(id));
+                }
+                prop_assert!(memory.by_digest.values().all(|id| memory.logs.contains_key(id)));
+                prop_assert_eq!(memory.logs.len(), memory.by_key.len());
+            }
+        }
     }
 
     #[test]

@@ -107,7 +107,7 @@ const GROWING: [&str; 6] = [CHATML, SMOLLM2, LLAMA3, LLAMA32, QWEN25, STRICT];
 
 /// Templates that look at the whole conversation, keep something between rounds, take the loop's text for themselves, or do
 /// with the messages or the loop what nobody watches.
-const OTHERS: [&str; 23] = [
+const OTHERS: [&str; 25] = [
     BARE,
     "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% if messages[loop.index0 + 2] is defined %}+{% endif %}{% endfor %}",
     // A control token that is one only if another message follows.
@@ -135,6 +135,10 @@ const OTHERS: [&str; 23] = [
     "{% for m in messages %}{{ m.role }}{{ m.content }}{{ loop.cycle('a', 'b') }}{% if loop.changed(m.role) %}!{% endif %}{% endfor %}",
     "{% for m in messages %}{{ m.role }}{{ m.content }}{% if loop.index == 3 %}{% break %}{% endif %}{% else %}none{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}",
     "{# {% for m in messages %} #}{% for m in messages %}{% for c in m.content.split('a') %}{{ loop.index }}{% if loop.last %}{{ c }}{% endif %}{% endfor %}{{ m.content }}{{ '{% for m in messages %}' }}{{ loop.index }}{% endfor %}",
+    // `loop` is the outer one where the inner loop had nothing.
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% for c in m.tool_calls or [] %}{{ loop.index }}{{ c.function.name }}{% else %}{{ loop.index }}{% if loop.first %}!{% endif %}{% endfor %}<|im_end|>{% endfor %}",
+    // How it begins is settled by a message further on.
+    "{% if messages[2:] %}+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% if loop.first and messages[9] %}!{% endif %}<|im_end|>{% endfor %}",
 ];
 
 /// A vocabulary of bytes, some words, and these control tokens.
@@ -350,6 +354,24 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+    #[test]
+    fn a_front_is_that_of_every_conversation_that_begins_with_the_messages_it_depends_on(turns in turns(), others in prop::collection::vec(message(), 0..4)) {
+        for language in &*LANGUAGES {
+            let mut kept = Kept::default();
+            for turn in &turns {
+                kept.said.extend(turn.iter().cloned());
+                kept.turn(language, None, &[], true)?;
+                let Some(front) = &kept.front else { continue };
+                let said = kept.said[..front.depends_on()].iter().chain(&others).cloned().collect();
+                let mut branch = Kept { said, log: kept.log.clone(), front: kept.front.clone() };
+                branch.turn(language, None, &[], true)?;
+            }
+        }
+    }
+}
+
 /// A chat of this many turns; how much the template wrote for each.
 fn chat(language: &Language, turns: usize) -> Vec<usize> {
     let mut kept = Kept { said: vec![said("system", "Be brief.")], ..Kept::default() };
@@ -390,6 +412,31 @@ fn tools_that_the_template_looks_ahead_of_are_waited_for_and_no_more() {
 }
 
 #[test]
+fn a_front_depends_on_a_message_that_the_template_looked_ahead_at() {
+    let called = vec![ToolCall { id: "1".into(), name: "weather".into(), arguments: "{}".into() }];
+    let tool = |content: &str| Said { call_id: Some("1".into()), ..said("tool", content) };
+    let begun = [said("user", "what is it?"), Said { calls: called, ..said("assistant", "") }, tool("sunny")];
+    let with = |last: Said| begun.iter().cloned().chain([last]).collect::<Vec<_>>();
+    let language = tiny(QWEN25, false);
+    for last in [said("user", "really?"), tool("windy")] {
+        let mut kept = Kept { said: with(last), ..Kept::default() };
+        kept.turn(&language, None, &[], true).unwrap();
+        assert_eq!(kept.front.as_ref().map(Front::depends_on), Some(4));
+    }
+    let mut plain =
+        Kept { said: vec![said("user", "a"), said("assistant", "b"), said("user", "c")], ..Kept::default() };
+    plain.turn(&language, None, &[], true).unwrap();
+    assert_eq!(plain.front.as_ref().map(Front::depends_on), Some(2));
+}
+
+#[test]
+fn a_prompt_of_no_messages_asks_for_none() {
+    for language in &*LANGUAGES {
+        Kept::default().turn(language, None, &[], true).unwrap();
+    }
+}
+
+#[test]
 fn a_message_that_a_template_drops_is_refused_after_a_front_too() {
     let language = tiny(
         "{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}",
@@ -424,4 +471,8 @@ fn only_a_loop_whose_text_goes_straight_to_the_prompt_is_watched() {
     let expected = "{%- for (m, rekindle_round) in rekindle_rounds(rekindle_after(messages, 1)) %}{% do rekindle_round.begin()  -%} \
                     {{ rekindle_round.index }}{% for c in rekindle_round.x %}{{ loop.first }}{% endfor %}{{ m.loop }} {%+ endfor %}";
     assert_eq!(watched(loops, syntax()).unwrap().source, expected);
+    let otherwise = "{% for m in messages %}{% for c in m.x %}{{ loop.index }}{% else %}{% if loop.first %}{{ loop.index }}{% endif %}{% endfor %}{{ loop.last }}{% else %}{{ loop }}{% endfor %}";
+    let expected = "{% for (m, rekindle_round) in rekindle_rounds(messages) %}{% do rekindle_round.begin()  %}{% for c in m.x %}{{ loop.index }}{% else %}\
+                    {% if rekindle_round.first %}{{ rekindle_round.index }}{% endif %}{% endfor %}{{ rekindle_round.last }}{% else %}{{ loop }}{% endfor %}";
+    assert_eq!(watched(otherwise, syntax()).unwrap().source, expected);
 }

@@ -58,11 +58,10 @@ impl Chat {
     }
 
     /// A whole turn: what its prompt took, and whether the prompt is what one makes that knows nothing.
-    fn turn(&mut self, question: &str, said: &Said, rules: PromptRules) -> Result<PromptWork, TestCaseError> {
-        let input = [message(Role::User, question)];
-        let prompt = self.prompt(&input, rules.clone());
+    fn turn(&mut self, input: &[Message], said: &Said, rules: PromptRules) -> Result<PromptWork, TestCaseError> {
+        let prompt = self.prompt(input, rules.clone());
         let unknown = Transcript { known: None, ..(*self.transcript).clone() };
-        let whole = Self { transcript: Arc::new(unknown), window: self.window, ..Self::new() }.prompt(&input, rules);
+        let whole = Self { transcript: Arc::new(unknown), window: self.window, ..Self::new() }.prompt(input, rules);
         let (prompt, whole) = match (prompt, whole) {
             (Ok(prompt), Ok(whole)) => (prompt, whole),
             (prompt, whole) => {
@@ -77,7 +76,7 @@ impl Chat {
         prop_assert_eq!(facts(&prompt), facts(&whole));
         prop_assert_eq!(prompt.known.digests.answers(), whole.known.digests.answers());
         let work = prompt.work;
-        self.answer(&input, prompt, said);
+        self.answer(input, prompt, said);
         prop_assert!(self.transcript.log.from(0).eq(self.stored.iter().copied()));
         Ok(work)
     }
@@ -170,7 +169,7 @@ fn the_hundredth_turn_takes_no_more_than_the_third() {
     let answer = says(&chat.language, "a word of an answer");
     let mut work = Vec::new();
     for turn in 0..100 {
-        work.push(chat.turn(&format!("question number {turn:03}"), &answer, rules()).unwrap());
+        work.push(chat.turn(&[message(Role::User, &format!("question number {turn:03}"))], &answer, rules()).unwrap());
     }
     let third = work[2];
     // Where blocks begin moves from turn to turn.
@@ -231,11 +230,89 @@ fn turns_that_were_dropped_once_stay_dropped_without_trying_again() {
     let answer = says(&chat.language, "a word of an answer");
     let dropping = PromptRules { overflow: Overflow::DropOldest, ..rules() };
     for turn in 0..30 {
-        chat.turn(&format!("question number {turn:03}"), &answer, dropping.clone()).unwrap();
+        chat.turn(&[message(Role::User, &format!("question number {turn:03}"))], &answer, dropping.clone()).unwrap();
     }
     let prompt = chat.prompt(&[message(Role::User, "?")], dropping).unwrap();
     assert!(prompt.dropped_items > 30, "{}", prompt.dropped_items);
     assert!(chat.text(&prompt).contains("Answer in one word."));
+}
+
+#[test]
+fn what_an_input_said_before_its_question_goes_with_the_turn_before_and_takes_nothing_along() {
+    let said_before = [message(Role::User, &"x".repeat(200)), message(Role::Assistant, &"y".repeat(200))];
+    let mut chat = Chat { window: TokenCount(500), ..Chat::of(&said_before) };
+    let answer = says(&chat.language, "An answer");
+    let dropping = PromptRules { overflow: Overflow::DropOldest, ..rules() };
+    let input = [message(Role::Assistant, "By the way"), message(Role::User, "the second question")];
+    chat.turn(&input, &answer, dropping.clone()).unwrap();
+    let third = [message(Role::User, "the third question")];
+    let prompt = chat.prompt(&third, dropping.clone()).unwrap();
+    assert_eq!(prompt.dropped_items, 3);
+    assert!(chat.text(&prompt).contains("the second question"));
+    chat.turn(&third, &answer, dropping).unwrap();
+}
+
+#[test]
+fn a_question_is_never_dropped_to_make_room_for_its_answer() {
+    let long = message(Role::User, &"x".repeat(400));
+    let question = message(Role::User, "the question");
+    let dropping = || PromptRules { overflow: Overflow::DropOldest, ..rules() };
+    let chat = |items: &[Message]| Chat { window: TokenCount(300), ..Chat::of(items) };
+    for input in [vec![], vec![message(Role::Developer, "Be brief.")], vec![message(Role::Tool, "sunny")]] {
+        let refused = chat(std::slice::from_ref(&long)).prompt(&input, dropping());
+        assert!(matches!(refused, Err(TurnError::ContextLength { .. })), "{refused:?}");
+        let chat = chat(&[long.clone(), message(Role::Assistant, "an answer"), question.clone()]);
+        let prompt = chat.prompt(&input, dropping()).unwrap();
+        assert_eq!(prompt.dropped_items, 2);
+        assert!(chat.text(&prompt).contains("the question"));
+    }
+    // One that comes with the input may push out all that was said before.
+    let chat = chat(&[long]);
+    let prompt = chat.prompt(&[question], dropping()).unwrap();
+    assert_eq!(prompt.dropped_items, 1);
+}
+
+/// Writes results of tools as Qwen 2.5's does: as one user's message, whose end depends on what follows.
+const TOOLS: &str = "{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}\
+                     {% for call in m.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments }}{% endfor %}<|im_end|>\n\
+                     {% else %}{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user\n{% endif %}[{{ m.content }}]\
+                     {% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}{% endif %}{% endfor %}\
+                     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+#[test]
+fn a_client_that_branches_where_the_template_looked_ahead_gets_its_own_prompt() {
+    use crate::engine::ToolCall;
+    use crate::sessions::recall::Recall;
+    use crate::types::{KvKey, TenantId};
+    let language = Language::over_bytes(TOOLS);
+    let call = ToolCall { id: "1".into(), name: "weather".into(), arguments: "{}".into() };
+    let tool = |text| Message { call_id: Some("1".into()), ..message(Role::Tool, text) };
+    let asks = Message { calls: vec![call], ..message(Role::Assistant, "") };
+    let begun = [message(Role::User, "What is it like, here and there?"), asks, tool("sunny")];
+    let made = |recall: &Recall, messages: &[Message]| {
+        let (transcript, empty) = (Arc::default(), HashedPrompt::empty(KEY, SIZE));
+        let (language, input, rules) = (&language, messages.into(), rules());
+        let draft = Draft { language, tenant_key: KEY, empty, window: WINDOW, transcript, input, rules };
+        draft.make(|digests| recall.find(TenantId(1), digests)).unwrap()
+    };
+    let ways = [message(Role::User, "And there?"), tool("windy")];
+    for (first, second) in [(0, 1), (1, 0), (0, 0), (1, 1)] {
+        let recall = Recall::new(1_000_000);
+        let mut messages: Vec<Message> = begun.iter().chain([&ways[first]]).cloned().collect();
+        let prompt = made(&recall, &messages);
+        let answer = says(&language, "An answer");
+        messages.push(message(Role::Assistant, &answer.text));
+        let known = prompt.known().clone().answered(&messages[4]);
+        recall.keep(TenantId(1), KvKey(1), &known, prompt.after(&answer));
+        messages[3] = ways[second].clone();
+        messages.push(message(Role::User, "Thanks"));
+        for end in [4, 6] {
+            let (prompt, whole) = (made(&recall, &messages[..end]), made(&Recall::new(0), &messages[..end]));
+            assert_eq!(prompt.ids(), whole.ids(), "{first} then {second}, {end} messages");
+            let goes_on = prompt.work.rendered_bytes < whole.work.rendered_bytes;
+            assert_eq!(goes_on, first == second, "{first} then {second}, {end} messages");
+        }
+    }
 }
 
 /// What happens between two turns.
@@ -252,6 +329,16 @@ fn text() -> impl Strategy<Value = String> {
     "[ab😀<|>é_mrtsi ]{0,12}"
 }
 
+/// A question, or any messages at all.
+fn input() -> impl Strategy<Value = Vec<Message>> {
+    let roles = vec![Role::User, Role::User, Role::Assistant, Role::System, Role::Developer, Role::Tool];
+    let any = (prop::sample::select(roles), text()).prop_map(|(role, text)| message(role, &text));
+    prop_oneof![
+        2 => text().prop_map(|text| vec![message(Role::User, &text)]),
+        2 => vec(any, 0..4),
+    ]
+}
+
 fn between() -> impl Strategy<Value = Between> {
     let role = prop::sample::select(vec![Role::User, Role::Assistant, Role::System, Role::Developer]);
     prop_oneof![
@@ -266,11 +353,11 @@ fn between() -> impl Strategy<Value = Between> {
 proptest! {
     #[test]
     fn a_prompt_that_goes_on_from_the_last_is_the_one_of_the_whole_history(
-        turns in vec((between(), text(), text(), 0..14_usize, any::<bool>(), 0..6_u8), 1..9),
+        turns in vec((between(), input(), text(), 0..14_usize, any::<bool>(), 0..6_u8), 1..9),
         window in 150..2000_u32,
     ) {
         let mut chat = Chat::new();
-        for (between, question, answer, shown, whole, kind) in turns {
+        for (between, input, answer, shown, whole, kind) in turns {
             let count = chat.transcript.items.len();
             match between {
                 Between::Appended(role, text) => chat.keep(message(role, &text)),
@@ -304,7 +391,10 @@ proptest! {
                 _ => rules(),
             };
             chat.window = if rules.overflow == Overflow::DropOldest { TokenCount(window) } else { WINDOW };
-            chat.turn(&question, &said, rules)?;
+            // The gate refuses a turn with nothing at all.
+            if !(chat.transcript.items.is_empty() && input.is_empty()) {
+                chat.turn(&input, &said, rules)?;
+            }
         }
     }
 }
