@@ -297,7 +297,7 @@ impl Slots {
         first: u32,
         wanted: &[&Label],
         buffer: &Buffer,
-        take: &mut impl FnMut(usize, Result<(&[u8], u32), ReadError>),
+        take: &mut dyn FnMut(usize, Result<(&[u8], u32), ReadError>),
     ) {
         let ((file, at), slot_bytes) = (self.place(first), self.slot_bytes());
         let whole =
