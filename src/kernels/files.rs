@@ -60,6 +60,9 @@ pub enum ReadError {
     Io(#[from] io::Error),
 }
 
+/// A block's bytes and their CRC-32C.
+pub type ReadBlock<'a> = Result<(&'a [u8], u32), ReadError>;
+
 /// What is in a slot: one full block, of whom, and where in its history.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Label {
@@ -292,13 +295,7 @@ impl Slots {
     }
 
     /// Reads a run of slots in one go, and gives `take` each block and its CRC-32C, if the slot holds just this one.
-    pub fn read(
-        &self,
-        first: u32,
-        wanted: &[&Label],
-        buffer: &Buffer,
-        take: &mut dyn FnMut(usize, Result<(&[u8], u32), ReadError>),
-    ) {
+    pub fn read(&self, first: u32, wanted: &[&Label], buffer: &Buffer, take: &mut dyn FnMut(usize, ReadBlock<'_>)) {
         let ((file, at), slot_bytes) = (self.place(first), self.slot_bytes());
         let whole =
             buffer.room.with_bytes_mut(0, |room| file.read_exact_at(&mut room[..wanted.len() * slot_bytes], at));
@@ -321,7 +318,7 @@ impl Slots {
     }
 
     /// What a slot holds, if it is just what was wanted.
-    fn check<'a>(&self, slot: &'a [u8], wanted: &Label) -> Result<(&'a [u8], u32), ReadError> {
+    fn check<'a>(&self, slot: &'a [u8], wanted: &Label) -> ReadBlock<'a> {
         let page = Page::read(slot, self.fingerprint).ok_or(ReadError::Label)?;
         // When it was used, and by which of the conversations that share it, is no part of what it is.
         let label = page.label();
