@@ -194,11 +194,6 @@ impl Manager {
             device_left.0 -= pin.device.0;
             host_left.0 -= pin.host.0;
             let (idle, exposes) = (conversation.is_idle(), conversation.exposes_device());
-            if idle && conversation.exposes_host() && !self.host_line.contains(key) {
-                let (since, standing) = (conversation.silent_since, conversation.standing());
-                let length = conversation.length(self.settings.block_size);
-                self.host_line.add_first(tenant, key, since, standing, length);
-            }
             if !exposes {
                 self.device_line.remove(key);
             } else if idle && !self.device_line.contains(key) {
@@ -207,6 +202,7 @@ impl Manager {
                 let length = conversation.length(self.settings.block_size);
                 self.device_line.add_first(tenant, key, since, standing, length);
             }
+            self.in_host_line(key);
         }
         let pinned = self.pins.of(tenant);
         pinned.device = BlockCount(device_limit.0 - device_left.0);

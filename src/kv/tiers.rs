@@ -161,7 +161,7 @@ impl Manager {
     }
 
     /// Puts an idle conversation of which the host has something back into line, which had dropped it as the coldest.
-    fn in_host_line(&mut self, key: KvKey) {
+    pub(super) fn in_host_line(&mut self, key: KvKey) {
         let conversation = self.conversation(key);
         if conversation.is_idle() && conversation.exposes_host() && !self.host_line.contains(key) {
             let (tenant, since, standing) = (conversation.tenant, conversation.silent_since, conversation.standing());
@@ -344,13 +344,8 @@ impl Manager {
         }
         self.settle_pin_of(key);
         let conversation = self.conversation(key);
-        let (exposes, leaving) = (conversation.exposes_host(), conversation.leaving.is_some());
-        let clean = conversation.end_is_clean();
-        if exposes && !self.host_line.contains(key) {
-            let (tenant, since, standing) = (conversation.tenant, conversation.silent_since, conversation.standing());
-            let length = conversation.length(self.settings.block_size);
-            self.host_line.add_first(tenant, key, since, standing, length);
-        }
+        let (leaving, clean) = (conversation.leaving.is_some(), conversation.end_is_clean());
+        self.in_host_line(key);
         if leaving {
             self.go_on_leaving(now, key);
         } else if !clean && self.settings.background_offload {
