@@ -213,9 +213,10 @@ impl Manager {
             let end = found.iter().find_map(|end| Some((end, chain_to(end, &blocks)?)));
             let Some((end, sealed)) = end else { continue };
             let (tenant, tenant_key) = marks[&end.label.tenant];
-            let mut conversation = Conversation::new(key, tenant, tenant_key);
+            let pools = [&self.device, &self.host, &self.disk.places];
+            let mut conversation = Conversation::new(key, tenant, tenant_key, pools);
             let ended = !lives(key);
-            conversation.disk.sealed = sealed;
+            conversation.disk.sealed.extend(sealed);
             conversation.used = used;
             if ended {
                 conversation.activity = Activity::Ended;
@@ -297,7 +298,7 @@ impl Manager {
     pub(super) fn store(&mut self, now: Tick, key: KvKey) -> bool {
         self.adopt_disk_copies(key);
         let conversation = self.conversation(key);
-        let (first, tenant) = (conversation.disk.sealed.len(), conversation.tenant);
+        let first = conversation.disk.sealed.len();
         let missing = self.above(conversation).saturating_sub(first).min(STORE_BLOCKS);
         if missing == 0 || self.disk.rests(now) {
             return false;
@@ -311,7 +312,7 @@ impl Manager {
             if blocks.first().is_some_and(|(first, _): &(Above, _)| first.tier() != block.tier()) {
                 break;
             }
-            let Some(slot) = self.disk.places.take::<DiskBlockId>(tenant) else { break };
+            let Some(slot) = conversation.disk.take_place() else { break };
             pairs.push((block.place(), slot.place().0));
             labels.push((conversation.label(index, block.parent(), block.hash()), block.sum()));
             blocks.push((block, slot));

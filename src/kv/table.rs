@@ -2,23 +2,46 @@
 
 use std::sync::Arc;
 
-use super::block::{Place, SealedBlock, TailBlock};
-use crate::types::{BlockCount, BlockId, BlockSize, Tick, TokenCount};
+use super::accounts::{HolderId, Holding};
+use super::block::{Place, Places, Slot, TailBlock};
+use super::held::{Account, Blocks};
+use crate::types::{BlockCount, BlockId, BlockSize, TenantId, Tick, TokenCount};
 
 /// A conversation's blocks at rest in one tier: full ones from the first token on without a gap, then perhaps a tail.
 #[derive(Debug)]
 pub struct BlockTable<P: Place> {
-    pub sealed: Vec<Arc<SealedBlock<P>>>,
+    account: Arc<Account>,
+    pub sealed: Blocks<P>,
     pub tail: Option<Arc<TailBlock<P>>>,
 }
 
-impl<P: Place> Default for BlockTable<P> {
-    fn default() -> Self {
-        Self { sealed: Vec::new(), tail: None }
-    }
-}
-
 impl<P: Place> BlockTable<P> {
+    /// An empty one, of a tenant's conversation.
+    pub fn new(places: &Arc<Places>, tenant: TenantId) -> Self {
+        let account = Account::open(places, tenant);
+        Self { sealed: Blocks::none(&account), tail: None, account }
+    }
+
+    /// Takes a place for the conversation, if one is free.
+    pub fn take_place(&self) -> Option<Slot<P>> {
+        self.account.take_place()
+    }
+
+    /// What the conversation holds of the tier, and has held.
+    pub fn holding(&self) -> Holding {
+        self.account.holding(self.sealed.iter().map(|block| block.id().index()))
+    }
+
+    /// Names the conversation's account; for tests.
+    pub fn holder(&self) -> HolderId {
+        self.account.holder()
+    }
+
+    pub fn clear(&mut self) {
+        self.sealed.truncate(0);
+        self.tail = None;
+    }
+
     pub fn is_empty(&self) -> bool {
         self.sealed.is_empty() && self.tail.is_none()
     }
@@ -49,15 +72,10 @@ impl<P: Place> BlockTable<P> {
         }
     }
 
-    /// Blocks (private, shared): a shared one has another holder in this tier.
+    /// Blocks (private, shared): another conversation's table in this tier names a shared one too.
     pub fn shares(&self) -> (BlockCount, BlockCount) {
-        let mut shares = (BlockCount(0), BlockCount(0));
-        let sealed = self.sealed.iter().map(Arc::strong_count);
-        for holders in sealed.chain(self.tail.as_ref().map(Arc::strong_count)) {
-            let share = if holders > 1 { &mut shares.1 } else { &mut shares.0 };
-            share.0 += 1;
-        }
-        shares
+        let (private, shared) = self.account.shares(self.sealed.iter().map(|block| block.id().index()));
+        (BlockCount(private.0 + u32::from(self.tail.is_some())), shared)
     }
 }
 
