@@ -386,7 +386,7 @@ fn api_state(
 ) -> ApiState {
     let (looking, scraped, readiness, metrics) =
         (engine.clone(), engine.clone(), Arc::clone(readiness), metrics.clone());
-    let alive = sessions.clone();
+    let (alive, named) = (sessions.clone(), Arc::clone(&tenants));
     ApiState {
         sessions: sessions.clone(),
         tenants,
@@ -398,6 +398,8 @@ fn api_state(
         }),
         metrics: Arc::new(move || {
             scraped.status().publish();
+            let (accounts, now) = scraped.accounts();
+            accounts.publish(now, &named.names());
             LIVE_SESSIONS.set(alive.live() as f64, &[]);
             metrics.render()
         }),

@@ -124,7 +124,20 @@ struct World {
     /// Until when who is pinned.
     pinned: HashMap<KvKey, Tick>,
     leaving: HashSet<KvKey>,
+    /// What each conversation has held of each tier, summed up interval by interval.
+    sums: HashMap<(usize, Tier), Sum>,
 }
+
+/// Units of a block's microsecond, and by how much they may be too few.
+#[derive(Clone, Copy, Default)]
+struct Sum {
+    unit_us: u128,
+    rounding: u128,
+}
+
+const TIERS: [Tier; 3] = [Tier::Device, Tier::Host, Tier::Disk];
+/// Between two operations, in microseconds.
+const INTERVAL: u64 = 1_000;
 
 fn hash(of: impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
@@ -183,14 +196,17 @@ impl World {
             forgetting: HashSet::new(),
             pinned: HashMap::new(),
             leaving: HashSet::new(),
+            sums: HashMap::new(),
         }
     }
 
     fn apply(&mut self, op: &Op) -> Result<(), TestCaseError> {
-        self.now.0 += 1_000;
+        self.sum_up();
+        self.now.0 += INTERVAL;
         let held = |manager: &Manager| (0..TENANTS).map(|id| manager.held(TenantId(id)).0).collect::<Vec<u32>>();
         self.manager.expire_pins(self.now);
         self.pinned.retain(|_, until| *until > self.now);
+        self.drop_sums();
         let before = held(&self.manager);
         let pinned = self.pinned_at_rest();
         match *op {
@@ -251,7 +267,40 @@ impl World {
         }
         self.do_chores()?;
         self.manager.assert_invariants();
+        self.check_sums()?;
         self.check_tables()
+    }
+
+    /// Adds what conversations hold now, for as long as until the next operation.
+    fn sum_up(&mut self) {
+        for conversation in 0..CONVERSATIONS {
+            for tier in TIERS {
+                let units = self.manager.holding(key(conversation), tier).units;
+                let sum = self.sums.entry((conversation, tier)).or_default();
+                sum.unit_us += u128::from(units * INTERVAL);
+                // A part of a block is less than a unit too small; nobody has more than a window.
+                sum.rounding += u128::from(WINDOW as u64 * INTERVAL);
+            }
+        }
+    }
+
+    /// One that nothing is known of begins anew.
+    fn drop_sums(&mut self) {
+        self.sums.retain(|(conversation, _), _| self.manager.whereabouts(key(*conversation)).is_some());
+    }
+
+    /// The accounts have come to what was summed up here.
+    fn check_sums(&mut self) -> Result<(), TestCaseError> {
+        self.drop_sums();
+        for conversation in 0..CONVERSATIONS {
+            for tier in TIERS {
+                let held = self.manager.holding(key(conversation), tier).unit_us;
+                let Sum { unit_us, rounding } = self.sums.get(&(conversation, tier)).copied().unwrap_or_default();
+                let right = (unit_us..=unit_us + rounding).contains(&held);
+                prop_assert!(right, "{held} units of the {tier:?} are accounted to {conversation}, of {unit_us}");
+            }
+        }
+        Ok(())
     }
 
     fn pin(&mut self, conversation: usize, ticks: u64) -> Result<(), TestCaseError> {
@@ -446,6 +495,8 @@ impl World {
     /// What was in memory is gone, and what nobody was told to have happened need not have.
     fn restart(&mut self) {
         self.manager = Manager::new(self.settings);
+        self.manager.tell_time(self.now);
+        self.sums.clear();
         self.copies.clear();
         self.forgetting.clear();
         self.leaving.clear();

@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 
-use crate::sessions::messages::{TurnDone, TurnUsage};
+use crate::sessions::messages::TurnDone;
 
 /// The `usage` of a chat completion, of its first choice and the tokens that all of them generated.
 pub fn of_chat(done: &TurnDone, generated: u32) -> Value {
@@ -45,7 +45,7 @@ fn ours(done: &TurnDone) -> Value {
         "encoded_tokens": prompt.encoded.0,
         "reencoded_tokens": prompt.reencoded.0,
         "reloaded": {"host": prompt.reloaded_host.0, "disk": prompt.reloaded_disk.0},
-        "decision": decision(usage),
+        "decision": prompt.decision().name(),
         "queue_ms": prompt.queue_ms,
         "reload_ms": prompt.reload_ms,
         "prefill_ms": prompt.prefill_ms,
@@ -55,23 +55,10 @@ fn ours(done: &TurnDone) -> Value {
     })
 }
 
-/// In one word, how the prompt's known part came to be on the device.
-fn decision(usage: &TurnUsage) -> &'static str {
-    let prompt = &usage.prompt;
-    let on_device = prompt.resident.0 + prompt.shared.0 > 0;
-    match (prompt.reloaded().0 > 0, prompt.reencoded.0 > 0) {
-        (true, true) => "split",
-        (true, false) => "reload",
-        (false, true) => "reencode",
-        (false, false) if on_device => "resident",
-        (false, false) => "fresh",
-    }
-}
-
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::sessions::messages::{FinishReason, Goal};
+    use crate::sessions::messages::{FinishReason, Goal, TurnUsage};
     use crate::types::TokenCount;
 
     /// A turn of 40 prompt tokens, 3 of them new, that said "Hello!".
@@ -112,7 +99,7 @@ pub mod tests {
             usage.prompt.resident = TokenCount(resident);
             usage.prompt.reloaded_host = TokenCount(reloaded);
             usage.prompt.reencoded = TokenCount(reencoded);
-            decision(&usage)
+            usage.prompt.decision().name()
         };
         assert_eq!(with(0, 0, 0), "fresh");
         assert_eq!(with(16, 0, 0), "resident");

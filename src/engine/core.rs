@@ -7,10 +7,11 @@ use std::collections::HashMap;
 
 use super::batch::Rows;
 use super::fairness::Fairness;
+use super::gains::Gains;
 use super::sampler;
 use super::sequence::{Phase, Sequence};
 use super::status::{EngineStatus, LastEviction, PoolStatus, PromptTotals, Residency, ResidencyState, TierShare, Why};
-use super::{FinishReason, Token, TurnEvent, TurnFailure, TurnRequest};
+use super::{FinishReason, Path, Token, TurnEvent, TurnFailure, TurnRequest};
 use crate::kv::block::PrefixHash;
 use crate::kv::chores::Chores;
 use crate::kv::forget::Freed;
@@ -140,6 +141,7 @@ pub struct Core {
     cancelled: u64,
     failed: u64,
     prompt: PromptTotals,
+    pub(super) gains: Gains,
     generated: u64,
     pub(super) prefill: Rate,
     scratch: sampler::Scratch,
@@ -168,6 +170,7 @@ impl Core {
             cancelled: 0,
             failed: 0,
             prompt: PromptTotals::default(),
+            gains: Gains::default(),
             generated: 0,
             prefill: Rate::default(),
             scratch: sampler::Scratch::default(),
@@ -204,6 +207,7 @@ impl Core {
         events: &mut Vec<Event>,
     ) {
         self.steps += 1;
+        self.manager.tell_time(now);
         let logits = match logits {
             Ok(logits) => logits,
             Err(error) => {
@@ -256,12 +260,9 @@ impl Core {
             sequence.usage.prompt.prefill_ms = now.ms_since(sequence.ready);
             sequence.usage.ttft_ms = now.ms_since(sequence.arrived);
             let prompt = sequence.usage.prompt;
-            self.prompt.resident_tokens += u64::from(prompt.resident.0);
-            self.prompt.shared_tokens += u64::from(prompt.shared.0);
-            self.prompt.reloaded_host_tokens += u64::from(prompt.reloaded_host.0);
-            self.prompt.reloaded_disk_tokens += u64::from(prompt.reloaded_disk.0);
-            self.prompt.encoded_tokens += u64::from(prompt.encoded.0);
-            self.prompt.reencoded_tokens += u64::from(prompt.reencoded.0);
+            self.prompt.add(&prompt);
+            let path = Path::of(prompt.decision(), sequence.start.request.shape.number);
+            self.gains.note(sequence.tenant, path, &sequence.usage, self.prefill.per_s());
             events.push(Event::Turn(turn, TurnEvent::Started(prompt)));
         }
         sequence.tokens.push(id);

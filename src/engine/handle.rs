@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use dashmap::DashMap;
@@ -16,7 +16,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::core::StartTurn;
 use super::prompt::HashedPrompt;
+use super::status::accounts::{Accounts, HeldBytes, TIERS};
 use super::status::{EngineStatus, Residency};
+use super::thread::micros;
 use super::{TurnEvent, TurnRequest};
 use crate::kv::return_rate::Learned;
 use crate::kv::transfer::TransferDone;
@@ -115,6 +117,8 @@ pub(super) enum Message {
         for_us: Option<u64>,
         reply: oneshot::Sender<Result<Pinned, PinError>>,
     },
+    /// Asks what a conversation holds.
+    Holding(KvKey, oneshot::Sender<[HeldBytes; TIERS.len()]>),
     Transferred(TransferDone),
     Grant(Vec<Grant>),
     /// Asks for what was learned of conversations' returns.
@@ -134,7 +138,9 @@ pub(super) struct Shared {
     pub queued: AtomicUsize,
     pub next_turn: AtomicU64,
     pub cancels: Mutex<Vec<TurnId>>,
+    pub clock: Instant,
     pub status: ArcSwap<EngineStatus>,
+    pub accounts: ArcSwap<Accounts>,
     pub residency: DashMap<KvKey, Residency>,
 }
 
@@ -148,7 +154,9 @@ impl Shared {
             queued: AtomicUsize::new(0),
             next_turn: AtomicU64::new(0),
             cancels: Mutex::default(),
+            clock: Instant::now(),
             status: ArcSwap::default(),
+            accounts: ArcSwap::default(),
             residency: DashMap::new(),
         }
     }
@@ -159,6 +167,10 @@ impl Shared {
 
     pub fn take_cancels(&self) -> Vec<TurnId> {
         std::mem::take(&mut *self.cancels.lock())
+    }
+
+    pub fn now(&self) -> Tick {
+        Tick(micros(self.clock.elapsed()))
     }
 }
 
@@ -182,6 +194,19 @@ impl EngineHandle {
     /// The newest snapshot; never waits for the engine.
     pub fn status(&self) -> Arc<EngineStatus> {
         self.shared.status.load_full()
+    }
+
+    /// What tenants hold, lose, take and gain; a quarter of a second old at most while turns run, and never waits for the
+    /// engine. And what time it is there.
+    pub fn accounts(&self) -> (Arc<Accounts>, Tick) {
+        (self.shared.accounts.load_full(), self.shared.now())
+    }
+
+    /// What a conversation holds of each tier, in the order of `TIERS`: of what it shares with others, its part.
+    pub async fn holding(&self, key: KvKey) -> Result<[HeldBytes; TIERS.len()], SubmitError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::Holding(key, reply))?;
+        answer.await.map_err(|_| SubmitError::Gone)
     }
 
     /// Where a conversation's KV is; `None` if no tier holds any. Never waits for the engine.

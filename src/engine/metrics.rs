@@ -3,9 +3,14 @@
 //! The same snapshot that everyone else looks at, so that metrics and pages can't disagree. Published at scrape time: the
 //! engine's loop spends nothing on it.
 
+use std::collections::HashMap;
+
+use super::Path;
+use super::status::accounts::{Accounts, TIERS, TenantAccount};
 use super::status::{EngineStatus, PoolStatus};
+use crate::kv::journal::Rule;
 use crate::telemetry::metrics;
-use crate::types::Tier;
+use crate::types::{TenantId, Tick, Tier};
 
 impl EngineStatus {
     /// Brings the engine's metrics up to this snapshot.
@@ -51,6 +56,49 @@ impl EngineStatus {
         metrics::LOAD_RATE.set(self.load_bytes_per_s as f64, &[]);
         metrics::PREFILL_RATE.set(self.prefill_tokens_per_s as f64, &[]);
         metrics::RELOAD_RATE.set(self.reload_bytes_per_s as f64, &[]);
+    }
+}
+
+impl Accounts {
+    /// Brings tenants' metrics up to this snapshot, and times to now. Tenants of which nothing is known have none.
+    pub fn publish(&self, now: Tick, names: &HashMap<TenantId, String>) {
+        for (id, account) in (0..).map(TenantId).zip(&self.tenants) {
+            if let Some(name) = names.get(&id).filter(|_| *account != TenantAccount::default()) {
+                account.publish(self.at, now, name);
+            }
+        }
+        for (whose, for_tenant, displaced) in &self.displaced {
+            if let (Some(whose), Some(for_tenant)) = (names.get(whose), names.get(for_tenant)) {
+                let labels = [("tenant", whose.as_str()), ("for_tenant", for_tenant.as_str())];
+                metrics::DISPLACED.set_total(displaced.evictions, &labels);
+                metrics::DISPLACED_BYTES.set_total(displaced.freed_bytes, &labels);
+                metrics::LOST_BYTES.set_total(displaced.lost_bytes, &labels);
+            }
+        }
+        for (tier, bytes) in TIERS.iter().zip(self.waiting_bytes) {
+            metrics::POOL_WAITING_BYTES.set(bytes as f64, &[("tier", tier.name())]);
+        }
+    }
+}
+
+impl TenantAccount {
+    fn publish(&self, at: Tick, now: Tick, name: &str) {
+        let tenant = ("tenant", name);
+        for (tier, account) in TIERS.iter().zip(&self.tiers) {
+            let labels = [tenant, ("tier", tier.name())];
+            metrics::TENANT_BYTES.set(account.held.bytes as f64, &labels);
+            metrics::TENANT_BYTE_SECONDS.set_total(account.held.byte_seconds(at, now), &labels);
+        }
+        for (rule, evictions) in Rule::EVICTIONS.iter().zip(self.evictions) {
+            metrics::TENANT_EVICTIONS.set_total(evictions, &[tenant, ("rule", rule.name())]);
+        }
+        metrics::EVICTED_SILENCES.set_total(self.early.evicted, &[tenant]);
+        metrics::EARLY_RETURNS.set_total(self.early.returned, &[tenant]);
+        for (path, totals) in Path::ALL.iter().zip(&self.gains.paths) {
+            metrics::PATH_TURNS.set_total(totals.turns, &[tenant, ("path", path.name())]);
+        }
+        metrics::SAVED_TOKENS.set_total(self.gains.prompt.cached_tokens(), &[tenant]);
+        metrics::SAVED_MS.set_total(self.gains.saved_us / 1000, &[tenant]);
     }
 }
 

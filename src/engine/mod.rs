@@ -2,9 +2,11 @@
 //!
 //! `handle` is what the layers above hold; `thread` is the one loop; `core` decides, purely.
 
+mod accounting;
 pub mod batch;
 pub mod core;
 pub mod fairness;
+pub mod gains;
 pub mod handle;
 mod metrics;
 mod movers;
@@ -129,7 +131,79 @@ pub struct PromptUsage {
     pub prefill_ms: u64,
 }
 
+/// How the known part of a prompt came to be on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Nothing of it was known.
+    Fresh,
+    /// It was there.
+    Resident,
+    /// It came back from below.
+    Reload,
+    /// It was encoded again.
+    Reencode,
+    /// Some of it came back, and some was encoded again.
+    Split,
+}
+
+impl Decision {
+    pub fn name(self) -> &'static str {
+        match self {
+            Decision::Fresh => "fresh",
+            Decision::Resident => "resident",
+            Decision::Reload => "reload",
+            Decision::Reencode => "reencode",
+            Decision::Split => "split",
+        }
+    }
+}
+
+/// How a turn that has history found it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// It has none: a conversation's first turn, or one of whose history nothing was known.
+    Fresh,
+    Hot,
+    Reloaded,
+    Reencoded,
+}
+
+impl Path {
+    pub const ALL: [Path; 4] = [Path::Fresh, Path::Hot, Path::Reloaded, Path::Reencoded];
+
+    /// Of a conversation's turn of this number, from 1.
+    pub fn of(decision: Decision, turn: u32) -> Self {
+        match decision {
+            _ if turn <= 1 => Path::Fresh,
+            Decision::Fresh => Path::Fresh,
+            Decision::Resident => Path::Hot,
+            Decision::Reload | Decision::Split => Path::Reloaded,
+            Decision::Reencode => Path::Reencoded,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Path::Fresh => "fresh",
+            Path::Hot => "hot",
+            Path::Reloaded => "reloaded",
+            Path::Reencoded => "reencoded",
+        }
+    }
+}
+
 impl PromptUsage {
+    /// How its known part came to be on the device.
+    pub fn decision(&self) -> Decision {
+        match (self.reloaded().0 > 0, self.reencoded.0 > 0) {
+            (true, true) => Decision::Split,
+            (true, false) => Decision::Reload,
+            (false, true) => Decision::Reencode,
+            (false, false) if self.cached().0 > 0 => Decision::Resident,
+            (false, false) => Decision::Fresh,
+        }
+    }
+
     /// What was not encoded again.
     pub fn cached(&self) -> TokenCount {
         TokenCount(self.resident.0 + self.shared.0 + self.reloaded().0)

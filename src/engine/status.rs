@@ -3,8 +3,11 @@
 //! A snapshot swapped after each step, and one residency entry a conversation, kept as things change. Readers never
 //! touch the engine's loop.
 
+pub mod accounts;
+
 use std::fmt;
 
+use super::PromptUsage;
 use crate::kv::journal::Entry;
 use crate::types::{BlockCount, BlockSize, TenantId, Tick, Tier, TokenCount};
 
@@ -58,6 +61,22 @@ pub struct PromptTotals {
     pub reloaded_disk_tokens: u64,
     pub encoded_tokens: u64,
     pub reencoded_tokens: u64,
+}
+
+impl PromptTotals {
+    /// What was not encoded again.
+    pub fn cached_tokens(&self) -> u64 {
+        self.resident_tokens + self.shared_tokens + self.reloaded_host_tokens + self.reloaded_disk_tokens
+    }
+
+    pub fn add(&mut self, prompt: &PromptUsage) {
+        self.resident_tokens += u64::from(prompt.resident.0);
+        self.shared_tokens += u64::from(prompt.shared.0);
+        self.reloaded_host_tokens += u64::from(prompt.reloaded_host.0);
+        self.reloaded_disk_tokens += u64::from(prompt.reloaded_disk.0);
+        self.encoded_tokens += u64::from(prompt.encoded.0);
+        self.reencoded_tokens += u64::from(prompt.reencoded.0);
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -81,6 +81,8 @@ pub struct Engine {
 const LEAST_BLOCKS: u32 = 4;
 /// Messages that wait for the thread; it drains them each step.
 const MAILBOX: usize = 4096;
+/// Longest time that what tenants hold is shown unchanged while there is work.
+const ACCOUNTS_EVERY_US: u64 = 250_000;
 /// How long the thread sleeps at most while turns wait for copies, memory or their deadline.
 const NAP: Duration = Duration::from_millis(1);
 
@@ -147,7 +149,7 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
             host,
             inbox,
             shared,
-            clock: Instant::now(),
+            accounts_due: Tick(0),
             movers,
             listeners: HashMap::new(),
             replies: HashMap::new(),
@@ -189,7 +191,8 @@ struct Driver {
     host: Arc<Arena>,
     inbox: Receiver<Message>,
     shared: Arc<Shared>,
-    clock: Instant,
+    /// When what tenants hold is shown next, if there is no rest before.
+    accounts_due: Tick,
     movers: Movers,
     listeners: HashMap<TurnId, mpsc::Sender<TurnEvent>>,
     replies: HashMap<KvKey, Vec<Reply>>,
@@ -208,7 +211,7 @@ struct Driver {
 
 impl Driver {
     fn now(&self) -> Tick {
-        Tick(micros(self.clock.elapsed()))
+        self.shared.now()
     }
 
     fn run(mut self) -> Movers {
@@ -246,7 +249,7 @@ impl Driver {
         if !may_sleep || self.ran {
             return Ok(None);
         }
-        if self.core.is_idle() && self.movers.has_passed_on_all() {
+        if self.is_at_rest() {
             return self.inbox.recv().map(Some).map_err(|_| Goes::Down);
         }
         match self.inbox.recv_timeout(NAP) {
@@ -254,6 +257,11 @@ impl Driver {
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(Goes::Down),
         }
+    }
+
+    /// Whether nothing happens before the next message.
+    fn is_at_rest(&self) -> bool {
+        self.core.is_idle() && self.movers.has_passed_on_all()
     }
 
     fn open(&mut self, message: Message) -> Goes {
@@ -281,6 +289,7 @@ impl Driver {
                 self.pin_replies.push_back(reply);
                 self.commands.push(Command::Pin { key, tenant, tenant_key, for_us });
             }
+            Message::Holding(key, reply) => drop(reply.send(self.core.holding(self.now(), key))),
             Message::Transferred(done) => self.commands.push(Command::Transferred(done)),
             Message::Grant(grants) => self.commands.push(Command::Grant(grants)),
             // Answered after the step, which takes in what it is to go on from.
@@ -332,6 +341,11 @@ impl Driver {
             }
         }
         let status = self.core.status(self.now());
+        let now = status.now;
+        if self.is_at_rest() || now >= self.accounts_due {
+            self.shared.accounts.store(Arc::new(self.core.accounts(now)));
+            self.accounts_due = Tick(now.0 + ACCOUNTS_EVERY_US);
+        }
         let left_queue = self.started - status.queued as usize;
         self.shared.status.store(Arc::new(status));
         // A preempted turn is back in the queue: the difference may be negative, and the sum is right all the same.

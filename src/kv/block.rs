@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::accounts::{Accounts, HolderId};
 use crate::types::{
     BlockCount, BlockId, BlockSize, DiskBlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount,
     TokenId,
@@ -110,14 +111,15 @@ struct Counts {
     /// Of those, how many are being overwritten.
     being_erased: u32,
     out_of_use: u32,
-    /// Places held, by tenant.
-    held: Vec<u32>,
+    accounts: Accounts,
 }
 
 /// The places of one tier, shared by its slots: dropping a slot gives its place back from whatever thread it is on.
 #[derive(Debug)]
 pub struct Places {
     counts: Mutex<Counts>,
+    /// The time, in microseconds.
+    now: AtomicU64,
     total: u32,
     holds_back: bool,
 }
@@ -135,28 +137,49 @@ impl Places {
 
     fn with(total: BlockCount, holds_back: bool) -> Arc<Self> {
         let free = (0..total.0).rev().collect();
-        let counts = Counts { free, released: Vec::new(), being_erased: 0, out_of_use: 0, held: Vec::new() };
-        Arc::new(Self { counts: Mutex::new(counts), total: total.0, holds_back })
+        let accounts = Accounts::default();
+        let counts = Counts { free, released: Vec::new(), being_erased: 0, out_of_use: 0, accounts };
+        Arc::new(Self { counts: Mutex::new(counts), now: AtomicU64::new(0), total: total.0, holds_back })
     }
 
-    /// Takes a place for a tenant, if one is free.
-    pub fn take<P: Place>(self: &Arc<Self>, tenant: TenantId) -> Option<Slot<P>> {
+    /// Tells the time, by which places are accounted for.
+    pub fn tell_time(&self, now: Tick) {
+        self.now.store(now.0, Ordering::Relaxed);
+    }
+
+    fn now(&self) -> Tick {
+        Tick(self.now.load(Ordering::Relaxed))
+    }
+
+    /// Looks into the accounts, or makes an entry, at the time that was told last.
+    pub(super) fn accounts<T>(&self, look: impl FnOnce(Tick, &mut Accounts) -> T) -> T {
+        look(self.now(), &mut self.counts.lock().accounts)
+    }
+
+    /// Takes a place for a tenant's conversation, if one is free.
+    pub fn take<P: Place>(self: &Arc<Self>, tenant: TenantId, owner: HolderId) -> Option<Slot<P>> {
         let mut counts = self.counts.lock();
         let place = counts.free.pop()?;
-        counts.hold(tenant);
-        Some(Slot { place: P::from_index(place), tenant, places: Arc::clone(self) })
+        counts.accounts.take(self.now(), tenant, Some(owner));
+        Some(Slot { place: P::from_index(place), tenant, owner: Some(owner), places: Arc::clone(self) })
     }
 
     /// Takes these out of the free places: something is in them.
     pub fn occupy(&self, places: impl Iterator<Item = u32>) {
         let taken: std::collections::HashSet<u32> = places.collect();
-        self.counts.lock().free.retain(|place| !taken.contains(place));
+        let mut counts = self.counts.lock();
+        let before = counts.free.len();
+        counts.free.retain(|place| !taken.contains(place));
+        let occupied = before - counts.free.len();
+        counts.accounts.wait(self.now(), occupied);
     }
 
-    /// Gives an occupied place its owner.
+    /// Gives an occupied place to its tenant.
     pub fn claim<P: Place>(self: &Arc<Self>, place: u32, tenant: TenantId) -> Slot<P> {
-        self.counts.lock().hold(tenant);
-        Slot { place: P::from_index(place), tenant, places: Arc::clone(self) }
+        let mut counts = self.counts.lock();
+        counts.accounts.end_wait(self.now(), 1);
+        counts.accounts.take(self.now(), tenant, None);
+        Slot { place: P::from_index(place), tenant, owner: None, places: Arc::clone(self) }
     }
 
     /// Lets go of an occupied place that nobody owns.
@@ -180,6 +203,7 @@ impl Places {
         let good = u32::try_from(counts.free.len() - before).expect("some of those taken");
         counts.being_erased -= taken;
         counts.out_of_use += taken - good;
+        counts.accounts.end_wait(self.now(), good as usize);
     }
 
     /// Whether some places wait to be overwritten.
@@ -213,21 +237,11 @@ impl Places {
 
     /// Places that a tenant's blocks hold; a shared block counts once.
     pub fn held(&self, tenant: TenantId) -> BlockCount {
-        BlockCount(self.counts.lock().held.get(tenant.0 as usize).copied().unwrap_or(0))
+        self.accounts(|now, accounts| accounts.of_tenant(now, tenant).held.blocks)
     }
 
     pub fn total(&self) -> BlockCount {
         BlockCount(self.total)
-    }
-}
-
-impl Counts {
-    fn hold(&mut self, tenant: TenantId) {
-        let index = tenant.0 as usize;
-        if self.held.len() <= index {
-            self.held.resize(index + 1, 0);
-        }
-        self.held[index] += 1;
     }
 }
 
@@ -236,6 +250,8 @@ impl Counts {
 pub struct Slot<P: Place> {
     place: P,
     tenant: TenantId,
+    /// The conversation that it was taken for, until what is in it is full.
+    owner: Option<HolderId>,
     places: Arc<Places>,
 }
 
@@ -247,14 +263,31 @@ impl<P: Place> Slot<P> {
     pub fn tenant(&self) -> TenantId {
         self.tenant
     }
+
+    /// Whose account it is on.
+    pub(super) fn owner(&self) -> Option<HolderId> {
+        self.owner
+    }
+
+    /// The same place, as nobody's.
+    fn disowned(mut self) -> Self {
+        if let Some(owner) = self.owner.take() {
+            self.places.accounts(|now, accounts| accounts.disown(now, self.tenant, owner));
+        }
+        self
+    }
 }
 
 impl<P: Place> Drop for Slot<P> {
     fn drop(&mut self) {
-        let mut counts = self.places.counts.lock();
-        let to = if self.places.holds_back { &mut counts.released } else { &mut counts.free };
-        to.push(self.place.index());
-        counts.held[self.tenant.0 as usize] -= 1;
+        let (now, mut counts) = (self.places.now(), self.places.counts.lock());
+        counts.accounts.give_back(now, self.tenant, self.owner);
+        if self.places.holds_back {
+            counts.released.push(self.place.index());
+            counts.accounts.wait(now, 1);
+        } else {
+            counts.free.push(self.place.index());
+        }
     }
 }
 
@@ -284,6 +317,10 @@ impl OpenBlock {
         &self.tokens
     }
 
+    pub(super) fn slot(&self) -> &Slot<BlockId> {
+        &self.slot
+    }
+
     /// Notes that a token's KV was written. Panics if the block is full: its owner seals it first.
     pub fn push(&mut self, token: TokenId, size: BlockSize) {
         assert!(self.tokens.len() < size.0 as usize, "a token was pushed into a full block");
@@ -301,7 +338,7 @@ impl OpenBlock {
             return Err(Box::new(self));
         }
         let hash = parent.child(key, &self.tokens);
-        Ok(SealedBlock { slot: self.slot, parent, hash, proof: (), shared_at: AtomicU64::new(0) })
+        Ok(SealedBlock { slot: self.slot.disowned(), parent, hash, proof: (), shared_at: AtomicU64::new(0) })
     }
 
     /// Gives its place back, and what is in it up.
@@ -331,7 +368,7 @@ impl<P: Place> SealedBlock<P> {
     pub fn copied<Q: Place>(of: &SealedBlock<Q>, slot: Slot<P>, proof: P::Proof) -> Self {
         assert_eq!(of.slot.tenant, slot.tenant, "a block crossed tenants");
         let shared_at = AtomicU64::new(of.shared_at.load(Ordering::Relaxed));
-        Self { slot, parent: of.parent, hash: of.hash, proof, shared_at }
+        Self { slot: slot.disowned(), parent: of.parent, hash: of.hash, proof, shared_at }
     }
 
     /// A block that a tier held when this process began.
@@ -409,8 +446,18 @@ impl<P: Place> TailBlock<P> {
         self.proof
     }
 
+    /// Its place, for nobody.
     pub fn into_slot(self) -> Slot<P> {
-        self.slot
+        self.slot.disowned()
+    }
+
+    pub fn tenant(&self) -> TenantId {
+        self.slot.tenant()
+    }
+
+    /// Whose account it is on.
+    pub(super) fn owner(&self) -> Option<HolderId> {
+        self.slot.owner()
     }
 }
 
@@ -437,9 +484,10 @@ mod tests {
     #[test]
     fn a_dropped_slot_gives_its_place_back() {
         let places = Places::new(BlockCount(2));
-        let first = places.take::<BlockId>(T).unwrap();
-        let second = places.take::<BlockId>(TenantId(3)).unwrap();
-        assert!(places.take::<BlockId>(T).is_none());
+        let [a, b] = [T, TenantId(3)].map(|tenant| places.accounts(|_, accounts| accounts.open(tenant)));
+        let first = places.take::<BlockId>(T, a).unwrap();
+        let second = places.take::<BlockId>(TenantId(3), b).unwrap();
+        assert!(places.take::<BlockId>(T, a).is_none());
         assert_eq!((places.held(T), places.held(TenantId(3))), (BlockCount(1), BlockCount(1)));
         drop(first);
         assert_eq!((places.free(), places.held(T)), (BlockCount(1), BlockCount(0)));
@@ -451,7 +499,8 @@ mod tests {
     fn a_block_that_is_not_full_comes_back_from_sealing() {
         let places = Places::new(BlockCount(1));
         let key = TenantKey([1; 32]);
-        let mut open = OpenBlock::new(places.take(T).unwrap(), SIZE);
+        let holder = places.accounts(|_, accounts| accounts.open(T));
+        let mut open = OpenBlock::new(places.take(T, holder).unwrap(), SIZE);
         for token in tokens(0..3) {
             open.push(token, SIZE);
         }

@@ -19,7 +19,6 @@ use super::manager::Manager;
 use super::prefix::PrefixIndex;
 use super::residency::{Activity, Conversation};
 use super::return_rate::Class;
-use super::table::Back;
 use super::tiers::InFlight;
 use super::transfer::{Direction, Ticket};
 use crate::kernels::files::{Contents, FoundSlot, Label};
@@ -214,13 +213,14 @@ impl Manager {
             let end = found.iter().find_map(|end| Some((end, chain_to(end, &blocks)?)));
             let Some((end, (first, sealed))) = end else { continue };
             let (tenant, tenant_key) = marks[&end.label.tenant];
-            let mut conversation = Conversation::new(key, tenant, tenant_key);
+            let pools = [&self.device, &self.host, &self.disk.places];
+            let mut conversation = Conversation::new(key, tenant, tenant_key, pools);
             let ended = !lives(key);
             if first == 0 {
-                conversation.disk.sealed = sealed.into();
+                conversation.disk.sealed.extend(sealed);
             } else {
-                conversation.disk.sealed = chain_from_root(first, &found, &blocks);
-                conversation.disk.back = Some(Back { first, sealed });
+                conversation.disk.sealed.extend(chain_from_root(first, &found, &blocks));
+                conversation.disk.put_behind_gap(first, sealed);
             }
             conversation.used = used;
             if ended {
@@ -303,7 +303,7 @@ impl Manager {
     pub(super) fn store(&mut self, now: Tick, key: KvKey) -> bool {
         self.adopt_disk_copies(key);
         let conversation = self.conversation(key);
-        let (first, tenant) = (conversation.disk.sealed.len(), conversation.tenant);
+        let first = conversation.disk.sealed.len();
         let reach = conversation.disk.back.as_ref().map_or(usize::MAX, |back| back.first);
         let missing = self.above(conversation).min(reach).saturating_sub(first).min(STORE_BLOCKS);
         if missing == 0 || self.disk.rests(now) {
@@ -318,7 +318,7 @@ impl Manager {
             if blocks.first().is_some_and(|(first, _): &(Above, _)| first.tier() != block.tier()) {
                 break;
             }
-            let Some(slot) = self.disk.places.take::<DiskBlockId>(tenant) else { break };
+            let Some(slot) = conversation.disk.take_place() else { break };
             pairs.push((block.place(), slot.place().0));
             labels.push((conversation.label(index, block.parent(), block.hash()), block.sum()));
             blocks.push((block, slot));

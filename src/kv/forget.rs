@@ -3,7 +3,6 @@
 //! Blocks that nobody else holds are overwritten, in memory before the next step and on disk when its turn comes; only then
 //! is it told. Until then the conversation is known, so that no turn of it begins.
 
-use std::mem::take;
 use std::sync::Arc;
 
 use super::Manager;
@@ -62,15 +61,15 @@ impl Manager {
             return;
         }
         let conversation = self.conversations.get_mut(&key).expect("looked up above");
-        let tables = (take(&mut conversation.device), take(&mut conversation.host), take(&mut conversation.disk));
-        let (device, kept_device) = wipe(tables.0, &mut self.chores.zero_device);
-        let (host, kept_host) = wipe(tables.1, &mut self.chores.zero_host);
-        let alone = tables.2.full().filter(|block| Arc::strong_count(block) == 1).count();
+        let (device, kept_device) = wipe(&mut conversation.device, &mut self.chores.zero_device);
+        let (host, kept_host) = wipe(&mut conversation.host, &mut self.chores.zero_host);
+        let on_disk = &mut conversation.disk;
+        let alone = on_disk.full().filter(|block| Arc::strong_count(block) == 1).count();
         let disk = BlockCount(u32::try_from(alone).expect("a window bounds a table"));
-        let kept_disk = tables.2.blocks().0 - disk.0;
+        let kept_disk = on_disk.blocks().0 - disk.0;
         let kept_shared = BlockCount(kept_device.0 + kept_host.0 + kept_disk);
         let freed = Freed { device, host, disk, kept_shared, remaining: BlockCount(0) };
-        drop(tables.2);
+        on_disk.clear();
         // What was let go of it before may be on its way out still.
         if disk.0 > 0 || self.disk.places.is_erasing() {
             self.forgotten_once_erased(key, freed);
@@ -88,11 +87,11 @@ impl Manager {
 }
 
 /// Takes a table apart: places of blocks that nobody else holds go to `zero`. Counts (freed, shared).
-fn wipe<P: Place>(table: BlockTable<P>, zero: &mut Vec<Slot<P>>) -> (BlockCount, BlockCount) {
+fn wipe<P: Place>(table: &mut BlockTable<P>, zero: &mut Vec<Slot<P>>) -> (BlockCount, BlockCount) {
     let (mut freed, mut shared) = (BlockCount(0), BlockCount(0));
-    let full = table.sealed.into_iter().chain(table.back.into_iter().flat_map(|back| back.sealed));
+    let full = table.sealed.take().chain(table.back.take().into_iter().flat_map(|mut back| back.sealed.take()));
     let sealed = full.map(|block| Arc::try_unwrap(block).map(|block| block.into_slot()).ok());
-    let tail = table.tail.map(|block| Arc::try_unwrap(block).map(|block| block.into_slot()).ok());
+    let tail = table.tail.take().map(|block| Arc::try_unwrap(block).map(|block| block.into_slot()).ok());
     for slot in sealed.chain(tail) {
         match slot {
             Some(slot) => {

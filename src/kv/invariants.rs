@@ -1,30 +1,98 @@
 //! What must always hold in the block manager?
 //!
-//! Free and held places are a pool's total, tables are chains, and only who is idle is in line. For tests.
+//! Free and held places are a pool's total, and all that is held is on somebody's account; tables are chains, and only who
+//! is idle is in line. For tests.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::Manager;
-use super::block::{OpenBlock, Place, PrefixHash, SealedBlock, Slot};
+use super::accounts::HolderId;
+use super::block::{OpenBlock, Place, Places, PrefixHash, SealedBlock, Slot, TailBlock};
 use super::disk::Above;
 use super::table::BlockTable;
 use super::tiers::{Arrival, InFlight};
+use crate::types::{BlockCount, TenantId, Tier};
+
+/// The places of a tier that somebody holds.
+#[derive(Default)]
+struct Found {
+    /// Whose account each is on.
+    places: HashMap<u32, (TenantId, Option<HolderId>)>,
+    /// How many tables name each full block.
+    named: HashMap<u32, u32>,
+}
+
+impl Found {
+    fn table<P: Place>(&mut self, table: &BlockTable<P>) {
+        for block in table.full() {
+            self.sealed(block);
+            *self.named.entry(block.id().index()).or_default() += 1;
+        }
+        if let Some(tail) = &table.tail {
+            assert_eq!(tail.owner(), Some(table.holder()), "a tail is its own conversation's");
+            self.tail(tail);
+        }
+    }
+
+    fn sealed<P: Place>(&mut self, block: &SealedBlock<P>) {
+        self.places.insert(block.id().index(), (block.tenant(), None));
+    }
+
+    fn tail<P: Place>(&mut self, tail: &TailBlock<P>) {
+        self.places.insert(tail.id().index(), (tail.tenant(), tail.owner()));
+    }
+
+    fn slot<P: Place>(&mut self, slot: &Slot<P>) {
+        self.places.insert(slot.place().index(), (slot.tenant(), slot.owner()));
+    }
+
+    /// Checks that accounts say the same.
+    fn assert_accounted(&self, places: &Places, sums: &HashMap<TenantId, u128>) {
+        places.accounts(|now, accounts| {
+            for (place, (tenant, owner)) in &self.places {
+                let named = self.named.get(place).copied().unwrap_or(0);
+                assert_eq!(accounts.holders(*place), named, "a block's holders are the tables that name it: {tenant}");
+                assert!(owner.is_none() || named == 0, "a full block is on nobody's own account");
+            }
+            let mut own = HashMap::<HolderId, u32>::new();
+            let mut tenants = HashMap::<TenantId, (u32, u32)>::new();
+            for (place, (tenant, owner)) in &self.places {
+                let (held, nobodys) = tenants.entry(*tenant).or_default();
+                *held += 1;
+                match owner {
+                    Some(id) => *own.entry(*id).or_default() += 1,
+                    None => *nobodys += u32::from(!self.named.contains_key(place)),
+                }
+            }
+            accounts.assert_own(&own);
+            for tenant in (0..).map(TenantId).take(accounts.tenants()) {
+                let line = accounts.of_tenant(now, tenant);
+                let (held, nobodys) = tenants.get(&tenant).copied().unwrap_or_default();
+                assert_eq!((line.held.blocks.0, line.nobodys.blocks.0), (held, nobodys), "what {tenant} holds");
+            }
+            accounts.assert_sums(now, sums);
+        });
+        let waiting = places.accounts(|now, accounts| accounts.waiting(now).blocks);
+        let used = places.total().get() - places.free().get();
+        assert_eq!(
+            self.places.len() + waiting.get(),
+            used,
+            "held places and those that wait are all but the free ones"
+        );
+    }
+}
 
 impl Manager {
     /// Checks what must always hold; for tests. Cost: O(everything).
     pub fn assert_invariants(&self) {
-        let mut device = HashSet::new();
-        let mut host = HashSet::new();
-        let mut disk = HashSet::new();
+        let (mut device, mut host, mut disk) = (Found::default(), Found::default(), Found::default());
         let mut in_flight = 0;
         for conversation in self.conversations.values() {
             let tables = (&conversation.device, &conversation.host);
-            device.extend(tables.0.full().map(|block| block.id()));
-            device.extend(tables.0.tail.iter().map(|block| block.id()));
-            host.extend(tables.1.full().map(|block| block.id()));
-            host.extend(tables.1.tail.iter().map(|block| block.id()));
-            disk.extend(conversation.disk.full().map(|block| block.id()));
+            device.table(tables.0);
+            host.table(tables.1);
+            disk.table(&conversation.disk);
             assert!(conversation.disk.tail.is_none(), "full blocks alone are on disk");
             for index in 0..tables.0.end() {
                 let Some(above) = tables.0.get(index) else { continue };
@@ -40,8 +108,15 @@ impl Manager {
             assert_table(&conversation.host);
             assert_table(&conversation.disk);
             if let Some(running) = conversation.running() {
-                device.extend(running.open.iter().chain(running.later.iter().map(|(_, open)| open)).map(OpenBlock::id));
-                device.extend(running.spare.iter().map(Slot::place));
+                let open = || running.open.iter().chain(running.later.iter().map(|(_, open)| open));
+                open().for_each(|open| device.slot(open.slot()));
+                running.spare.iter().for_each(|slot| device.slot(slot));
+                let own = open().map(OpenBlock::slot).chain(&running.spare);
+                let holder = Some(conversation.device.holder());
+                assert!(
+                    own.into_iter().all(|slot| slot.owner() == holder),
+                    "a sequence's places are its conversation's"
+                );
                 assert!(!self.device_line.contains(conversation.key), "a running one is in line");
                 if running.arriving.is_none() {
                     let sealed = conversation.device.sealed.iter().map(|block| block.id());
@@ -62,52 +137,68 @@ impl Manager {
         for transfer in self.in_flight.values() {
             match transfer {
                 InFlight::Offload { sealed, tail, .. } => {
-                    device.extend(sealed.iter().map(|(block, _)| block.id()));
-                    device.extend(tail.iter().map(|(block, _)| block.id()));
-                    host.extend(sealed.iter().map(|(_, slot)| slot.place()));
-                    host.extend(tail.iter().map(|(_, slot)| slot.place()));
+                    for (block, slot) in sealed {
+                        device.sealed(block);
+                        host.slot(slot);
+                    }
+                    if let Some((block, slot)) = tail {
+                        device.tail(block);
+                        host.slot(slot);
+                    }
                 }
                 InFlight::PartOf(_) | InFlight::Erase { .. } => {}
                 InFlight::Store { blocks, .. } => {
                     for (above, slot) in blocks {
-                        disk.insert(slot.place());
+                        disk.slot(slot);
                         match above {
-                            Above::Device(block) => drop(device.insert(block.id())),
-                            Above::Host(block) => drop(host.insert(block.id())),
+                            Above::Device(block) => device.sealed(block),
+                            Above::Host(block) => host.sealed(block),
                         }
                     }
                 }
                 InFlight::Reload { blocks, tail, .. } => {
                     for (_, block) in blocks {
                         match block {
-                            Arrival::Here(block) => drop(device.insert(block.id())),
+                            Arrival::Here(block) => device.sealed(block),
                             Arrival::Loading(from, to) => {
-                                disk.insert(from.id());
-                                device.insert(to.place());
+                                disk.sealed(from);
+                                device.slot(to);
                             }
                             Arrival::Coming(from, to) => {
-                                host.insert(from.id());
-                                device.insert(to.place());
+                                host.sealed(from);
+                                device.slot(to);
                             }
                         }
                     }
-                    host.extend(tail.iter().map(|tail| tail.from.id()));
-                    device.extend(tail.iter().map(|tail| tail.to.place()));
+                    if let Some(tail) = tail {
+                        host.tail(&tail.from);
+                        device.slot(&tail.to);
+                    }
                 }
             }
         }
         assert!(in_flight as usize <= self.in_flight.len(), "a transfer belongs to one conversation");
-        device.extend(self.chores.zero_device.iter().map(Slot::place));
-        device.extend(self.chores.copied_from.iter().map(|block| block.id()));
-        host.extend(self.chores.zero_host.iter().map(Slot::place));
-        assert_eq!(self.device.free().get() + device.len(), self.device.total().get(), "device places add up");
-        assert_eq!(self.host.free().get() + host.len(), self.host.total().get(), "host places add up");
+        self.chores.zero_device.iter().for_each(|slot| device.slot(slot));
+        self.chores.copied_from.iter().for_each(|block| device.tail(block));
+        self.chores.zero_host.iter().for_each(|slot| host.slot(slot));
+        for (tier, found) in [(Tier::Device, &device), (Tier::Host, &host), (Tier::Disk, &disk)] {
+            let mut sums = HashMap::<TenantId, u128>::new();
+            for (key, conversation) in &self.conversations {
+                *sums.entry(conversation.tenant).or_default() += self.holding(*key, tier).unit_us;
+            }
+            found.assert_accounted(self.places(tier), &sums);
+        }
+        assert_eq!(self.waiting(Tier::Device).blocks, BlockCount(0), "device places are free or held");
+        assert_eq!(self.waiting(Tier::Host).blocks, BlockCount(0), "host places are free or held");
         let places = &self.disk.places;
         let gone = places.soon().get() + places.out_of_use().get();
-        assert_eq!(gone + disk.len(), places.total().get(), "disk places add up");
+        assert_eq!(gone + disk.places.len(), places.total().get(), "disk places add up");
         let (kept, _) = self.pinned();
         let window = self.settings.window.blocks(self.settings.block_size);
         assert!(kept.0 + window.0 <= self.device.total().0, "pins leave room for a sequence of the full window");
+        assert_eq!(self.displacements.total(), self.counters.evictions, "each eviction has its pair");
+        let rules: u64 = (0..).map(TenantId).take(self.tenants()).flat_map(|id| self.displacements.by_rule(id)).sum();
+        assert_eq!(rules, self.counters.evictions, "each eviction has its rule");
         assert_eq!(self.counters.isolation_faults, 0, "nobody was pushed below the floor for another");
     }
 }

@@ -26,6 +26,9 @@ pub enum Rule {
 }
 
 impl Rule {
+    /// Those by which memory is taken for somebody's turn.
+    pub const EVICTIONS: [Rule; 4] = [Rule::Ended, Rule::Lru, Rule::ReturnRate, Rule::OverCeiling];
+
     pub fn name(self) -> &'static str {
         match self {
             Rule::Ended => "ended",

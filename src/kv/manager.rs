@@ -13,6 +13,8 @@ use super::block::{OpenBlock, Places, PrefixHash, Slot};
 use super::budget::Budget;
 use super::chores::Chores;
 use super::disk::Disk;
+use super::displacement::Displacements;
+use super::early_return::EarlyReturns;
 use super::evictor::{Evictor, Policy, Reason};
 use super::forget::Freed;
 use super::journal::{Entry, Journal, Rule};
@@ -23,7 +25,7 @@ use super::rate::Rates;
 use super::reclaim::Room;
 use super::residency::{Activity, Arriving, Conversation, Running};
 use super::return_rate::ReturnRates;
-use super::table::{Back, Resident};
+use super::table::Resident;
 use super::tiers::{Arrival, ArrivingTail, InFlight, Part};
 use super::transfer::{Direction, Ticket, TransferOrder};
 use crate::types::{
@@ -154,6 +156,8 @@ pub struct Manager {
     pub(super) orders: Vec<TransferOrder>,
     pub(super) journal: Journal,
     pub(super) counters: Counters,
+    pub(super) displacements: Displacements,
+    pub(super) early_returns: EarlyReturns,
     pub(super) rates: Rates,
     /// Conversations whose residency changed since it was last asked.
     touched: Vec<KvKey>,
@@ -191,6 +195,8 @@ impl Manager {
             orders: Vec::new(),
             journal: Journal::new(settings.journal_entries),
             counters: Counters::default(),
+            displacements: Displacements::default(),
+            early_returns: EarlyReturns::default(),
             rates: Rates::default(),
             touched: Vec::new(),
             forgotten: Vec::new(),
@@ -207,10 +213,13 @@ impl Manager {
     /// Panics if the conversation runs already: an actor runs one turn at a time.
     pub fn admit(&mut self, now: Tick, admit: Admit<'_>) -> Admission {
         let Admit { key, tenant, tenant_key, tokens, .. } = admit;
+        self.tell_time(now);
         if self.device_budget.see(tenant) | self.host_budget.see(tenant) | self.disk.budget.see(tenant) {
             self.settle_all_pins();
         }
-        let conversation = self.conversations.entry(key).or_insert_with(|| Conversation::new(key, tenant, tenant_key));
+        let pools = [&self.device, &self.host, &self.disk.places];
+        let new = || Conversation::new(key, tenant, tenant_key, pools);
+        let conversation = self.conversations.entry(key).or_insert_with(new);
         assert_eq!(conversation.tenant, tenant, "a conversation crossed tenants");
         if matches!(conversation.activity, Activity::Forgetting) {
             return Admission::Wait;
@@ -241,7 +250,8 @@ impl Manager {
             }
         }
         self.hope_for(passed_over);
-        let slots = (0..need.0).map(|_| self.device.take(tenant).expect("room was made"));
+        let table = &self.conversation(key).device;
+        let slots = (0..need.0).map(|_| table.take_place().expect("room was made"));
         let slots: Vec<Slot<BlockId>> = slots.collect();
         self.run(now, key, matched, slots, total)
     }
@@ -331,7 +341,7 @@ impl Manager {
                 Arrival::Here(block) => Some(block),
                 Arrival::Coming(..) | Arrival::Loading(..) => None,
             });
-            conversation.device.back = Some(Back { first: gap_ends, sealed: sealed.collect() });
+            conversation.device.put_behind_gap(gap_ends, sealed);
         }
         if arrivals.is_empty() && gap == 0 {
             running.open = open;
@@ -384,7 +394,7 @@ impl Manager {
                 Room::Coming => return Err(NoPlace::Coming),
                 Room::None => return Err(NoPlace::Short),
             }
-            let slot: Slot<BlockId> = self.device.take(tenant).expect("room was made");
+            let slot = self.conversation(key).device.take_place().expect("room was made");
             let running = self.running_mut(key);
             running.ids.push(slot.place());
             running.spare.insert(0, slot);

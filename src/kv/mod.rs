@@ -1,12 +1,17 @@
 //! Which KV is where, whose is it, and what goes when memory runs short? Logic over ids; knows no sessions, no model.
 
+pub mod accounts;
 pub mod block;
 pub mod budget;
 pub mod chores;
 pub mod cost;
 pub mod disk;
+pub mod displacement;
+pub mod early_return;
 pub mod evictor;
 pub mod forget;
+pub mod held;
+pub mod holdings;
 pub mod invariants;
 pub mod journal;
 pub mod lookup;

@@ -100,7 +100,9 @@ impl Manager {
         if self.device_budget.see(tenant) | self.host_budget.see(tenant) | self.disk.budget.see(tenant) {
             self.settle_all_pins();
         }
-        let conversation = self.conversations.entry(key).or_insert_with(|| Conversation::new(key, tenant, tenant_key));
+        let pools = [&self.device, &self.host, &self.disk.places];
+        let new = || Conversation::new(key, tenant, tenant_key, pools);
+        let conversation = self.conversations.entry(key).or_insert_with(new);
         assert_eq!(conversation.tenant, tenant, "a conversation crossed tenants");
         if matches!(conversation.activity, Activity::Forgetting) {
             return Err(PinRefused::Forgetting);
@@ -147,6 +149,7 @@ impl Manager {
 
     /// Ends the pins whose time has come.
     pub fn expire_pins(&mut self, now: Tick) {
+        self.tell_time(now);
         while let Some(&(until, key)) = self.pins.ends.first().filter(|(until, _)| *until <= now) {
             debug_assert_eq!(self.conversation(key).pinned_until(), Some(until));
             self.unpin(now, key);

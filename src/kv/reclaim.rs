@@ -223,8 +223,14 @@ impl Manager {
     /// Writes a decision down, in the journal and at the conversation that it took blocks from.
     pub(super) fn note(&mut self, entry: Entry) {
         let id = self.journal.add(entry);
+        self.displacements.note(&entry, self.settings.block_bytes);
         if let Some(conversation) = self.conversations.get_mut(&entry.victim) {
             conversation.last_eviction = Some(Entry { id, ..entry });
+            let loses = Rule::EVICTIONS.contains(&entry.rule) && entry.from == Tier::Device && entry.freed.0 > 0;
+            if loses && conversation.is_silent() {
+                let first = !std::mem::replace(&mut conversation.lost_in_silence, true);
+                self.early_returns.lose(entry.at, entry.victim, entry.tenant, first);
+            }
         }
         self.touch(entry.victim);
     }

@@ -1,7 +1,9 @@
 //! Where are one conversation's blocks, and in which state is it?
 
+use std::sync::Arc;
+
 use super::Manager;
-use super::block::{OpenBlock, PrefixHash, Slot};
+use super::block::{OpenBlock, Places, PrefixHash, Slot};
 use super::evictor::Standing;
 use super::journal::Entry;
 use super::pins::Pin;
@@ -34,6 +36,8 @@ pub(super) struct Conversation {
     /// Full blocks at the front that it had from other conversations, by their prefix.
     pub shared: usize,
     pub last_eviction: Option<Entry>,
+    /// It has lost device blocks since its last turn.
+    pub lost_in_silence: bool,
     /// An offload that is under way; at most one.
     pub copying: Option<Ticket>,
     /// A store that is under way; at most one.
@@ -113,14 +117,16 @@ impl Running {
 }
 
 impl Conversation {
-    pub fn new(key: KvKey, tenant: TenantId, tenant_key: TenantKey) -> Self {
+    /// One of which no tier holds anything. `pools`: device, host, disk.
+    pub fn new(key: KvKey, tenant: TenantId, tenant_key: TenantKey, pools: [&Arc<Places>; 3]) -> Self {
+        let [device, host, disk] = pools;
         Self {
             key,
             tenant,
             tenant_key,
-            device: BlockTable::default(),
-            host: BlockTable::default(),
-            disk: BlockTable::default(),
+            device: BlockTable::new(device, tenant),
+            host: BlockTable::new(host, tenant),
+            disk: BlockTable::new(disk, tenant),
             activity: Activity::Idle,
             last_used: Tick(0),
             silent_since: Tick(0),
@@ -128,6 +134,7 @@ impl Conversation {
             class: Class::default(),
             shared: 0,
             last_eviction: None,
+            lost_in_silence: false,
             copying: None,
             storing: None,
             waits_for_store: false,
@@ -141,6 +148,14 @@ impl Conversation {
         match self.activity {
             Activity::Idle | Activity::Expected | Activity::Ended => true,
             Activity::Forgetting | Activity::Running(_) => false,
+        }
+    }
+
+    /// Whether no turn of it runs or waits.
+    pub fn is_silent(&self) -> bool {
+        match self.activity {
+            Activity::Idle | Activity::Ended => true,
+            Activity::Expected | Activity::Forgetting | Activity::Running(_) => false,
         }
     }
 

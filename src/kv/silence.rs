@@ -9,7 +9,6 @@ use super::block::OpenBlock;
 use super::manager::Manager;
 use super::residency::Activity;
 use super::return_rate::{Class, Learned, ReturnRates, TurnShape};
-use super::table::BlockTable;
 use crate::types::{KvKey, Tick};
 
 impl Manager {
@@ -28,6 +27,7 @@ impl Manager {
     }
 
     fn lay_down(&mut self, key: KvKey, now: Tick) {
+        self.tell_time(now);
         let conversation = self.conversations.get_mut(&key).expect("a running sequence is known");
         let Activity::Running(running) = std::mem::replace(&mut conversation.activity, Activity::Idle) else {
             panic!("the conversation runs")
@@ -43,7 +43,7 @@ impl Manager {
         self.uses += 1;
         conversation.used = self.uses;
         if !self.settings.reuse {
-            conversation.device = BlockTable::default();
+            conversation.device.clear();
         }
         self.touch(key);
         self.settle_pin_of(key);
@@ -64,6 +64,7 @@ impl Manager {
             conversation.activity = Activity::Idle;
             conversation.class = class;
             conversation.silent_since = now;
+            conversation.lost_in_silence = false;
             self.back_in_line(key);
         }
     }
@@ -92,6 +93,7 @@ impl Manager {
 
     /// Told that a turn waits for this conversation: its silence is over, and it goes last in line.
     pub fn expect_soon(&mut self, now: Tick, key: KvKey) {
+        self.early_returns.come_back(now, key);
         self.returns.end(now, key);
         self.expect(now, key);
     }

@@ -1,16 +1,18 @@
 //! Which blocks hold a sequence, in order?
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::block::{Place, PrefixHash, SealedBlock, TailBlock};
-use crate::types::{BlockCount, BlockId, BlockSize, Tick, TokenCount};
+use super::accounts::{HolderId, Holding};
+use super::block::{Place, Places, PrefixHash, SealedBlock, Slot, TailBlock};
+use super::held::{Account, Blocks};
+use crate::types::{BlockCount, BlockId, BlockSize, TenantId, Tick, TokenCount};
 
 /// A conversation's blocks in one tier: full ones from the first token on, then perhaps a gap and more full ones, then
 /// perhaps a tail.
 #[derive(Debug)]
 pub struct BlockTable<P: Place> {
-    pub sealed: Vec<Arc<SealedBlock<P>>>,
+    account: Arc<Account>,
+    pub sealed: Blocks<P>,
     /// Full blocks behind a gap.
     pub back: Option<Back<P>>,
     /// Follows the last full block.
@@ -23,7 +25,7 @@ pub struct BlockTable<P: Place> {
 pub struct Back<P: Place> {
     /// Index of the first.
     pub first: usize,
-    pub sealed: VecDeque<Arc<SealedBlock<P>>>,
+    pub sealed: Blocks<P>,
 }
 
 impl<P: Place> Back<P> {
@@ -32,20 +34,48 @@ impl<P: Place> Back<P> {
     }
 }
 
-impl<P: Place> Default for BlockTable<P> {
-    fn default() -> Self {
-        Self { sealed: Vec::new(), back: None, tail: None }
-    }
-}
-
 impl<P: Place> BlockTable<P> {
+    /// An empty one, of a tenant's conversation.
+    pub fn new(places: &Arc<Places>, tenant: TenantId) -> Self {
+        let account = Account::open(places, tenant);
+        Self { sealed: Blocks::none(&account), back: None, tail: None, account }
+    }
+
+    /// Takes a place for the conversation, if one is free.
+    pub fn take_place(&self) -> Option<Slot<P>> {
+        self.account.take_place()
+    }
+
+    /// What the conversation holds of the tier, and has held.
+    pub fn holding(&self) -> Holding {
+        self.account.holding(self.full().map(|block| block.id().index()))
+    }
+
+    /// Names the conversation's account; for tests.
+    pub fn holder(&self) -> HolderId {
+        self.account.holder()
+    }
+
+    pub fn clear(&mut self) {
+        self.sealed.truncate(0);
+        self.back = None;
+        self.tail = None;
+    }
+
+    /// Puts full blocks behind a gap that ends at block `first`. For a table that has nothing there.
+    pub fn put_behind_gap(&mut self, first: usize, blocks: impl IntoIterator<Item = Arc<SealedBlock<P>>>) {
+        let mut sealed = Blocks::none(&self.account);
+        sealed.extend(blocks);
+        self.back = Some(Back { first, sealed });
+    }
+
     pub fn is_empty(&self) -> bool {
         self.sealed.is_empty() && self.back.is_none() && self.tail.is_none()
     }
 
     /// All full blocks.
     pub fn full(&self) -> impl Iterator<Item = &Arc<SealedBlock<P>>> {
-        self.sealed.iter().chain(self.back.iter().flat_map(|back| &back.sealed))
+        self.sealed.iter().chain(self.back.iter().flat_map(|back| back.sealed.iter()))
     }
 
     /// The full block of this index in the sequence.
@@ -105,7 +135,7 @@ impl<P: Place> BlockTable<P> {
             None => self.sealed.truncate(front),
             Some(back) => {
                 // Its hashes say what lies before it, whatever of that is here.
-                let kept = (back.first..).zip(&back.sealed).take_while(|&block| same(block)).count();
+                let kept = (back.first..).zip(back.sealed.iter()).take_while(|&block| same(block)).count();
                 back.sealed.truncate(kept);
                 self.sealed.truncate(front);
             }
@@ -132,9 +162,9 @@ impl<P: Place> BlockTable<P> {
             return true;
         }
         if index > self.sealed.len() {
-            let back = self.back.get_or_insert_with(|| Back { first: index, sealed: VecDeque::new() });
+            let back = self.back.get_or_insert_with(|| Back { first: index, sealed: Blocks::none(&self.account) });
             if back.end() == index {
-                back.sealed.push_back(block);
+                back.sealed.push(block);
             }
         }
         false
@@ -142,9 +172,9 @@ impl<P: Place> BlockTable<P> {
 
     /// Joins what the front has reached. Whether there was anything.
     pub fn close(&mut self) -> bool {
-        let Some(back) = self.back.take_if(|back| back.first <= self.sealed.len()) else { return false };
+        let Some(mut back) = self.back.take_if(|back| back.first <= self.sealed.len()) else { return false };
         let reached = self.sealed.len() - back.first;
-        self.sealed.extend(back.sealed.into_iter().skip(reached));
+        self.sealed.append(back.sealed.split_off(reached));
         true
     }
 
@@ -155,7 +185,7 @@ impl<P: Place> BlockTable<P> {
             return Some(Taken { index, freed: Arc::strong_count(&tail) == 1 });
         }
         let block = match &mut self.back {
-            Some(back) => back.sealed.pop_back(),
+            Some(back) => back.sealed.pop(),
             None => self.sealed.pop(),
         };
         self.back.take_if(|back| back.sealed.is_empty());
@@ -170,7 +200,7 @@ impl<P: Place> BlockTable<P> {
             return None;
         }
         let sealed = &mut self.sealed;
-        let back = self.back.get_or_insert_with(|| Back { first: from, sealed: sealed.drain(from..).collect() });
+        let back = self.back.get_or_insert_with(|| Back { first: from, sealed: sealed.split_off(from) });
         let index = back.first;
         let block = back.sealed.pop_front()?;
         back.first += 1;
@@ -178,15 +208,10 @@ impl<P: Place> BlockTable<P> {
         Some(Taken { index, freed: Arc::strong_count(&block) == 1 })
     }
 
-    /// Blocks (private, shared): a shared one has another holder in this tier.
+    /// Blocks (private, shared): another conversation's table in this tier names a shared one too.
     pub fn shares(&self) -> (BlockCount, BlockCount) {
-        let mut shares = (BlockCount(0), BlockCount(0));
-        let full = self.full().map(Arc::strong_count);
-        for holders in full.chain(self.tail.as_ref().map(Arc::strong_count)) {
-            let share = if holders > 1 { &mut shares.1 } else { &mut shares.0 };
-            share.0 += 1;
-        }
-        shares
+        let (private, shared) = self.account.shares(self.full().map(|block| block.id().index()));
+        (BlockCount(private.0 + u32::from(self.tail.is_some())), shared)
     }
 }
 
@@ -236,20 +261,21 @@ mod tests {
     use crate::types::{TenantId, TenantKey, TokenId};
 
     const SIZE: BlockSize = BlockSize(2);
+    const T: TenantId = TenantId(0);
     const KEY: TenantKey = TenantKey([3; 32]);
 
     /// Ten full blocks and a tail, and their chain.
     fn table(places: &Arc<Places>) -> (BlockTable<BlockId>, Vec<PrefixHash>) {
-        let mut table = BlockTable::default();
+        let mut table = BlockTable::new(places, T);
         let mut parent = PrefixHash::ROOT;
         for index in 0..10 {
             let tokens = vec![TokenId(index), TokenId(index)];
-            let open = OpenBlock::with_tokens(places.take(TenantId(0)).unwrap(), tokens);
+            let open = OpenBlock::with_tokens(table.take_place().unwrap(), tokens);
             let sealed = open.seal(parent, &KEY, SIZE).unwrap();
             parent = sealed.hash();
             table.add(Arc::new(sealed));
         }
-        let tail = OpenBlock::with_tokens(places.take(TenantId(0)).unwrap(), vec![TokenId(99)]);
+        let tail = OpenBlock::with_tokens(table.take_place().unwrap(), vec![TokenId(99)]);
         table.tail = tail.rest().map(Arc::new);
         let chain = table.full().map(|block| block.hash()).collect();
         (table, chain)
@@ -294,16 +320,12 @@ mod tests {
         let fourth = Arc::clone(&table.sealed[3]);
         let fifth = Arc::clone(&table.sealed[4]);
         (0..3).for_each(|_| assert!(table.take_front(2).is_some()));
-        let third = table_block(&places, &chain);
+        let third = OpenBlock::with_tokens(table.take_place().unwrap(), vec![TokenId(2), TokenId(2)]);
+        let third = Arc::new(third.seal(chain[1], &KEY, SIZE).unwrap());
         assert!(table.arrive(2, third));
         assert!(table.arrive(3, fourth));
         assert_eq!((table.sealed.len(), table.get(5).is_some()), (4, true));
         assert!(table.arrive(4, fifth) && table.back.is_none() && table.sealed.len() == 10);
         assert!(table.full().map(|block| block.hash()).eq(chain));
-    }
-
-    fn table_block(places: &Arc<Places>, chain: &[PrefixHash]) -> Arc<SealedBlock<BlockId>> {
-        let open = OpenBlock::with_tokens(places.take(TenantId(0)).unwrap(), vec![TokenId(2), TokenId(2)]);
-        Arc::new(open.seal(chain[1], &KEY, SIZE).unwrap())
     }
 }

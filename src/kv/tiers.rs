@@ -11,7 +11,6 @@ use super::evictor::Reason;
 use super::journal::{Entry, Rule};
 use super::manager::{Manager, Reloaded};
 use super::residency::Activity;
-use super::table::BlockTable;
 use super::transfer::{Direction, Ticket, TransferDone, TransferOrder};
 use crate::kernels::files::Label;
 use crate::types::{BlockCount, BlockId, DiskBlockId, HostBlockId, KvKey, Tick, Tier, TokenCount};
@@ -180,7 +179,6 @@ impl Manager {
         if conversation.end_is_clean() {
             return false;
         }
-        let tenant = conversation.tenant;
         let first = conversation.host.sealed.len();
         // A host tail is older than what is copied now, or the same block: the device has all of it.
         conversation.host.tail = None;
@@ -196,14 +194,14 @@ impl Manager {
         let mut sealed = Vec::new();
         let mut pairs = Vec::new();
         for block in conversation.device.sealed.iter().skip(first).take(missing.min(OFFLOAD_BLOCKS)) {
-            let Some(slot) = self.host.take::<HostBlockId>(tenant) else { break };
+            let Some(slot) = conversation.host.take_place() else { break };
             pairs.push((block.id().0, slot.place().0));
             end = block.hash();
             sealed.push((Arc::clone(block), slot));
         }
         let reaches_tail = is_end && sealed.len() == missing && pairs.len() < OFFLOAD_BLOCKS;
         let tail = conversation.device.tail.as_ref().filter(|_| reaches_tail);
-        let tail = tail.and_then(|tail| Some((Arc::clone(tail), self.host.take::<HostBlockId>(tenant)?)));
+        let tail = tail.and_then(|tail| Some((Arc::clone(tail), conversation.host.take_place()?)));
         pairs.extend(tail.iter().map(|(block, slot)| (block.id().0, slot.place().0)));
         if pairs.is_empty() {
             return false;
@@ -238,6 +236,7 @@ impl Manager {
     ///
     /// Panics on a ticket that was never ordered.
     pub fn transferred(&mut self, now: Tick, done: TransferDone) -> Option<Reloaded> {
+        self.tell_time(now);
         let bytes = done.sums.len() as u64 * self.settings.block_bytes;
         match self.in_flight.remove(&done.ticket).expect("a transfer was ordered once") {
             InFlight::Offload { key, first, sealed, tail, .. } => {
@@ -474,7 +473,7 @@ impl Manager {
         if to_disk && on_disk >= conversation.device.end().max(conversation.host.end()) {
             // Full blocks alone are kept on disk: a part-full last one is encoded again.
             conversation.device.tail = None;
-            conversation.host = BlockTable::default();
+            conversation.host.clear();
         }
         // Only what has a copy goes: an offload loses nothing.
         while !conversation.device.is_empty() && conversation.end_is_clean() {

@@ -16,7 +16,7 @@ use super::stream::{Stop, TurnWriter};
 use super::transcript::Transcript;
 use super::{Shared, unix_now};
 use crate::engine::{
-    FinishReason, KvHandle, SubmitError, TurnEvent, TurnEvents, TurnFailure, TurnHandle, TurnRequest, TurnShape,
+    FinishReason, KvHandle, Path, SubmitError, TurnEvent, TurnEvents, TurnFailure, TurnHandle, TurnRequest, TurnShape,
     TurnUsage,
 };
 use crate::telemetry::metrics;
@@ -68,6 +68,8 @@ pub(super) struct RunningTurn {
     handle: TurnHandle,
     events: TurnEvents,
     speech: Speech,
+    /// The conversation's which turn it is.
+    number: u32,
     prompt_tokens: TokenCount,
     dropped_items: usize,
     goal: Goal,
@@ -101,7 +103,7 @@ pub(super) fn start(
     let (handle, events) = kv.start_hashed(prompt.hashed(), request)?;
     let speech = Speech::new(limits.stop);
     let (prompt_tokens, dropped_items) = (prompt.len(), prompt.dropped_items);
-    Ok(RunningTurn { handle, events, speech, prompt_tokens, dropped_items, goal })
+    Ok(RunningTurn { handle, events, speech, number: prompt.turn, prompt_tokens, dropped_items, goal })
 }
 
 /// How a turn ended.
@@ -157,7 +159,7 @@ impl RunningTurn {
     /// Follows the engine's events to the last, telling the client what is said. `cancelled`: one flag turning true ends
     /// the turn, as do its readers' going away and their asking.
     pub async fn follow(self, shared: &Shared, writer: &mut TurnWriter, cancelled: watch::Receiver<bool>) -> Ended {
-        let Self { handle, mut events, mut speech, prompt_tokens, dropped_items, goal } = self;
+        let Self { handle, mut events, mut speech, number, prompt_tokens, dropped_items, goal } = self;
         let mut draining = shared.gate.cancelled();
         let mut handle = Some(handle);
         let (mut cut, mut encoded) = (None, false);
@@ -195,7 +197,8 @@ impl RunningTurn {
         };
         if encoded {
             metrics::QUEUE_SECONDS.record(usage.prompt.queue_ms as f64 / 1e3, &[]);
-            metrics::TTFT_SECONDS.record(usage.ttft_ms as f64 / 1e3, &[]);
+            let path = Path::of(usage.prompt.decision(), number);
+            metrics::TTFT_SECONDS.record(usage.ttft_ms as f64 / 1e3, &[("path", path.name())]);
         }
         drop(handle);
         let (said, finish) = match cut {

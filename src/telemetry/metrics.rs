@@ -34,8 +34,9 @@ macro_rules! table {
     };
 }
 
-const LATENCY_S: &[f64] =
-    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+/// Upper bounds of the buckets of times, in seconds.
+pub const LATENCY_S: [f64; 16] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 const GROUP: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
 table! {
@@ -77,6 +78,8 @@ table! {
     Gauge POOL_BYTES, "rekindle_pool_bytes", Bytes, "Size of a tier's pool.";
     Gauge POOL_FREE_BYTES, "rekindle_pool_free_bytes", Bytes, "Bytes of a tier's pool that hold nothing.";
     Gauge POOL_PINNED_BYTES, "rekindle_pool_pinned_bytes", Bytes, "Bytes of a tier's pool that pins keep from the evictor.";
+    Gauge POOL_WAITING_BYTES, "rekindle_pool_waiting_bytes", Bytes,
+        "Bytes of a tier's pool that wait to be overwritten, or are out of use. With all tenants' they are what is not free.";
     Gauge PREFILL_RATE, "rekindle_prefill_tokens_per_second", CountPerSecond,
         "Moving average of prefill; 0 before the first.";
     Gauge RELOAD_RATE, "rekindle_reload_bytes_per_second", CountPerSecond,
@@ -84,9 +87,28 @@ table! {
     Gauge LOAD_RATE, "rekindle_load_bytes_per_second", CountPerSecond,
         "Moving average of loads from disk; 0 before the first.";
 
+    Gauge TENANT_BYTES, "rekindle_tenant_bytes", Bytes, "KV of a tenant in a tier; what its conversations share counts once.";
+    Counter TENANT_BYTE_SECONDS, "rekindle_tenant_byte_seconds_total", Count,
+        "Bytes of a tier that a tenant has held, times the seconds that it held them.";
+    Counter DISPLACED, "rekindle_displaced_evictions_total", Count,
+        "Evictions of a tenant's conversations, by the tenant whose turns they made room for.";
+    Counter DISPLACED_BYTES, "rekindle_displaced_bytes_total", Bytes,
+        "KV that these evictions freed in their tiers.";
+    Counter LOST_BYTES, "rekindle_displaced_lost_bytes_total", Bytes, "The part of it of which no copy was left.";
+    Counter TENANT_EVICTIONS, "rekindle_tenant_evictions_total", Count, "Evictions of a tenant's conversations, by rule.";
+    Counter EVICTED_SILENCES, "rekindle_evicted_silences_total", Count,
+        "Silences in which a conversation lost device KV, by tenant.";
+    Counter EARLY_RETURNS, "rekindle_early_returns_total", Count,
+        "Of these, how many ended within a minute of the loss: what the evictor was wrong about.";
+    Counter PATH_TURNS, "rekindle_path_turns_total", Count,
+        "Turns that came to a first token, by tenant and by how they found their history.";
+    Counter SAVED_TOKENS, "rekindle_saved_prefill_tokens_total", Count, "Prompt tokens that a tenant's turns found, and did not encode.";
+    Counter SAVED_MS, "rekindle_saved_prefill_milliseconds_total", Milliseconds,
+        "Time that encoding them would have taken, less what reloading took.";
+
     Histogram TTFT_SECONDS, "rekindle_turn_first_token_seconds", Seconds,
-        "From a turn's arrival at the engine to its first token.", LATENCY_S;
-    Histogram QUEUE_SECONDS, "rekindle_turn_queue_seconds", Seconds, "A turn's wait for its place.", LATENCY_S;
+        "From a turn's arrival at the engine to its first token, by how it found its history: fresh, hot, reloaded or reencoded.", &LATENCY_S;
+    Histogram QUEUE_SECONDS, "rekindle_turn_queue_seconds", Seconds, "A turn's wait for its place.", &LATENCY_S;
     Gauge LIVE_SESSIONS, "rekindle_live_sessions", Count, "Conversations that have an actor.";
 
     Gauge SOCKETS, "rekindle_websocket_connections", Count, "WebSockets that are open.";
@@ -97,7 +119,7 @@ table! {
         "Edits of the tenants file that the server saw, by outcome: applied or refused.";
 
     Histogram STORE_COMMIT_SECONDS, "rekindle_store_commit_seconds", Seconds,
-        "A group's time from its first request to its answers.", LATENCY_S;
+        "A group's time from its first request to its answers.", &LATENCY_S;
     Histogram STORE_GROUP_REQUESTS, "rekindle_store_group_requests", Count, "Requests that shared one commit.", GROUP;
 }
 

@@ -140,6 +140,11 @@ impl Directory {
         Tenant { id: *id, name: name.to_owned(), key: *key, models, quota: Arc::clone(quota) }
     }
 
+    /// The names of all tenants that there have been since the process began.
+    pub fn names(&self) -> HashMap<TenantId, String> {
+        self.lasting.lock().iter().map(|(name, lasting)| (lasting.id, name.clone())).collect()
+    }
+
     /// The hash keys of all tenants that there have been since the process began.
     pub fn hash_keys(&self) -> Vec<(TenantId, TenantKey)> {
         self.lasting.lock().values().map(|lasting| (lasting.id, lasting.key)).collect()

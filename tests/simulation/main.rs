@@ -42,6 +42,7 @@ fn every_answer_is_the_one_that_the_conversation_alone_would_get() {
         ("failed turns", seen.failed),
         ("preemptions", seen.preemptions),
         ("evictions", seen.evictions),
+        ("evicted ones that were back at once", seen.early_returns),
         ("reloads", seen.reloads),
         ("damaged reloads that were caught", seen.verification_failures),
         ("tokens found on the device", seen.resident_tokens),

@@ -119,6 +119,7 @@ pub struct Seen {
     pub wrong_answers: u64,
     pub preemptions: u64,
     pub evictions: u64,
+    pub early_returns: u64,
     pub reloads: u64,
     pub loads: u64,
     pub stores: u64,
@@ -149,6 +150,7 @@ impl Seen {
             wrong_answers: self.wrong_answers + other.wrong_answers,
             preemptions: self.preemptions + other.preemptions,
             evictions: self.evictions + other.evictions,
+            early_returns: self.early_returns + other.early_returns,
             reloads: self.reloads + other.reloads,
             loads: self.loads + other.loads,
             stores: self.stores + other.stores,
@@ -284,6 +286,8 @@ impl World {
         self.seen.steps = status.steps;
         self.seen.preemptions = status.preemptions;
         self.seen.evictions = status.evictions;
+        let tenants = self.core.accounts(self.now).tenants;
+        self.seen.early_returns = tenants.iter().map(|tenant| tenant.early.returned).sum();
         self.seen.verification_failures = status.verification_failures;
         self.seen.resident_tokens = self.prompt.resident_tokens;
         self.seen.shared_tokens = self.prompt.shared_tokens;
@@ -823,6 +827,7 @@ impl World {
         assert_eq!(status.turns_cancelled, self.seen.cancelled);
         assert_eq!(status.turns_failed, self.seen.failed);
         assert_eq!(status.isolation_faults, 0);
+        self.check_accounts();
         if !matches!(self.scenario.damage, Damage::Host | Damage::HostUnchecked) {
             assert_eq!(status.verification_failures, 0, "sums differ although nothing was damaged");
         }
@@ -832,6 +837,39 @@ impl World {
                 assert_eq!(residency.tenant, conversation.tenant);
             }
         }
+    }
+}
+
+impl World {
+    /// What tenants hold, lose and gain is what there is of it in all.
+    fn check_accounts(&self) {
+        let (status, accounts) = (self.core.status(self.now), self.core.accounts(self.now));
+        for (index, pool) in [status.device, status.host, status.disk].into_iter().enumerate() {
+            let held: u64 = accounts.tenants.iter().map(|tenant| tenant.tiers[index].held.bytes).sum();
+            let used = u64::from(pool.total.0 - pool.free.0) * pool.block_bytes;
+            assert_eq!(held + accounts.waiting_bytes[index], used, "tenants hold what is not free");
+        }
+        let evictions: u64 = accounts.displaced.iter().map(|(_, _, displaced)| displaced.evictions).sum();
+        assert_eq!(evictions, status.evictions, "each eviction is somebody's, for somebody");
+        let mut prompt = PromptTotals::default();
+        let mut turns = 0;
+        for (tenant, account) in (0..).map(TenantId).zip(&accounts.tenants) {
+            let pairs = || accounts.displaced.iter();
+            let suffered: u64 = pairs().filter(|pair| pair.0 == tenant).map(|pair| pair.2.evictions).sum();
+            let caused: u64 = pairs().filter(|pair| pair.1 == tenant).map(|pair| pair.2.evictions).sum();
+            assert_eq!((account.evictions.iter().sum::<u64>(), account.caused), (suffered, caused));
+            assert!(account.early.returned <= account.early.evicted && account.early.evicted <= suffered);
+            let gained = account.gains.prompt;
+            prompt.resident_tokens += gained.resident_tokens;
+            prompt.shared_tokens += gained.shared_tokens;
+            prompt.reloaded_host_tokens += gained.reloaded_host_tokens;
+            prompt.reloaded_disk_tokens += gained.reloaded_disk_tokens;
+            prompt.encoded_tokens += gained.encoded_tokens;
+            prompt.reencoded_tokens += gained.reencoded_tokens;
+            turns += account.gains.paths.iter().map(|path| path.turns).sum::<u64>();
+        }
+        assert_eq!(prompt, self.prompt, "tenants' prompts are all prompts");
+        assert_eq!(turns, accounts.first_tokens.iter().flatten().sum::<u64>());
     }
 }
 

@@ -5,6 +5,8 @@
 //! under `load-tests/results/`.
 
 #[cfg(test)]
+mod accounts;
+#[cfg(test)]
 mod answers;
 #[cfg(test)]
 mod client;

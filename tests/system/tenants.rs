@@ -20,7 +20,7 @@ pub struct Tenants {
     file: PathBuf,
     pub a: String,
     pub b: String,
-    admin: String,
+    pub admin: String,
 }
 
 impl Tenants {

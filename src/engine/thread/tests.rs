@@ -121,6 +121,28 @@ async fn an_answer_is_the_same_hot_reloaded_and_alone() {
 }
 
 #[tokio::test]
+async fn what_two_conversations_share_is_split_and_their_tenant_holds_it_once() {
+    let engine = engine(settings(64, 0));
+    let (mut one, mut other) = (kv(&engine, 1), kv(&engine, 2));
+    let shared = tokens(1, 4 * 16);
+    turn(&mut one, &[&shared[..], &tokens(2, 16)].concat(), 2).await;
+    turn(&mut other, &[&shared[..], &tokens(3, 20)].concat(), 2).await;
+    let [device, host, _] = engine.handle.holding(one.key()).await.unwrap();
+    // A block and a part of one of its own, and half of four.
+    assert_eq!((device.bytes, host.bytes), ((2 + 4 / 2) * BLOCK, 0));
+    let [others, ..] = engine.handle.holding(other.key()).await.unwrap();
+    let (accounts, now) = engine.handle.accounts();
+    let held = accounts.tenants[0].tiers[0].held;
+    assert_eq!((held.bytes, held.bytes), (device.bytes + others.bytes, 8 * BLOCK));
+    assert!(held.byte_us > 0 && held.byte_seconds(accounts.at, Tick(now.0 + 10_000_000)) >= 10 * held.bytes);
+    assert!(device.byte_us > others.byte_us, "it came first");
+    other.forget().await.unwrap();
+    let [device, ..] = engine.handle.holding(one.key()).await.unwrap();
+    assert_eq!(device.bytes, 6 * BLOCK, "what they shared is its own now");
+    stop(engine);
+}
+
+#[tokio::test]
 async fn many_conversations_share_a_pool_that_holds_few_and_nothing_is_encoded_twice() {
     let engine = engine(settings(40, 1000));
     let mut conversations: Vec<_> = (0..24u32).map(|n| (kv(&engine, n.into()), tokens(n, 60))).collect();

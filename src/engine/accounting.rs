@@ -1,0 +1,44 @@
+//! What does the core know of tenants and conversations, for those who ask?
+
+use super::core::Core;
+use super::status::accounts::{Accounts, HeldBytes, TIERS, TenantAccount, TierAccount};
+use crate::types::{BlockCount, KvKey, TenantId, Tick};
+
+impl Core {
+    /// What each tenant holds, loses, takes and gains. Cost: O(tenants, and pairs of them that displaced each other).
+    pub fn accounts(&self, now: Tick) -> Accounts {
+        let manager = &self.manager;
+        manager.tell_time(now);
+        let block_bytes = manager.settings().block_bytes;
+        let bytes = |blocks: BlockCount| u64::from(blocks.0) * block_bytes;
+        let (displacements, early) = (manager.displacements(), manager.early_returns());
+        let mut tenants = vec![TenantAccount::default(); manager.tenants().max(self.gains.tenants())];
+        for (id, account) in (0..).map(TenantId).zip(&mut tenants) {
+            let tiers = TIERS.map(|tier| manager.tenant_holding(id, tier)).map(|line| TierAccount {
+                held: HeldBytes {
+                    bytes: bytes(line.held.blocks),
+                    byte_us: line.held.block_us * u128::from(block_bytes),
+                },
+                nobodys_bytes: bytes(line.nobodys.blocks),
+            });
+            let (evictions, early, gains) = (displacements.by_rule(id), early.of_tenant(id), self.gains.of_tenant(id));
+            *account = TenantAccount { tiers, evictions, early, gains, caused: 0 };
+        }
+        let mut displaced: Vec<_> = displacements.pairs().collect();
+        displaced.sort_unstable_by_key(|(whose, for_tenant, _)| (*whose, *for_tenant));
+        for (_, for_tenant, displaced) in &displaced {
+            tenants[for_tenant.0 as usize].caused += displaced.evictions;
+        }
+        let waiting_bytes = TIERS.map(|tier| bytes(manager.waiting(tier).blocks));
+        Accounts { at: now, tenants, displaced, first_tokens: self.gains.first_tokens(), waiting_bytes }
+    }
+
+    /// What a conversation holds of each tier, in the order of `TIERS`: of what it shares, its part. Cost: O(its blocks).
+    pub fn holding(&self, now: Tick, key: KvKey) -> [HeldBytes; TIERS.len()] {
+        self.manager.tell_time(now);
+        let block_bytes = self.manager.settings().block_bytes;
+        TIERS
+            .map(|tier| self.manager.holding(key, tier))
+            .map(|holding| HeldBytes { bytes: holding.bytes(block_bytes), byte_us: holding.byte_us(block_bytes) })
+    }
+}
