@@ -218,33 +218,37 @@ mod tests {
             journal_entries: 16,
             reuse: true,
         });
-        assert!(matches!(admit(&mut manager, KEY, 0), Admission::Ready(_)));
-        encode(&mut manager, KEY);
-        manager.leave(Tick(1), KEY, Tier::Host);
-        copy_all(&mut manager);
+        assert!(matches!(admit(&mut manager, 1, KEY, 0), Admission::Ready(_)));
+        encode(&mut manager, 1, KEY);
+        manager.leave(at(1), KEY, Tier::Host);
+        copy_all(&mut manager, 1);
         assert_eq!(manager.whereabouts(KEY).unwrap().device_tokens, TokenCount(0));
         manager
+    }
+
+    fn at(minute: u64) -> Tick {
+        Tick(minute * 60_000_000)
     }
 
     fn tokens(key: KvKey) -> Vec<TokenId> {
         (0..BLOCKS * SIZE.0 + 1).map(|i| TokenId(i + 1000 * key.0 as u32)).collect()
     }
 
-    fn admit(manager: &mut Manager, key: KvKey, prefill_per_s: u64) -> Admission {
+    fn admit(manager: &mut Manager, minute: u64, key: KvKey, prefill_per_s: u64) -> Admission {
         let tokens = tokens(key);
         let hashes = PrefixHash::chain(&SECRET, &tokens, SIZE);
         let admit = Admit { key, tenant: T, tenant_key: SECRET, tokens: &tokens, hashes: &hashes, prefill_per_s };
-        manager.admit(Tick(2), admit)
+        manager.admit(at(minute), admit)
     }
 
     /// Encodes what is left of the sequence, and lets it rest.
-    fn encode(manager: &mut Manager, key: KvKey) {
+    fn encode(manager: &mut Manager, minute: u64, key: KvKey) {
         let tokens = tokens(key);
         let mut context = manager.resident(key).context().get();
         while context < tokens.len() {
             let end = manager.resident(key).gap_ends().map_or(tokens.len(), TokenCount::get);
             assert!(end > context, "a sequence waits for nothing");
-            manager.grow(Tick(2), key, TokenCount(end as u32)).unwrap();
+            manager.grow(at(minute), key, TokenCount(end as u32)).unwrap();
             manager.append(key, &tokens[context..end]);
             context = manager.resident(key).context().get();
         }
@@ -257,8 +261,8 @@ mod tests {
     }
 
     /// Makes all copies, in no time.
-    fn copy_all(manager: &mut Manager) {
-        let now = Tick(600_000_000);
+    fn copy_all(manager: &mut Manager, minute: u64) {
+        let now = at(minute);
         loop {
             manager.work_ahead(now);
             let orders = manager.take_orders();
@@ -284,43 +288,45 @@ mod tests {
         let mut manager = offloaded();
         // 10 blocks a second come up, and 40 tokens are encoded in one.
         manager.rates.reload_bytes_per_s = rate(10_000);
-        let Admission::Ready(found) = admit(&mut manager, KEY, 40) else { panic!("it does not wait for what comes") };
+        let Admission::Ready(found) = admit(&mut manager, 9, KEY, 40) else {
+            panic!("it does not wait for what comes")
+        };
         assert_eq!((found.resident.0, found.reloaded.0), (0, 5 * SIZE.0));
         assert_eq!(manager.resident(KEY).gap_ends(), Some(TokenCount(5 * SIZE.0)));
         let front = &tokens(KEY)[..5 * SIZE.0 as usize];
         manager.append(KEY, front);
         let waits = manager.resident(KEY);
         assert_eq!(waits.gap_ends(), Some(waits.context()), "the front is there, the back isn't");
-        copy_all(&mut manager);
+        copy_all(&mut manager, 9);
         let joined = manager.resident(KEY);
         assert_eq!((joined.context().0, joined.gap_ends()), (BLOCKS * SIZE.0, None));
-        encode(&mut manager, KEY);
+        encode(&mut manager, 9, KEY);
     }
 
     #[test]
     fn what_comes_at_once_or_far_too_late_is_not_split() {
         let mut manager = offloaded();
         manager.rates.reload_bytes_per_s = rate(10_000_000);
-        let Admission::Reloading(found) = admit(&mut manager, KEY, 40) else { panic!("all of it is reloaded") };
+        let Admission::Reloading(found) = admit(&mut manager, 9, KEY, 40) else { panic!("all of it is reloaded") };
         assert_eq!(found.reloaded.0, BLOCKS * SIZE.0);
         let mut manager = offloaded();
         manager.rates.reload_bytes_per_s = rate(10);
-        let Admission::Ready(found) = admit(&mut manager, KEY, 4000) else { panic!("all of it is encoded") };
+        let Admission::Ready(found) = admit(&mut manager, 9, KEY, 4000) else { panic!("all of it is encoded") };
         assert_eq!(found.reloaded.0, 0);
     }
 
     #[test]
     fn what_has_come_by_the_time_that_it_is_encoded_is_taken_and_the_rest_given_back() {
         let mut manager = offloaded();
-        let Admission::Reloading(_) = admit(&mut manager, KEY, 40) else { panic!("all of it is reloaded") };
+        let Admission::Reloading(_) = admit(&mut manager, 9, KEY, 40) else { panic!("all of it is reloaded") };
         assert!(manager.encode_meanwhile(KEY));
         // The middle of the fourth block.
         let front = &tokens(KEY)[..14];
-        manager.grow(Tick(2), KEY, TokenCount(14)).unwrap();
+        manager.grow(at(9), KEY, TokenCount(14)).unwrap();
         manager.append(KEY, front);
-        copy_all(&mut manager);
+        copy_all(&mut manager, 9);
         assert_eq!(manager.resident(KEY).context().0, BLOCKS * SIZE.0);
-        encode(&mut manager, KEY);
+        encode(&mut manager, 9, KEY);
         assert_eq!(manager.device.held(T), BlockCount(BLOCKS + 1), "places that were taken twice are free again");
     }
 
@@ -329,16 +335,17 @@ mod tests {
         let mut manager = offloaded();
         let blocks = |manager: &Manager, key| manager.whereabouts(key).map_or(0, |at| at.host_blocks.0.0);
         // What the host has no room for goes from the one that was silent the longest.
-        for key in (2..=4).map(KvKey) {
-            assert!(matches!(admit(&mut manager, key, 0), Admission::Ready(_)));
-            encode(&mut manager, key);
-            copy_all(&mut manager);
-            manager.leave(Tick(600_000_000), key, Tier::Host);
-            copy_all(&mut manager);
+        for minute in 2..=4 {
+            let key = KvKey(u128::from(minute));
+            assert!(matches!(admit(&mut manager, minute, key, 0), Admission::Ready(_)));
+            encode(&mut manager, minute, key);
+            copy_all(&mut manager, minute);
+            manager.leave(at(minute), key, Tier::Host);
+            copy_all(&mut manager, minute);
         }
         let left = blocks(&manager, KEY);
         assert!(left > 0 && left < BLOCKS, "{left} blocks of the oldest are left");
-        let Admission::Ready(found) = admit(&mut manager, KEY, 40) else { panic!("its front is encoded at once") };
+        let Admission::Ready(found) = admit(&mut manager, 9, KEY, 40) else { panic!("its front is encoded at once") };
         assert_eq!(
             found.reloaded.0,
             (left - 1) * SIZE.0,
@@ -346,7 +353,7 @@ mod tests {
         );
         let gap = (BLOCKS + 1 - left) * SIZE.0;
         assert_eq!((manager.resident(KEY).context().0, manager.resident(KEY).gap_ends()), (0, Some(TokenCount(gap))));
-        copy_all(&mut manager);
-        encode(&mut manager, KEY);
+        copy_all(&mut manager, 9);
+        encode(&mut manager, 9, KEY);
     }
 }
