@@ -81,7 +81,7 @@ impl Manager {
 
     /// How long bringing so many host and disk blocks takes.
     fn bring_us(&self, host: u64, disk: u64) -> u64 {
-        let (rates, bytes) = (&self.rates, self.settings.block_bytes);
+        let (rates, bytes) = (&self.rates, self.settings.block_bytes.cold);
         // Those before it share the disk, and its threads.
         let queue = if disk > 0 { self.loading_places } else { 0 };
         let from_disk = time_us((disk + queue) * bytes, rates.load_bytes_per_s.per_s());

@@ -241,7 +241,7 @@ mod tests {
     use super::super::return_rate::TurnShape;
     use super::*;
     use crate::kv::KvSettings;
-    use crate::types::{BlockSize, PoolPart, TenantKey, TierBudget, TokenCount, TokenId, Weight};
+    use crate::types::{BlockBytes, BlockSize, PoolPart, TenantKey, TierBudget, TokenCount, TokenId, Weight};
 
     const A: TenantId = TenantId(0);
     const B: TenantId = TenantId(1);
@@ -264,7 +264,7 @@ mod tests {
         fn granted(a: (u64, u64), b: (u64, u64)) -> Self {
             let settings = KvSettings {
                 block_size: BlockSize(4),
-                block_bytes: 64,
+                block_bytes: BlockBytes::all(64),
                 device_blocks: BlockCount(5 * BLOCKS),
                 host_blocks: BlockCount(0),
                 disk_blocks: BlockCount(0),
