@@ -206,8 +206,8 @@ fn bits(rows: &[Vec<Vec<f32>>]) -> Vec<u32> {
 }
 
 proptest! {
-    // Of each dtype about as many as of one alone.
-    #![proptest_config(ProptestConfig::with_cases(160))]
+    // About twenty of each dtype.
+    #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
     fn attention_over_scattered_blocks_is_attention_over_a_list_however_it_is_computed(step in step()) {
