@@ -159,6 +159,7 @@ impl Decoder {
             vocab,
             context_length: TokenCount(sizes.context_length),
             kv,
+            doubles_at: sizes.doubles_at(),
             fingerprint: hash,
         };
         let weights = Weights { spec, family, sizes, isa: compute.isa, embedding, layers, final_norm, head };
