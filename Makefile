@@ -69,6 +69,12 @@ perplexity: ## Hold the model's perplexity in ten formats to llama.cpp's, built 
 	@test -f $(model) || $(program) pull
 	$(target_dir)/release/load-tests perplexity $(ARGS)
 
+.PHONY: kv-dtypes
+kv-dtypes: ## Measure what each dtype of the KV costs in accuracy and saves in bytes; ARGS are those of `kv-dtypes`
+	@$(MAKE) --no-print-directory $(program)
+	@test -f $(model) || $(program) pull
+	$(target_dir)/release/load-tests kv-dtypes $(ARGS)
+
 # Traces as CSV, plain or .gz: load-tests/README.md says which.
 TRACES ?= traces
 

@@ -8,11 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use rekindle::kernels::attention::{Attention, BLOCK_TOKENS, KvLayout, Plan, Rows};
 use rekindle::kernels::isa::Isa;
 use rekindle::kernels::memory::Arena;
+use rekindle::kernels::threads::Threads;
 use rekindle::model::decoder::{BLOCK_SIZE, Compute, Decoder};
 use rekindle::model::{Batch, Logits, Model, SequenceRows};
-use rekindle::types::{BlockId, TokenCount, TokenId};
+use rekindle::types::{BlockId, KvDtype, TokenCount, TokenId};
 
 fn path() -> PathBuf {
     std::env::var_os("REKINDLE_TEST_MODEL").map_or_else(
@@ -67,7 +69,7 @@ impl Step {
 
 fn decoder(c: &mut Criterion) {
     for threads in [1, 2] {
-        let compute = Compute { threads, isa: Isa::best() };
+        let compute = Compute { threads, isa: Isa::best(), kv: KvDtype::F16 };
         let load = || Decoder::load(&path(), compute, &mut |_, _| {});
         let mut model = load().expect("the test model; `make test` fetches it");
         let mut group = c.benchmark_group(format!("{threads} threads"));
@@ -89,5 +91,31 @@ fn decoder(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, decoder);
+/// A decode step's attention over 2,000 tokens, in all layers of a model like SmolLM2-135M, by how its KV is stored.
+fn attention(c: &mut Criterion) {
+    const TOKENS: usize = 2000;
+    const LAYERS: usize = 30;
+    const HEADS: usize = 9;
+    const KV_HEADS: usize = 3;
+    const HEAD_DIM: usize = 64;
+    let mut group = c.benchmark_group("attention over 2000 tokens");
+    for dtype in KvDtype::ALL {
+        let layout = KvLayout { layers: LAYERS, kv_heads: KV_HEADS, head_dim: HEAD_DIM, dtype };
+        let mut threads = Threads::new(1).expect("threads");
+        let (mut attention, mut plan) = (Attention::new(layout, HEADS, Isa::best(), 1), Plan::new(layout));
+        let blocks = TOKENS.div_ceil(BLOCK_TOKENS);
+        let arena = Arc::new(Arena::new(blocks, layout.block_bytes()).expect("memory for the bench"));
+        let table: Vec<BlockId> = (0..blocks).map(|block| BlockId((block * 37 % blocks) as u32)).collect();
+        let rows = Rows { first_row: 0, rows: 1, context: TOKENS - 1, table: &table };
+        plan.set(&arena, [rows]).expect("a table of the arena");
+        let qkv: Vec<f32> = (0..(HEADS + 2 * KV_HEADS) * HEAD_DIM).map(|at| (at % 17) as f32 / 8.0 - 1.0).collect();
+        let mut out = vec![0.0; HEADS * HEAD_DIM];
+        group.bench_function(dtype.name(), |b| {
+            b.iter(|| (0..LAYERS).for_each(|layer| attention.run(&mut threads, &plan, layer, &qkv, &mut out)));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, decoder, attention);
 criterion_main!(benches);

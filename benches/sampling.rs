@@ -14,7 +14,7 @@ use rekindle::model::decoder::{BLOCK_SIZE, Compute, Decoder};
 use rekindle::model::tokenizer::Tokenizer;
 use rekindle::model::weights::WeightFile;
 use rekindle::model::{Batch, Logits, Model, SequenceRows};
-use rekindle::types::{BlockId, TokenCount, TokenId};
+use rekindle::types::{BlockId, KvDtype, TokenCount, TokenId};
 
 const TEXT: &str = include_str!("../load-tests/text/alice.txt");
 /// Rows of a step, and tokens of text before the first.
@@ -34,7 +34,7 @@ fn rows() -> (Vec<TokenId>, Vec<Vec<f32>>) {
     let tokenizer = Tokenizer::from_metadata(file.metadata()).expect("a tokenizer");
     let tokens = tokenizer.tokenize(TEXT, &[], 0).into_iter().map(|(token, _)| token);
     let tokens: Vec<_> = tokens.take(CONTEXT + ROWS).collect();
-    let compute = Compute { threads: 1, isa: Isa::best() };
+    let compute = Compute { threads: 1, isa: Isa::best(), kv: KvDtype::F16 };
     let mut model = Decoder::load(&path(), compute, &mut |_, _| {}).expect("a model");
     let blocks = TokenCount((CONTEXT + ROWS) as u32).blocks(BLOCK_SIZE).0;
     let arena = Arena::new(blocks as usize, model.spec().kv.block_bytes(BLOCK_SIZE)).expect("memory for the bench");

@@ -10,6 +10,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rekindle::engine::TurnShape;
+use rekindle::kernels::attention::KvLayout;
+use rekindle::kernels::cold::ColdForm;
 use rekindle::kernels::files::{Label, Slots};
 use rekindle::kernels::memory::Arena;
 use rekindle::kv::block::PrefixHash;
@@ -17,7 +19,9 @@ use rekindle::kv::evictor::Policy;
 use rekindle::kv::manager::{Admission, Admit};
 use rekindle::kv::transfer::{Direction, Ticket, TransferOrder, execute, execute_on_disk};
 use rekindle::kv::{KvSettings, Manager};
-use rekindle::types::{BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId};
+use rekindle::types::{
+    BlockBytes, BlockCount, BlockSize, KvDtype, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId,
+};
 use rustix::fs::OFlags;
 
 const BLOCKS: u32 = 125;
@@ -62,7 +66,15 @@ fn tiers(c: &mut Criterion) {
         });
     });
     let reload = order(Direction::Reload, Vec::new());
-    group.bench_function("reloaded from the host", |b| b.iter(|| black_box(execute(&reload, &device, &host))));
+    group.bench_function("reloaded from the host", |b| {
+        b.iter(|| black_box(execute(&reload, &device, &host, ColdForm::Same)))
+    });
+    let layout = KvLayout { layers: 30, kv_heads: 3, head_dim: 64, dtype: KvDtype::F16 };
+    let cold = ColdForm::int8(layout).expect("f16 has a cold form");
+    let narrow = Arena::new(BLOCKS as usize, cold.block_bytes(BLOCK_BYTES)).expect("memory for the bench");
+    let offload = order(Direction::Offload, Vec::new());
+    group.bench_function("offloaded as int8", |b| b.iter(|| black_box(execute(&offload, &device, &narrow, cold))));
+    group.bench_function("reloaded from int8", |b| b.iter(|| black_box(execute(&reload, &device, &narrow, cold))));
 
     let folder = tempfile::tempdir().expect("a temporary folder");
     let bytes = u64::from(BLOCKS) * (BLOCK_BYTES as u64 + 4096);
@@ -73,7 +85,7 @@ fn tiers(c: &mut Criterion) {
         pairs: (0..BLOCKS).map(|block| (block, block)).collect(),
         ..order(Direction::Store { from: Tier::Host }, labels.clone())
     };
-    let stored = execute_on_disk(&store, &slots, &device, &host, &buffers);
+    let stored = execute_on_disk(&store, &slots, &device, &host, ColdForm::Same, &buffers);
     assert!(stored.iter().all(Option::is_some), "the disk takes the blocks");
     let path = folder.path().join("slots.0000");
     let direct = if slots.is_direct() { OFlags::DIRECT.bits() as i32 } else { 0 };
@@ -92,7 +104,7 @@ fn tiers(c: &mut Criterion) {
     let load = order(Direction::Load, labels);
     group.bench_function("loaded from disk", |b| {
         b.iter(|| {
-            let loaded = execute_on_disk(&load, &slots, &device, &host, &buffers);
+            let loaded = execute_on_disk(&load, &slots, &device, &host, ColdForm::Same, &buffers);
             assert!(loaded.iter().all(Option::is_some), "{loaded:?}");
         });
     });
@@ -108,7 +120,7 @@ const LENGTH: u32 = 10;
 fn full_pool() -> (Manager, u128) {
     let mut manager = Manager::new(KvSettings {
         block_size: SIZE,
-        block_bytes: BLOCK_BYTES as u64,
+        block_bytes: BlockBytes::all(BLOCK_BYTES as u64),
         device_blocks: BlockCount(POOL),
         host_blocks: BlockCount(0),
         disk_blocks: BlockCount(0),

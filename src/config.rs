@@ -21,6 +21,8 @@ use serde::Deserialize;
 pub use bytes::Bytes;
 pub use layers::{Layers, Source};
 
+use crate::types::KvDtype;
+
 const DEFAULTS: &str = include_str!("../config/default.toml");
 const MIB: u64 = 1 << 20;
 
@@ -89,11 +91,22 @@ pub struct Kv {
     #[serde(deserialize_with = "empty_is_none")]
     pub disk_dir: Option<PathBuf>,
     pub block_size: u32,
+    #[serde(deserialize_with = "kv_dtype")]
+    pub dtype: KvDtype,
+    pub cold_dtype: ColdDtype,
     pub eviction_policy: EvictionPolicy,
     /// 0: length counts for nothing.
     pub eviction_doubles_at: u32,
     pub background_offload: bool,
     pub journal_entries: usize,
+}
+
+/// As what host and disk store KV.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ColdDtype {
+    Same,
+    Int8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -245,6 +258,10 @@ impl Layers {
         if kv.block_size != 16 {
             return Err(self.impossible("kv.block_size", "the CPU kernels work on blocks of 16 tokens"));
         }
+        if kv.cold_dtype == ColdDtype::Int8 && kv.dtype != KvDtype::F16 {
+            let reason = format!("only f16 is stored as int8 below the device, and `kv.dtype` is {}", kv.dtype);
+            return Err(self.impossible("kv.cold_dtype", &reason));
+        }
         self.range("kv.eviction_doubles_at", kv.eviction_doubles_at, 0..=1_000_000_000)?;
         self.range("kv.journal_entries", kv.journal_entries, 100..=1_000_000)?;
         self.range("engine.threads", engine.threads, 0..=1024)?;
@@ -307,6 +324,14 @@ impl Layers {
 fn empty_is_none<'de, D: serde::Deserializer<'de>, T: From<String>>(value: D) -> Result<Option<T>, D::Error> {
     let text = String::deserialize(value)?;
     Ok(if text.is_empty() { None } else { Some(text.into()) })
+}
+
+fn kv_dtype<'de, D: serde::Deserializer<'de>>(name: D) -> Result<KvDtype, D::Error> {
+    let name = String::deserialize(name)?;
+    KvDtype::ALL.into_iter().find(|dtype| dtype.name() == name).ok_or_else(|| {
+        let known = KvDtype::ALL.map(|dtype| format!("`{dtype}`")).join(", ");
+        serde::de::Error::custom(format!("`{name}` is none of {known}"))
+    })
 }
 
 /// Two threads of one core share its arithmetic units, so that a second one only gets in the way.

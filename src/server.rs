@@ -23,12 +23,12 @@ use crate::api::{self, ApiSettings, ApiState, Limits, UnknownFields};
 use crate::config::tenants::TenantsError;
 use crate::config::{self, Config};
 use crate::engine::status::EngineStatus;
-use crate::engine::thread::{DiskSettings, Engine, EngineSettings, StartError};
+use crate::engine::thread::{ColdDtype, DiskSettings, Engine, EngineSettings, StartError};
 use crate::engine::{EngineHandle, Language, Policy};
 use crate::model::decoder::{Compute, Decoder, IsaError, LoadError};
 use crate::model::language::LanguageError;
 use crate::model::weights::{OpenError, WeightFile};
-use crate::model::{Model, ModelSpec};
+use crate::model::{KvShape, Model, ModelSpec};
 use crate::sessions::{SessionSettings, Sessions};
 use crate::store::embedded::Embedded;
 use crate::store::{Store, StoreError};
@@ -39,7 +39,7 @@ use crate::tenants::key::KeyHash;
 use crate::tenants::quota;
 use crate::tenants::secret::{Secret, SecretError};
 use crate::tenants::watch::Watch;
-use crate::types::{BlockSize, Grant, KvKey, TenantId, TenantKey, TokenCount};
+use crate::types::{BlockSize, Grant, KvDtype, KvKey, TenantId, TenantKey, TokenCount};
 
 /// HTTP work is parsing and copying: the model gets the cores.
 const HTTP_WORKERS: usize = 2;
@@ -192,7 +192,7 @@ fn load(config: &Config) -> Result<(Decoder, Language), ServeError> {
         return Err(ServeError::NoModel { path: path.clone() });
     }
     let started = Instant::now();
-    let compute = Compute::choose(config.engine.thread_count(), &config.engine.instructions)?;
+    let compute = Compute::choose(config.engine.thread_count(), &config.engine.instructions, config.kv.dtype)?;
     let file = WeightFile::open(path).map_err(|source| ServeError::Open { path: path.clone(), source })?;
     let language = Language::from_metadata(file.metadata())
         .map_err(|source| ServeError::Language { path: path.clone(), source })?;
@@ -279,6 +279,10 @@ async fn disk_settings(
 fn engine_settings(config: &Config, disk: Option<DiskSettings>) -> EngineSettings {
     EngineSettings {
         block_size: BlockSize(config.kv.block_size),
+        cold: match config.kv.cold_dtype {
+            config::ColdDtype::Same => ColdDtype::Same,
+            config::ColdDtype::Int8 => ColdDtype::Int8,
+        },
         device_bytes: config.kv.device_bytes.0,
         host_bytes: config.kv.host_bytes.0,
         disk,
@@ -336,7 +340,7 @@ fn api_settings(
         context_length: spec.context_length,
         window,
         vocab: spec.vocab,
-        system_fingerprint: system_fingerprint(spec),
+        system_fingerprint: system_fingerprint(spec, config.kv.cold_dtype),
         created_at: tick_zero_us / 1_000_000,
         tick_zero_us,
         unknown_fields: match config.api.unknown_fields {
@@ -368,11 +372,18 @@ fn api_settings(
     }
 }
 
-/// Changes with the build and with the model: answers of two servers with one fingerprint are comparable.
-fn system_fingerprint(spec: &ModelSpec) -> String {
+/// Changes with the build, with the model and with how KV is stored: answers of two servers with one fingerprint are
+/// comparable.
+fn system_fingerprint(spec: &ModelSpec, cold: config::ColdDtype) -> String {
     let mut hash = blake3::Hasher::new();
     hash.update(env!("CARGO_PKG_VERSION").as_bytes());
     hash.update(&spec.fingerprint);
+    match cold {
+        config::ColdDtype::Same => {}
+        config::ColdDtype::Int8 => {
+            hash.update(b"int8 below the device");
+        }
+    }
     format!("fp_{}", &hash.finalize().to_hex()[..12])
 }
 
@@ -499,18 +510,25 @@ fn capacity(config: &Config, spec: &ModelSpec, window: TokenCount) -> String {
     const CONVERSATION_TOKENS: u64 = 2000;
     let name = config.model.name.as_ref().unwrap_or(&spec.name);
     let token_bytes = spec.kv.token_bytes() as u64;
+    let (cold_bytes, below) = match config.kv.cold_dtype {
+        config::ColdDtype::Same => (token_bytes, String::new()),
+        config::ColdDtype::Int8 => {
+            let bytes = KvShape { dtype: KvDtype::Int8, ..spec.kv }.token_bytes() as u64;
+            (bytes, format!("; {:.1} KiB as {} on host and disk", bytes as f64 / 1024.0, KvDtype::Int8))
+        }
+    };
     let block_tokens = u64::from(config.kv.block_size);
-    let tier = |tier: &str, bytes: config::Bytes| {
+    let tier = |tier: &str, bytes: config::Bytes, token_bytes: u64| {
         let tokens = bytes.0.checked_div(token_bytes * block_tokens).unwrap_or(0) * block_tokens;
         let conversations = tokens / CONVERSATION_TOKENS;
         format!("{tier:7} {bytes}: {tokens} tokens, {conversations} conversations of {CONVERSATION_TOKENS} tokens\n")
     };
     [
         format!("model   {name}, trained for {} tokens, window {window} tokens\n", spec.context_length),
-        format!("kv      {:.1} KiB a token\n", token_bytes as f64 / 1024.0),
-        tier("device", config.kv.device_bytes),
-        tier("host", config.kv.host_bytes),
-        tier("disk", config.kv.disk_bytes),
+        format!("kv      {:.1} KiB a token as {}{below}\n", token_bytes as f64 / 1024.0, spec.kv.dtype),
+        tier("device", config.kv.device_bytes, token_bytes),
+        tier("host", config.kv.host_bytes, cold_bytes),
+        tier("disk", config.kv.disk_bytes, cold_bytes),
         format!("data    {}\n", config.server.data_dir.display()),
     ]
     .concat()
@@ -532,7 +550,6 @@ fn unix_us() -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::KvShape;
 
     #[test]
     fn a_taken_port_is_one_clear_sentence() {
@@ -543,19 +560,24 @@ mod tests {
 
     #[test]
     fn the_start_says_how_many_tokens_and_conversations_fit_each_tier() {
-        let config = Config::defaults().unwrap();
+        let mut config = Config::defaults().unwrap();
         let spec = ModelSpec {
             name: "smollm2".into(),
             vocab: 49152,
             context_length: TokenCount(8192),
-            kv: KvShape { layers: 30, kv_heads: 3, head_dim: 64 },
+            kv: KvShape { layers: 30, kv_heads: 3, head_dim: 64, dtype: KvDtype::F16 },
             doubles_at: TokenCount(3072),
             fingerprint: [0; 32],
         };
         let lines = capacity(&config, &spec, TokenCount(8192));
-        assert!(lines.contains("22.5 KiB a token"), "{lines}");
+        assert!(lines.contains("22.5 KiB a token as f16\n"), "{lines}");
         // 512 MiB in blocks of 16 tokens of 23,040 bytes.
         assert!(lines.contains("23296 tokens, 11 conversations of 2000 tokens"), "{lines}");
+        config.kv.cold_dtype = config::ColdDtype::Int8;
+        let lines = capacity(&config, &spec, TokenCount(8192));
+        assert!(lines.contains("22.5 KiB a token as f16; 11.6 KiB as int8 on host and disk"), "{lines}");
+        // 2 GiB in blocks of 16 tokens of 11,880 bytes.
+        assert!(lines.contains("180752 tokens, 90 conversations of 2000 tokens"), "{lines}");
     }
 
     #[test]

@@ -54,6 +54,49 @@ impl Tick {
     }
 }
 
+/// As what the numbers of keys and values are stored.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum KvDtype {
+    F32,
+    #[default]
+    F16,
+    Bf16,
+    /// Eight bits, and a scale in f16 for each token and head.
+    Int8,
+    /// E4M3 of the OCP 8-bit floating point specification, revision 1.0: no infinities, 448 at most.
+    Fp8,
+}
+
+impl KvDtype {
+    pub const ALL: [Self; 5] = [Self::F32, Self::F16, Self::Bf16, Self::Int8, Self::Fp8];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+            Self::Fp8 => "fp8",
+        }
+    }
+
+    /// Bytes of one head's key, or value, of one token.
+    pub fn vector_bytes(self, head_dim: usize) -> usize {
+        match self {
+            Self::F32 => 4 * head_dim,
+            Self::F16 | Self::Bf16 => 2 * head_dim,
+            Self::Int8 => head_dim + 2,
+            Self::Fp8 => head_dim,
+        }
+    }
+}
+
+impl fmt::Display for KvDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// Tokens of one block; a power of two is not needed. 16 on the CPU, the kernels' panel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BlockSize(pub u32);
@@ -175,6 +218,28 @@ impl Tier {
             Tier::Device => "device",
             Tier::Host => "host",
             Tier::Disk => "disk",
+        }
+    }
+}
+
+/// Bytes of a block in each tier: host and disk may hold it in a smaller form.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockBytes {
+    pub device: u64,
+    /// Of host and disk.
+    pub cold: u64,
+}
+
+impl BlockBytes {
+    /// The same in all tiers.
+    pub fn all(bytes: u64) -> Self {
+        Self { device: bytes, cold: bytes }
+    }
+
+    pub fn of(self, tier: Tier) -> u64 {
+        match tier {
+            Tier::Device => self.device,
+            Tier::Host | Tier::Disk => self.cold,
         }
     }
 }

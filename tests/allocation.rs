@@ -15,7 +15,7 @@ use rekindle::kernels::isa::Isa;
 use rekindle::kernels::memory::Arena;
 use rekindle::model::decoder::{BLOCK_SIZE, Compute, Decoder};
 use rekindle::model::{Batch, Logits, Model, SequenceRows};
-use rekindle::types::{BlockId, TokenId};
+use rekindle::types::{BlockId, KvDtype, TokenId};
 
 struct Counting;
 
@@ -85,7 +85,7 @@ struct Memory {
 
 #[test]
 fn a_step_no_larger_than_one_before_it_allocates_nothing() {
-    let compute = Compute { threads: 2, isa: Isa::best() };
+    let compute = Compute { threads: 2, isa: Isa::best(), kv: KvDtype::F16 };
     let mut model = Decoder::load(&model_path(), compute, &mut |_, _| {}).unwrap();
     let arena = Arc::new(Arena::new(16 * BLOCKS, model.spec().kv.block_bytes(BLOCK_SIZE)).unwrap());
     let block = |sequence: usize, index: usize| BlockId((index * 16 + sequence) as u32);

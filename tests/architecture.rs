@@ -24,8 +24,12 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("cluster", &["sessions", "store"]),
     ("tenants", &["config", "store"]),
     ("sessions", &["engine", "store", "tenants"]),
-    ("engine", &["kv", "model", "kernels::memory", "kernels::files", "kernels::isa", "kernels::softmax"]), // arenas and slots; sampling
-    ("kv", &["kernels::memory", "kernels::files"]),
+    (
+        "engine",
+        // arenas, slots, and how blocks lie there; sampling
+        &["kv", "model", "kernels::memory", "kernels::files", "kernels::cold", "kernels::isa", "kernels::softmax"],
+    ),
+    ("kv", &["kernels::memory", "kernels::files", "kernels::cold"]),
     ("model", &["kernels"]),
     ("kernels", &[]),
     ("store", &[]),

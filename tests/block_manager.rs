@@ -19,8 +19,8 @@ use rekindle::kv::return_rate::TurnShape;
 use rekindle::kv::transfer::{Direction, TransferDone, TransferOrder};
 use rekindle::kv::{KvSettings, Manager};
 use rekindle::types::{
-    BlockCount, BlockSize, Grant, KvKey, PoolPart, TenantId, TenantKey, Tick, Tier, TierBudget, TokenCount, TokenId,
-    Weight,
+    BlockBytes, BlockCount, BlockSize, Grant, KvKey, PoolPart, TenantId, TenantKey, Tick, Tier, TierBudget, TokenCount,
+    TokenId, Weight,
 };
 
 const SIZE: BlockSize = BlockSize(4);
@@ -171,7 +171,7 @@ impl World {
     fn new(device: u32, host: u32, disk: u32, background_offload: bool, policy: Policy) -> Self {
         let settings = KvSettings {
             block_size: SIZE,
-            block_bytes: 64,
+            block_bytes: BlockBytes { device: 64, cold: 33 },
             device_blocks: BlockCount(device),
             host_blocks: BlockCount(host),
             disk_blocks: BlockCount(disk),

@@ -7,6 +7,7 @@ mod client;
 mod compare;
 mod eviction;
 mod idle;
+mod kv_dtypes;
 mod numbers;
 mod overhead;
 mod perplexity;
@@ -67,6 +68,8 @@ enum Command {
     Compare(compare::Args),
     /// How well the model predicts a text in each format, here and in llama.cpp
     Perplexity(perplexity::Args),
+    /// What each dtype of the KV costs in accuracy, and what it saves
+    KvDtypes(kv_dtypes::Args),
     /// Fetch and build llama.cpp, as `compare` does by itself, and make files of other formats with it
     Peer(compare::peer::Args),
     /// Our side of `compare`: the model alone, in a process of its own
@@ -104,6 +107,7 @@ fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Idle(args) => keep(runtime.block_on(idle::measure(common, &args))),
         Command::Compare(args) => keep(compare::measure(common, &args, &runtime)),
         Command::Perplexity(args) => keep(perplexity::measure(&common.model, &args)),
+        Command::KvDtypes(args) => keep(kv_dtypes::measure(&common.model, &args)),
         Command::Peer(args) => compare::peer::set_up(&common.model, &args).map(|()| true),
         Command::Step(args) => compare::step::measure(&common.model, &args).map(|()| true),
         Command::Bench => {

@@ -12,13 +12,16 @@ use anyhow::{Context, ensure};
 use clap::Parser;
 use rekindle::engine::core::{Command, Core, CoreSettings, Event, StartTurn};
 use rekindle::engine::{Policy, Sampling, TurnRequest, TurnShape};
+use rekindle::kernels::cold::ColdForm;
 use rekindle::kernels::memory::Arena;
 use rekindle::kv::KvSettings;
 use rekindle::kv::block::PrefixHash;
 use rekindle::kv::transfer::{self, TransferDone};
 use rekindle::model::fake::FakeModel;
 use rekindle::model::{Logits, Model};
-use rekindle::types::{BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, TokenCount, TokenId, TurnId};
+use rekindle::types::{
+    BlockBytes, BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, TokenCount, TokenId, TurnId,
+};
 
 use crate::numbers::{figure, median, quantile};
 use crate::report::{Bound, Limit, Report, Table};
@@ -166,7 +169,7 @@ impl Engine {
         let blocks = BlockCount(running + resting);
         let kv = KvSettings {
             block_size: BLOCK_SIZE,
-            block_bytes: block_bytes as u64,
+            block_bytes: BlockBytes::all(block_bytes as u64),
             device_blocks: blocks,
             host_blocks: blocks,
             disk_blocks: BlockCount(0),
@@ -257,7 +260,7 @@ impl Engine {
 
         self.events.clear();
         for order in orders {
-            let sums = transfer::execute(&order, &self.device, &self.host);
+            let sums = transfer::execute(&order, &self.device, &self.host, ColdForm::Same);
             self.commands.push(Command::Transferred(TransferDone { ticket: order.ticket, sums, took_us: 1 }));
         }
         Ok((planned + committed, sampled))

@@ -16,7 +16,7 @@ use rekindle::model::decoder::{BLOCK_SIZE, Compute, Decoder};
 use rekindle::model::tokenizer::Tokenizer;
 use rekindle::model::weights::WeightFile;
 use rekindle::model::{Batch, Logits, Model, SequenceRows};
-use rekindle::types::{BlockId, TokenCount, TokenId};
+use rekindle::types::{BlockId, KvDtype, TokenCount, TokenId};
 
 use crate::compare::peer::{Level, Peer};
 use crate::numbers::figure;
@@ -168,12 +168,7 @@ fn read(said: &str) -> Option<(f64, usize)> {
 
 fn ours(file: &Path, args: &Args) -> anyhow::Result<Scored> {
     let started = Instant::now();
-    let text = std::fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
-    // As llama.cpp reads it: without the last line's end.
-    let text = text.strip_suffix('\n').unwrap_or(&text);
-    let weights = WeightFile::open(file)?;
-    let tokenizer = Tokenizer::from_metadata(weights.metadata())?;
-    let tokens: Vec<TokenId> = tokenizer.tokenize(text, &[], 0).into_iter().map(|(token, _)| token).collect();
+    let tokens = tokens_of(file, &args.text)?;
     let mut decoder = load(file)?;
     let blocks = TokenCount(WINDOW as u32).blocks(BLOCK_SIZE).0;
     let arena = Arc::new(Arena::new(blocks as usize, decoder.spec().kv.block_bytes(BLOCK_SIZE))?);
@@ -195,13 +190,23 @@ fn ours(file: &Path, args: &Args) -> anyhow::Result<Scored> {
     Ok(Scored { perplexity, tokens: scored as usize, seconds: started.elapsed().as_secs_f64() })
 }
 
+/// A text as a model's file reads it.
+pub fn tokens_of(file: &Path, text: &Path) -> anyhow::Result<Vec<TokenId>> {
+    let content = std::fs::read_to_string(text).with_context(|| text.display().to_string())?;
+    // As llama.cpp reads it: without the last line's end.
+    let content = content.strip_suffix('\n').unwrap_or(&content);
+    let weights = WeightFile::open(file)?;
+    let tokenizer = Tokenizer::from_metadata(weights.metadata())?;
+    Ok(tokenizer.tokenize(content, &[], 0).into_iter().map(|(token, _)| token).collect())
+}
+
 fn load(file: &Path) -> anyhow::Result<Decoder> {
-    let compute = Compute { threads: std::thread::available_parallelism()?.get(), isa: Isa::best() };
+    let compute = Compute { threads: std::thread::available_parallelism()?.get(), isa: Isa::best(), kv: KvDtype::F16 };
     Decoder::load(file, compute, &mut |_, _| {}).with_context(|| format!("{} can't be loaded", file.display()))
 }
 
 /// Minus the log probability of a token.
-fn surprise_at(logits: &[f32], token: TokenId) -> f64 {
+pub fn surprise_at(logits: &[f32], token: TokenId) -> f64 {
     let top = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let sum: f64 = logits.iter().map(|logit| (f64::from(*logit) - top).exp()).sum();
     sum.ln() + top - f64::from(logits[token.0 as usize])

@@ -128,3 +128,16 @@ fn a_file_that_is_missing_or_no_toml_is_named() {
     assert!(missing.unwrap_err().to_string().contains("/nowhere/x.toml"));
     says(in_file("[kv\n"), &["not TOML", "line 1"]);
 }
+
+#[test]
+fn an_unknown_dtype_and_one_that_is_not_stored_as_int8_below_are_refused_by_their_key() {
+    assert_eq!(set("kv.dtype=int8").unwrap().kv.dtype, KvDtype::Int8);
+    let error = set("kv.dtype=int4").unwrap_err().to_string();
+    assert!(error.contains("`kv.dtype`") && error.contains("`int4`") && error.contains("`fp8`"), "{error}");
+    assert_eq!(set("kv.cold_dtype=int8").unwrap().kv.cold_dtype, ColdDtype::Int8);
+    let error = set("kv.cold_dtype=fp8").unwrap_err().to_string();
+    assert!(error.contains("`kv.cold_dtype`") && error.contains("int8"), "{error}");
+    let both = defaults().pairs(["kv.dtype=bf16", "kv.cold_dtype=int8"]).unwrap().build();
+    let error = both.unwrap_err().to_string();
+    assert!(error.contains("`kv.cold_dtype`") && error.contains("bf16"), "{error}");
+}

@@ -10,16 +10,15 @@ impl Core {
         let manager = &self.manager;
         manager.tell_time(now);
         let block_bytes = manager.settings().block_bytes;
-        let bytes = |blocks: BlockCount| u64::from(blocks.0) * block_bytes;
+        let bytes = |tier, blocks: BlockCount| u64::from(blocks.0) * block_bytes.of(tier);
         let (displacements, early) = (manager.displacements(), manager.early_returns());
         let mut tenants = vec![TenantAccount::default(); manager.tenants().max(self.gains.tenants())];
         for (id, account) in (0..).map(TenantId).zip(&mut tenants) {
-            let tiers = TIERS.map(|tier| manager.tenant_holding(id, tier)).map(|line| TierAccount {
-                held: HeldBytes {
-                    bytes: bytes(line.held.blocks),
-                    byte_us: line.held.block_us * u128::from(block_bytes),
-                },
-                nobodys_bytes: bytes(line.nobodys.blocks),
+            let tiers = TIERS.map(|tier| {
+                let line = manager.tenant_holding(id, tier);
+                let byte_us = line.held.block_us * u128::from(block_bytes.of(tier));
+                let held = HeldBytes { bytes: bytes(tier, line.held.blocks), byte_us };
+                TierAccount { held, nobodys_bytes: bytes(tier, line.nobodys.blocks) }
             });
             let (evictions, early, gains) = (displacements.by_rule(id), early.of_tenant(id), self.gains.of_tenant(id));
             *account = TenantAccount { tiers, evictions, early, gains, caused: 0 };
@@ -29,7 +28,7 @@ impl Core {
         for (_, for_tenant, displaced) in &displaced {
             tenants[for_tenant.0 as usize].caused += displaced.evictions;
         }
-        let waiting_bytes = TIERS.map(|tier| bytes(manager.waiting(tier).blocks));
+        let waiting_bytes = TIERS.map(|tier| bytes(tier, manager.waiting(tier).blocks));
         Accounts { at: now, tenants, displaced, first_tokens: self.gains.first_tokens(), waiting_bytes }
     }
 
@@ -37,8 +36,9 @@ impl Core {
     pub fn holding(&self, now: Tick, key: KvKey) -> [HeldBytes; TIERS.len()] {
         self.manager.tell_time(now);
         let block_bytes = self.manager.settings().block_bytes;
-        TIERS
-            .map(|tier| self.manager.holding(key, tier))
-            .map(|holding| HeldBytes { bytes: holding.bytes(block_bytes), byte_us: holding.byte_us(block_bytes) })
+        TIERS.map(|tier| {
+            let (holding, block_bytes) = (self.manager.holding(key, tier), block_bytes.of(tier));
+            HeldBytes { bytes: holding.bytes(block_bytes), byte_us: holding.byte_us(block_bytes) }
+        })
     }
 }

@@ -458,10 +458,10 @@ impl Core {
     fn residency(&self, key: KvKey) -> Option<Residency> {
         let at = self.manager.whereabouts(key)?;
         let block_bytes = self.manager.settings().block_bytes;
-        let share = |tokens, (private, shared): (BlockCount, BlockCount)| TierShare {
+        let share = |tier, tokens, (private, shared): (BlockCount, BlockCount)| TierShare {
             tokens,
-            bytes_private: u64::from(private.0) * block_bytes,
-            bytes_shared: u64::from(shared.0) * block_bytes,
+            bytes_private: u64::from(private.0) * block_bytes.of(tier),
+            bytes_shared: u64::from(shared.0) * block_bytes.of(tier),
         };
         let below = at.host_tokens.max(at.disk_tokens);
         let nothing = at.device_tokens.0 == 0 && below.0 == 0;
@@ -481,9 +481,9 @@ impl Core {
         Some(Residency {
             tenant: at.tenant,
             state,
-            device: share(at.device_tokens, at.device_blocks),
-            host: share(at.host_tokens, at.host_blocks),
-            disk: share(at.disk_tokens, at.disk_blocks),
+            device: share(Tier::Device, at.device_tokens, at.device_blocks),
+            host: share(Tier::Host, at.host_tokens, at.host_blocks),
+            disk: share(Tier::Disk, at.disk_tokens, at.disk_blocks),
             last_used: at.last_used,
             pinned_until: at.pinned_until,
             last_eviction: at.last_eviction.map(|entry| LastEviction {
@@ -493,7 +493,7 @@ impl Core {
                 why: Why { entry, block_size: self.manager.settings().block_size },
                 for_tenant: entry.for_tenant,
                 from: entry.from,
-                freed_bytes: u64::from(entry.freed.0) * block_bytes,
+                freed_bytes: u64::from(entry.freed.0) * block_bytes.of(entry.from),
             }),
         })
     }
@@ -505,7 +505,7 @@ impl Core {
             total,
             free: self.manager.free(tier),
             pinned,
-            block_bytes: settings.block_bytes,
+            block_bytes: settings.block_bytes.of(tier),
         };
         let (device_pinned, host_pinned) = self.manager.pinned();
         let reloading = self.running.iter().filter(|turn| self.sequences[*turn].phase == Phase::Reloading).count();

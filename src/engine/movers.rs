@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use super::handle::Message;
 use super::thread::{DiskSettings, micros};
+use crate::kernels::cold::ColdForm;
 use crate::kernels::files::{Contents, Slots};
 use crate::kernels::memory::Arena;
 use crate::kv::transfer::{self, Buffers, Direction, TransferDone, TransferOrder};
@@ -64,9 +65,10 @@ impl Movers {
         mailbox: &SyncSender<Message>,
         device: &Arc<Arena>,
         host: &Arc<Arena>,
+        cold: ColdForm,
         disk: Option<Slots>,
     ) -> Result<Self, std::io::Error> {
-        let arenas = Arenas { device: Arc::clone(device), host: Arc::clone(host) };
+        let arenas = Arenas { device: Arc::clone(device), host: Arc::clone(host), cold };
         let mut threads = Vec::new();
         let mut spawn = |name: &str, orders: &Orders, disk: Option<(Arc<Slots>, Buffers)>| {
             let mover = Mover { arenas: arenas.clone(), disk, orders: Arc::clone(orders), mailbox: mailbox.clone() };
@@ -157,6 +159,7 @@ impl Queue {
 struct Arenas {
     device: Arc<Arena>,
     host: Arc<Arena>,
+    cold: ColdForm,
 }
 
 /// One thread's work.
@@ -169,15 +172,15 @@ struct Mover {
 
 impl Mover {
     fn run(self) {
-        let Arenas { device, host } = &self.arenas;
+        let Arenas { device, host, cold } = &self.arenas;
         loop {
             // One waits for orders, and the others of its kind for it.
             let order = self.orders.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let Ok(order) = order else { return };
             let started = Instant::now();
             let sums = match &self.disk {
-                None => transfer::execute(&order, device, host),
-                Some((slots, buffers)) => transfer::execute_on_disk(&order, slots, device, host, buffers),
+                None => transfer::execute(&order, device, host, *cold),
+                Some((slots, buffers)) => transfer::execute_on_disk(&order, slots, device, host, *cold, buffers),
             };
             let done = TransferDone { ticket: order.ticket, sums, took_us: micros(started.elapsed()) };
             if self.mailbox.send(Message::Transferred(done)).is_err() {

@@ -20,7 +20,7 @@ use crate::kv::journal::Entry;
 use crate::kv::return_rate::TurnShape;
 use crate::kv::transfer::TransferDone;
 use crate::model::Logits;
-use crate::types::{BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, TokenCount, TokenId, TurnId};
+use crate::types::{BlockBytes, BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, TokenCount, TokenId, TurnId};
 use trace::{End, Request, Trace};
 
 /// What is replayed, and on what.
@@ -217,7 +217,7 @@ impl<'a> Driver<'a> {
         let window = TokenCount(longest.min(device_blocks.0));
         let kv = KvSettings {
             block_size: BlockSize(1),
-            block_bytes: u64::from(block_tokens) * settings.token_bytes,
+            block_bytes: BlockBytes::all(u64::from(block_tokens) * settings.token_bytes),
             device_blocks,
             host_blocks,
             disk_blocks,

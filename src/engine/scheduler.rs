@@ -220,7 +220,7 @@ mod tests {
     use crate::kv::block::PrefixHash;
     use crate::kv::evictor::Policy;
     use crate::model::Logits;
-    use crate::types::{BlockSize, Grant, PoolPart, TenantId, TenantKey, TierBudget, TokenId, Weight};
+    use crate::types::{BlockBytes, BlockSize, Grant, PoolPart, TenantId, TenantKey, TierBudget, TokenId, Weight};
 
     const SIZE: BlockSize = BlockSize(16);
     const STEP: usize = 64;
@@ -228,7 +228,7 @@ mod tests {
     fn core() -> Core {
         let kv = KvSettings {
             block_size: SIZE,
-            block_bytes: 64,
+            block_bytes: BlockBytes::all(64),
             device_blocks: BlockCount(1000),
             host_blocks: BlockCount(0),
             disk_blocks: BlockCount(0),

@@ -19,17 +19,21 @@ use super::core::{Command, Core, CoreSettings, Event};
 use super::handle::{EngineHandle, Forgotten, Message, OffloadTo, Offloaded, PinError, Pinned, Shared, SubmitError};
 use super::movers::{Movers, OpenDisk, open_disk};
 use super::{TurnEvent, TurnFailure};
+use crate::kernels::cold::ColdForm;
 use crate::kernels::memory::{Arena, ArenaError};
 use crate::kv::evictor::Policy;
 use crate::kv::pins::{PinBudget, PinRefused};
 use crate::kv::{KvSettings, Manager};
 use crate::model::{Logits, Model};
-use crate::types::{BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TurnId};
+use crate::types::{
+    BlockBytes, BlockCount, BlockSize, KvDtype, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TurnId,
+};
 
 /// Sizes and switches of the engine.
 #[derive(Clone, Debug)]
 pub struct EngineSettings {
     pub block_size: BlockSize,
+    pub cold: ColdDtype,
     pub device_bytes: u64,
     pub host_bytes: u64,
     pub disk: Option<DiskSettings>,
@@ -41,6 +45,15 @@ pub struct EngineSettings {
     pub step_tokens: TokenCount,
     pub queue_depth: usize,
     pub reuse: bool,
+}
+
+/// As what host and disk store KV.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ColdDtype {
+    /// As the device does.
+    Same,
+    /// What the device has as f16.
+    Int8,
 }
 
 /// The disk tier.
@@ -66,6 +79,8 @@ pub enum StartError {
     PoolTooLarge { key: &'static str, bytes: u64, block_bytes: u64 },
     #[error("`{key}` is too much for this machine")]
     Memory { key: &'static str, source: ArenaError },
+    #[error("KV of {dtype} can't be stored as int8 on host and disk; only f16 can: set `kv.dtype` or `kv.cold_dtype`")]
+    NoColdForm { dtype: KvDtype },
     #[error("a thread could not be started")]
     Thread(#[from] std::io::Error),
 }
@@ -89,36 +104,42 @@ const NAP: Duration = Duration::from_millis(1);
 /// Starts the engine's threads. They end after `EngineHandle::shut_down`.
 pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<Engine, StartError> {
     let spec = model.spec().clone();
-    let block_bytes = spec.kv.block_bytes(settings.block_size);
-    let blocks = |key, bytes: u64| {
-        let block_bytes = block_bytes as u64;
+    let device_block = spec.kv.block_bytes(settings.block_size);
+    let cold = match settings.cold {
+        ColdDtype::Same => ColdForm::Same,
+        ColdDtype::Int8 => ColdForm::int8(spec.kv.layout()).ok_or(StartError::NoColdForm { dtype: spec.kv.dtype })?,
+    };
+    let cold_block = cold.block_bytes(device_block);
+    let block_bytes = BlockBytes { device: device_block as u64, cold: cold_block as u64 };
+    let blocks = |key, bytes: u64, tier| {
+        let block_bytes = block_bytes.of(tier);
         let blocks = u32::try_from(bytes / block_bytes);
         blocks.map(BlockCount).map_err(|_| StartError::PoolTooLarge { key, bytes, block_bytes })
     };
-    let device_blocks = blocks("kv.device_bytes", settings.device_bytes)?;
-    let host_blocks = blocks("kv.host_bytes", settings.host_bytes)?;
+    let device_blocks = blocks("kv.device_bytes", settings.device_bytes, Tier::Device)?;
+    let host_blocks = blocks("kv.host_bytes", settings.host_bytes, Tier::Host)?;
     if device_blocks.0 < LEAST_BLOCKS {
         let (bytes, blocks) = (settings.device_bytes, device_blocks.0);
-        return Err(StartError::DeviceTooSmall { bytes, blocks, block_bytes: block_bytes as u64 });
+        return Err(StartError::DeviceTooSmall { bytes, blocks, block_bytes: block_bytes.device });
     }
-    let arena = |key, blocks: BlockCount| {
+    let arena = |key, blocks: BlockCount, block_bytes| {
         Arena::new(blocks.get(), block_bytes).map(Arc::new).map_err(|source| StartError::Memory { key, source })
     };
-    let device = arena("kv.device_bytes", device_blocks)?;
-    let host = arena("kv.host_bytes", host_blocks)?;
+    let device = arena("kv.device_bytes", device_blocks, device_block)?;
+    let host = arena("kv.host_bytes", host_blocks, cold_block)?;
     let pool_tokens = u64::from(device_blocks.0) * u64::from(settings.block_size.0);
     let window =
         u32::try_from(pool_tokens).map_or(spec.context_length, |tokens| spec.context_length.min(TokenCount(tokens)));
 
     let front_first_from = settings.policy.front_first_from(spec.doubles_at);
-    let disk = settings.disk.and_then(|disk| open_disk(disk, block_bytes, spec.fingerprint));
+    let disk = settings.disk.and_then(|disk| open_disk(disk, cold_block, cold.fingerprint(spec.fingerprint)));
     let disk_blocks = BlockCount(disk.as_ref().map_or(0, |disk| disk.slots.count()));
     let (mailbox, inbox) = sync_channel(MAILBOX);
     let shared = Arc::new(Shared::new(spec, settings.block_size, window, settings.queue_depth));
     let handle = EngineHandle { mailbox: mailbox.clone(), shared: Arc::clone(&shared) };
     let kv = KvSettings {
         block_size: settings.block_size,
-        block_bytes: block_bytes as u64,
+        block_bytes,
         device_blocks,
         host_blocks,
         disk_blocks,
@@ -138,7 +159,7 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
         }
         None => None,
     };
-    let movers = Movers::start(&mailbox, &device, &host, disk)?;
+    let movers = Movers::start(&mailbox, &device, &host, cold, disk)?;
     drop(mailbox);
     let core = CoreSettings { max_running: settings.max_running, step_tokens: settings.step_tokens.get() };
     let join = std::thread::Builder::new().name("engine".into()).spawn(move || {
@@ -358,13 +379,14 @@ impl Driver {
             match event {
                 Event::Turn(turn, event) => self.tell_turn(turn, event),
                 Event::Forgotten(key, freed) => {
-                    let bytes = |blocks: BlockCount| u64::from(blocks.0) * self.core.manager().settings().block_bytes;
+                    let block_bytes = self.core.manager().settings().block_bytes;
+                    let bytes = |tier, blocks: BlockCount| u64::from(blocks.0) * block_bytes.of(tier);
                     let forgotten = Forgotten {
-                        device_bytes: bytes(freed.device),
-                        host_bytes: bytes(freed.host),
-                        disk_bytes: bytes(freed.disk),
-                        remaining_bytes: bytes(freed.remaining),
-                        kept_shared_bytes: bytes(freed.kept_shared),
+                        device_bytes: bytes(Tier::Device, freed.device),
+                        host_bytes: bytes(Tier::Host, freed.host),
+                        disk_bytes: bytes(Tier::Disk, freed.disk),
+                        remaining_bytes: bytes(Tier::Disk, freed.remaining),
+                        kept_shared_bytes: freed.kept_shared_bytes,
                     };
                     for reply in self.replies.remove(&key).unwrap_or_default() {
                         match reply {
@@ -374,7 +396,7 @@ impl Driver {
                     }
                 }
                 Event::Pinned(pinned) => {
-                    let block_bytes = self.core.manager().settings().block_bytes;
+                    let block_bytes = self.core.manager().settings().block_bytes.device;
                     let bytes = |blocks: BlockCount| u64::from(blocks.0) * block_bytes;
                     let told = match pinned {
                         Ok((PinBudget { limit, used }, until)) => {

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "arenas and SIMD; each use says why it is sound")]
 
 pub mod attention;
+pub mod cold;
 pub mod elementwise;
 pub mod files;
 pub mod isa;

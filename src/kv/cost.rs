@@ -159,7 +159,7 @@ impl Manager {
 
     /// How long bringing so many host and disk blocks takes, behind those that are being loaded.
     fn bring_us(&self, host: u64, disk: u64) -> u64 {
-        let (rates, bytes) = (&self.rates, self.settings.block_bytes);
+        let (rates, bytes) = (&self.rates, self.settings.block_bytes.cold);
         // They share the disk, and its threads.
         let queue = if disk > 0 { self.loading_places } else { 0 };
         let from_disk = time_us((disk + queue) * bytes, rates.load_bytes_per_s.per_s());
@@ -193,7 +193,7 @@ mod tests {
     use super::super::return_rate::TurnShape;
     use super::super::transfer::TransferDone;
     use super::*;
-    use crate::types::{BlockCount, BlockSize, TenantId, TenantKey, Tier, TokenId};
+    use crate::types::{BlockBytes, BlockCount, BlockSize, TenantId, TenantKey, Tier, TokenId};
 
     const SIZE: BlockSize = BlockSize(4);
     const KEY: KvKey = KvKey(1);
@@ -206,7 +206,7 @@ mod tests {
     fn offloaded() -> Manager {
         let mut manager = Manager::new(KvSettings {
             block_size: SIZE,
-            block_bytes: 1000,
+            block_bytes: BlockBytes::all(1000),
             device_blocks: BlockCount(2 * BLOCKS),
             host_blocks: BlockCount(40),
             disk_blocks: BlockCount(0),
@@ -252,11 +252,7 @@ mod tests {
             manager.append(key, &tokens[context..end]);
             context = manager.resident(key).context().get();
         }
-        manager.rest(
-            Tick(u64::try_from(key.0).unwrap() * 60_000_000),
-            key,
-            TurnShape { number: 1, new_tokens: TokenCount(9) },
-        );
+        manager.rest(at(minute), key, TurnShape { number: 1, new_tokens: TokenCount(9) });
         manager.assert_invariants();
     }
 

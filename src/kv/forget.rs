@@ -17,8 +17,8 @@ pub struct Freed {
     pub device: BlockCount,
     pub host: BlockCount,
     pub disk: BlockCount,
-    /// Blocks of any tier that other conversations hold too.
-    pub kept_shared: BlockCount,
+    /// Of any tier, what other conversations hold too.
+    pub kept_shared_bytes: u64,
     /// Disk blocks that could not be overwritten.
     pub remaining: BlockCount,
 }
@@ -67,8 +67,10 @@ impl Manager {
         let alone = on_disk.full().filter(|block| Arc::strong_count(block) == 1).count();
         let disk = BlockCount(u32::try_from(alone).expect("a window bounds a table"));
         let kept_disk = on_disk.blocks().0 - disk.0;
-        let kept_shared = BlockCount(kept_device.0 + kept_host.0 + kept_disk);
-        let freed = Freed { device, host, disk, kept_shared, remaining: BlockCount(0) };
+        let bytes = self.settings.block_bytes;
+        let kept_shared_bytes =
+            u64::from(kept_device.0) * bytes.device + u64::from(kept_host.0 + kept_disk) * bytes.cold;
+        let freed = Freed { device, host, disk, kept_shared_bytes, remaining: BlockCount(0) };
         on_disk.clear();
         // What was let go of it before may be on its way out still.
         if disk.0 > 0 || self.disk.places.is_erasing() {

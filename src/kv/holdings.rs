@@ -74,7 +74,7 @@ mod tests {
     use super::super::return_rate::TurnShape;
     use super::*;
     use crate::kv::KvSettings;
-    use crate::types::{BlockCount, BlockSize, TenantKey, TokenCount, TokenId};
+    use crate::types::{BlockBytes, BlockCount, BlockSize, TenantKey, TokenCount, TokenId};
 
     const T: TenantId = TenantId(0);
     const S: u64 = 1_000_000;
@@ -83,7 +83,7 @@ mod tests {
     fn manager(device_blocks: u32) -> Manager {
         Manager::new(KvSettings {
             block_size: BlockSize(4),
-            block_bytes: 64,
+            block_bytes: BlockBytes::all(64),
             device_blocks: BlockCount(device_blocks),
             host_blocks: BlockCount(0),
             disk_blocks: BlockCount(0),

@@ -29,14 +29,15 @@ use super::table::Resident;
 use super::tiers::{Arrival, ArrivingTail, InFlight, Part};
 use super::transfer::{Direction, Ticket, TransferOrder};
 use crate::types::{
-    BlockCount, BlockId, BlockSize, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TokenId,
+    BlockBytes, BlockCount, BlockId, BlockSize, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount,
+    TokenId,
 };
 
 /// Sizes and switches of the block manager.
 #[derive(Clone, Copy, Debug)]
 pub struct KvSettings {
     pub block_size: BlockSize,
-    pub block_bytes: u64,
+    pub block_bytes: BlockBytes,
     pub device_blocks: BlockCount,
     pub host_blocks: BlockCount,
     pub disk_blocks: BlockCount,
@@ -181,10 +182,10 @@ impl Manager {
             device_line: Evictor::default(),
             host_line: Evictor::default(),
             returns: ReturnRates::default(),
-            device_budget: Budget::new(settings.device_blocks, settings.block_bytes, window),
+            device_budget: Budget::new(settings.device_blocks, settings.block_bytes.device, window),
             // No sequence runs there, so that none must find room.
-            host_budget: Budget::new(settings.host_blocks, settings.block_bytes, BlockCount(0)),
-            disk: Disk::new(settings.disk_blocks, settings.block_bytes),
+            host_budget: Budget::new(settings.host_blocks, settings.block_bytes.cold, BlockCount(0)),
+            disk: Disk::new(settings.disk_blocks, settings.block_bytes.cold),
             pins: Pins::default(),
             uncopied: VecDeque::new(),
             in_flight: HashMap::new(),

@@ -223,7 +223,7 @@ impl Manager {
     /// Writes a decision down, in the journal and at the conversation that it took blocks from.
     pub(super) fn note(&mut self, entry: Entry) {
         let id = self.journal.add(entry);
-        self.displacements.note(&entry, self.settings.block_bytes);
+        self.displacements.note(&entry, self.settings.block_bytes.of(entry.from));
         if let Some(conversation) = self.conversations.get_mut(&entry.victim) {
             conversation.last_eviction = Some(Entry { id, ..entry });
             let loses = Rule::EVICTIONS.contains(&entry.rule) && entry.from == Tier::Device && entry.freed.0 > 0;
@@ -245,7 +245,7 @@ mod tests {
     use super::super::return_rate::TurnShape;
     use super::*;
     use crate::kv::KvSettings;
-    use crate::types::{BlockSize, PoolPart, TenantKey, TierBudget, TokenCount, TokenId, Weight};
+    use crate::types::{BlockBytes, BlockSize, PoolPart, TenantKey, TierBudget, TokenCount, TokenId, Weight};
 
     const A: TenantId = TenantId(0);
     const B: TenantId = TenantId(1);
@@ -268,7 +268,7 @@ mod tests {
         fn granted(a: (u64, u64), b: (u64, u64)) -> Self {
             let settings = KvSettings {
                 block_size: BlockSize(4),
-                block_bytes: 64,
+                block_bytes: BlockBytes::all(64),
                 device_blocks: BlockCount(5 * BLOCKS),
                 host_blocks: BlockCount(0),
                 disk_blocks: BlockCount(0),

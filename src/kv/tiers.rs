@@ -237,7 +237,7 @@ impl Manager {
     /// Panics on a ticket that was never ordered.
     pub fn transferred(&mut self, now: Tick, done: TransferDone) -> Option<Reloaded> {
         self.tell_time(now);
-        let bytes = done.sums.len() as u64 * self.settings.block_bytes;
+        let bytes = done.sums.len() as u64 * self.settings.block_bytes.cold;
         match self.in_flight.remove(&done.ticket).expect("a transfer was ordered once") {
             InFlight::Offload { key, first, sealed, tail, .. } => {
                 self.offloads_under_way -= 1;
@@ -281,7 +281,7 @@ impl Manager {
     /// Takes in what a disk gave: what it did not give says nothing about its speed.
     fn loaded(&mut self, done: &TransferDone) {
         self.loading_places -= done.sums.len() as u64;
-        let bytes = done.sums.iter().flatten().count() as u64 * self.settings.block_bytes;
+        let bytes = done.sums.iter().flatten().count() as u64 * self.settings.block_bytes.cold;
         self.counters.loaded_bytes += bytes;
         if bytes > 0 {
             self.rates.load_bytes_per_s.add(bytes, done.took_us);
@@ -492,7 +492,7 @@ impl Manager {
             let for_tenant = tenant;
             self.note(Entry { id: 0, at: now, victim: key, tenant, for_tenant, rule, reason, from, freed, lost });
         }
-        self.left.push((key, u64::from(freed.0) * self.settings.block_bytes));
+        self.left.push((key, u64::from(freed.0) * self.settings.block_bytes.device));
         self.settle_pin_of(key);
         self.touch(key);
         self.drop_if_empty(key);

@@ -4,6 +4,7 @@
 //! comes back as a value. Every copy is summed (CRC-32C) in the same pass; what is read back and is not what was written is
 //! not used.
 
+use crate::kernels::cold::ColdForm;
 use crate::kernels::files::{Buffer, Label, Slots};
 use crate::kernels::memory::Arena;
 use crate::types::Tier;
@@ -56,14 +57,15 @@ pub struct TransferDone {
     pub took_us: u64,
 }
 
-/// Makes the copies of an order between memories. Returns each one's sum. Panics if it is an order for the disk.
-pub fn execute(order: &TransferOrder, device: &Arena, host: &Arena) -> Vec<Option<u32>> {
-    let (source, destination) = match order.direction {
-        Direction::Offload => (device, host),
-        Direction::Reload => (host, device),
+/// Makes the copies of an order between memories. Returns each one's sum, of the bytes on the host. Panics if it is an order
+/// for the disk.
+pub fn execute(order: &TransferOrder, device: &Arena, host: &Arena, cold: ColdForm) -> Vec<Option<u32>> {
+    let copy = |(from, to)| match order.direction {
+        Direction::Offload => cold.offload(device, from, host, to),
+        Direction::Reload => cold.reload(host, from, device, to),
         Direction::Store { .. } | Direction::Load | Direction::Erase => panic!("no copy between memories: {order:?}"),
     };
-    order.pairs.iter().map(|&(from, to)| Some(destination.copy_from(to, source, from))).collect()
+    order.pairs.iter().map(|pair| Some(copy(*pair))).collect()
 }
 
 /// What a thread that moves blocks from and to disk needs.
@@ -76,12 +78,15 @@ pub fn execute_on_disk(
     slots: &Slots,
     device: &Arena,
     host: &Arena,
+    cold: ColdForm,
     buffers: &Buffers,
 ) -> Vec<Option<u32>> {
     let buffer = &buffers[0];
     let done = match order.direction {
-        Direction::Store { from } => store(order, slots, if from == Tier::Host { host } else { device }, buffer),
-        Direction::Load => return load(order, slots, device, buffers),
+        Direction::Store { from: Tier::Device } => store(order, slots, device, cold, buffer),
+        // They are in the cold form already.
+        Direction::Store { .. } => store(order, slots, host, ColdForm::Same, buffer),
+        Direction::Load => return load(order, slots, device, cold, buffers),
         Direction::Erase => {
             let places: Vec<u32> = order.pairs.iter().map(|(_, to)| *to).collect();
             return slots.erase(&places, buffer).into_iter().map(|erased| told(erased).map(|()| 0)).collect();
@@ -99,10 +104,17 @@ fn told(erased: std::io::Result<()>) -> Option<()> {
     erased.inspect_err(|error| tracing::debug!(%error, "a slot could not be overwritten")).ok()
 }
 
-fn store(order: &TransferOrder, slots: &Slots, source: &Arena, buffer: &Buffer) -> std::io::Result<Vec<Option<u32>>> {
+fn store(
+    order: &TransferOrder,
+    slots: &Slots,
+    source: &Arena,
+    cold: ColdForm,
+    buffer: &Buffer,
+) -> std::io::Result<Vec<Option<u32>>> {
+    let mut room = Vec::new();
     let mut sums = Vec::with_capacity(order.pairs.len());
     for &(from, to) in &order.pairs {
-        sums.push(Some(slots.write(to, source.bytes(from), buffer)?));
+        sums.push(Some(slots.write(to, cold.narrow(source.bytes(from), &mut room), buffer)?));
     }
     let written = || order.pairs.iter().map(|(_, to)| *to);
     slots.sync(written())?;
@@ -118,12 +130,12 @@ fn store(order: &TransferOrder, slots: &Slots, source: &Arena, buffer: &Buffer) 
 }
 
 /// Two halves at a time, so that one is read while the other is looked through.
-fn load(order: &TransferOrder, slots: &Slots, device: &Arena, buffers: &Buffers) -> Vec<Option<u32>> {
+fn load(order: &TransferOrder, slots: &Slots, device: &Arena, cold: ColdForm, buffers: &Buffers) -> Vec<Option<u32>> {
     let (front, back) = order.pairs.split_at(order.pairs.len() / 2);
     let (front_labels, back_labels) = order.labels.split_at(front.len());
     std::thread::scope(|scope| {
-        let front = scope.spawn(|| load_part(front, front_labels, slots, device, &buffers[0]));
-        let back = load_part(back, back_labels, slots, device, &buffers[1]);
+        let front = scope.spawn(|| load_part(front, front_labels, slots, (device, cold), &buffers[0]));
+        let back = load_part(back, back_labels, slots, (device, cold), &buffers[1]);
         let mut loaded = front.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         loaded.extend(back);
         loaded
@@ -134,7 +146,7 @@ fn load_part(
     pairs: &[(u32, u32)],
     labels: &[(Label, Option<u32>)],
     slots: &Slots,
-    device: &Arena,
+    (device, cold): (&Arena, ColdForm),
     buffer: &Buffer,
 ) -> Vec<Option<u32>> {
     let mut loaded = vec![None; pairs.len()];
@@ -144,7 +156,7 @@ fn load_part(
         let wanted: Vec<&Label> = labels[start..][..run].iter().map(|(label, _)| label).collect();
         slots.read(pairs[start].0, &wanted, buffer, &mut |index, read| match read {
             Ok((bytes, sum)) => {
-                device.with_bytes_mut(pairs[start + index].1, |into| into.copy_from_slice(bytes));
+                device.with_bytes_mut(pairs[start + index].1, |into| cold.widen(bytes, into));
                 loaded[start + index] = Some(sum);
             }
             Err(error) => tracing::debug!(%error, slot = pairs[start + index].0, "a block did not come back from disk"),

@@ -11,14 +11,14 @@ use std::sync::Arc;
 use super::families::{self, Family, FamilyError, MAX_HEAD_DIM, Sizes};
 use super::weights::{OpenError, TensorError, WeightFile};
 use super::{Batch, ForwardError, KvShape, Logits, Model, ModelSpec};
-use crate::kernels::attention::{Attention, BLOCK_TOKENS, KV_LAYOUT_VERSION, KvLayout, Plan, Rows};
+use crate::kernels::attention::{Attention, BLOCK_TOKENS, KvLayout, Plan, Rows};
 use crate::kernels::elementwise::{Rotation, rms_norm, swiglu};
 use crate::kernels::isa::Isa;
 pub use crate::kernels::isa::IsaError;
 use crate::kernels::linear::{Activations, Linear, Update};
 use crate::kernels::memory::Arena;
 use crate::kernels::threads::Threads;
-use crate::types::{BlockSize, TokenCount, TokenId};
+use crate::types::{BlockSize, KvDtype, TokenCount, TokenId};
 
 /// Tokens of a block that the decoder's kernels work on.
 pub const BLOCK_SIZE: BlockSize = BlockSize(BLOCK_TOKENS as u32);
@@ -29,13 +29,15 @@ pub struct Compute {
     /// Threads of a step, the caller's own among them.
     pub threads: usize,
     pub isa: Isa,
+    /// As what keys and values are stored.
+    pub kv: KvDtype,
 }
 
 impl Compute {
     /// `instructions`: `auto` for the fastest that this machine has, or the name of an `Isa`.
-    pub fn choose(threads: usize, instructions: &str) -> Result<Self, IsaError> {
+    pub fn choose(threads: usize, instructions: &str, kv: KvDtype) -> Result<Self, IsaError> {
         let isa = if instructions == "auto" { Isa::best() } else { instructions.parse::<Isa>()?.check()? };
-        Ok(Self { threads, isa })
+        Ok(Self { threads, isa, kv })
     }
 }
 
@@ -115,8 +117,8 @@ struct Run {
 
 impl Run {
     fn new(weights: &Weights, threads: Threads) -> Self {
-        let Sizes { layers, heads, kv_heads, head_dim, rope_base, .. } = weights.sizes;
-        let layout = KvLayout { layers, kv_heads, head_dim };
+        let Sizes { heads, head_dim, rope_base, .. } = weights.sizes;
+        let layout = weights.spec.kv.layout();
         Self {
             plan: Plan::new(layout),
             rotation: Rotation::new(head_dim, rope_base, weights.family.rope),
@@ -142,11 +144,13 @@ impl Decoder {
         };
         let mut threads = Threads::new(compute.threads)?;
         let mut loader = Loader { file: &file, isa: compute.isa, threads: &mut threads, progress, done: 0 };
+        let Sizes { layers, kv_heads, head_dim, .. } = sizes;
+        let kv = KvShape { layers, kv_heads, head_dim, dtype: compute.kv };
         let mut hash = [0; 32];
         // Hashing is one long chain, packing many short ones: side by side they take as long as the longer one.
         let (layers, embedding, final_norm, head) = std::thread::scope(|scope| {
             let (bytes, hash) = (file.bytes(), &mut hash);
-            scope.spawn(move || *hash = fingerprint(bytes));
+            scope.spawn(move || *hash = fingerprint(bytes, kv.layout()));
             loader.all(vocab, family, &sizes)
         })?;
         file.refuse_leftovers()?;
@@ -154,7 +158,7 @@ impl Decoder {
             name: name(path),
             vocab,
             context_length: TokenCount(sizes.context_length),
-            kv: KvShape { layers: sizes.layers, kv_heads: sizes.kv_heads, head_dim: sizes.head_dim },
+            kv,
             doubles_at: sizes.doubles_at(),
             fingerprint: hash,
         };
@@ -376,10 +380,10 @@ impl Loader<'_> {
     }
 }
 
-/// BLAKE3 over all of the file (weights, tokenizer, sizes) and the version of the KV's layout.
-fn fingerprint(file: &[u8]) -> [u8; 32] {
+/// BLAKE3 over all of the file (weights, tokenizer, sizes) and the version of the KV's layout, which its dtype is part of.
+fn fingerprint(file: &[u8], layout: KvLayout) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&KV_LAYOUT_VERSION.to_le_bytes());
+    hasher.update(&layout.version().to_le_bytes());
     hasher.update(file);
     *hasher.finalize().as_bytes()
 }

@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use super::{Batch, ForwardError, KvShape, Logits, Model, ModelSpec};
 use crate::kernels::memory::Arena;
-use crate::types::{BlockId, TokenCount, TokenId};
+use crate::types::{BlockId, KvDtype, TokenCount, TokenId};
 
 /// Bytes of one token's KV: one layer, one head of 8 values, K and V.
 const KV_BYTES: usize = 32;
-const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 1, head_dim: 8 };
+const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 1, head_dim: 8, dtype: KvDtype::F16 };
 
 /// One token's KV. A block holds those of its tokens one after the other.
 type Kv = [u8; KV_BYTES];

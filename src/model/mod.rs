@@ -15,9 +15,9 @@ mod strftime;
 pub mod tokenizer;
 pub mod weights;
 
-use crate::kernels::attention::PlanError;
+use crate::kernels::attention::{KvLayout, PlanError};
 use crate::kernels::memory::Arena;
-use crate::types::{BlockId, BlockSize, TokenCount, TokenId};
+use crate::types::{BlockId, BlockSize, KvDtype, TokenCount, TokenId};
 
 /// What a loaded model is.
 #[derive(Clone, Debug)]
@@ -36,23 +36,30 @@ pub struct ModelSpec {
     pub fingerprint: [u8; 32],
 }
 
-/// Shape of one token's KV. Stored as f16, K then V per layer: K `[kv_head][dim][block]`, V `[kv_head][block][dim]`.
+/// Shape of one token's KV, and as what its numbers are stored. How they lie in a block: `kernels::attention::KvLayout`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct KvShape {
     pub layers: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    pub dtype: KvDtype,
 }
 
 impl KvShape {
     /// Bytes of one token's KV over all layers.
     pub fn token_bytes(&self) -> usize {
-        self.layers * 2 * self.kv_heads * self.head_dim * size_of::<half::f16>()
+        self.layers * 2 * self.kv_heads * self.dtype.vector_bytes(self.head_dim)
     }
 
     /// Bytes of one block over all layers.
     pub fn block_bytes(&self, size: BlockSize) -> usize {
         self.token_bytes() * size.0 as usize
+    }
+
+    /// How it lies in a block.
+    pub fn layout(&self) -> KvLayout {
+        let Self { layers, kv_heads, head_dim, dtype } = *self;
+        KvLayout { layers, kv_heads, head_dim, dtype }
     }
 }
 

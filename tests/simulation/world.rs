@@ -10,6 +10,7 @@ use std::time::Duration;
 use rekindle::engine::core::{Command, Core, CoreSettings, Event, Plan, StartTurn};
 use rekindle::engine::status::PromptTotals;
 use rekindle::engine::{FinishReason, Sampling, TurnEvent, TurnFailure, TurnRequest, TurnShape, TurnUsage};
+use rekindle::kernels::cold::ColdForm;
 use rekindle::kernels::files::Label;
 use rekindle::kernels::memory::Arena;
 use rekindle::kv::KvSettings;
@@ -19,8 +20,8 @@ use rekindle::kv::transfer::{self, Direction, TransferDone, TransferOrder};
 use rekindle::model::fake::FakeModel;
 use rekindle::model::{ForwardError, Logits, Model};
 use rekindle::types::{
-    BlockCount, BlockSize, Grant, KvKey, PoolPart, TenantId, TenantKey, Tick, Tier, TierBudget, TokenCount, TokenId,
-    TurnId, Weight,
+    BlockBytes, BlockCount, BlockSize, Grant, KvKey, PoolPart, TenantId, TenantKey, Tick, Tier, TierBudget, TokenCount,
+    TokenId, TurnId, Weight,
 };
 
 use crate::conversation::{Conversation, Turn};
@@ -72,6 +73,9 @@ pub struct Scenario {
     /// A copy makes no headway in so many of a hundred looks.
     pub slowness: usize,
     pub damage: Damage,
+    /// Host and disk count for half of a device's bytes. They are given all of them: the fake model's KV is a digest, and
+    /// nothing is left of one that was rounded.
+    pub narrow_below: bool,
 }
 
 impl Scenario {
@@ -101,6 +105,7 @@ impl Scenario {
             damage: luck.of(&[Damage::None, Damage::Host, Damage::Host]),
             disk_blocks: luck.of(&[0, device_blocks, 4 * device_blocks, 20 * device_blocks]) as u32,
             front_first_from: (!luck.once_in(3)).then_some(TokenCount(32)),
+            narrow_below: luck.once_in(3),
         }
     }
 
@@ -218,7 +223,10 @@ impl World {
             |blocks: u32| Arc::new(Arena::new(blocks as usize, block_bytes).expect("an arena of the test's size"));
         let kv = KvSettings {
             block_size,
-            block_bytes: block_bytes as u64,
+            block_bytes: BlockBytes {
+                device: block_bytes as u64,
+                cold: block_bytes as u64 / if scenario.narrow_below { 2 } else { 1 },
+            },
             device_blocks: BlockCount(scenario.device_blocks),
             host_blocks: BlockCount(scenario.host_blocks),
             disk_blocks: BlockCount(scenario.disk_blocks),
@@ -632,7 +640,7 @@ impl World {
         if order.direction == Direction::Reload {
             self.seen.reloads += 1;
         }
-        let sums = transfer::execute(order, &self.device, &self.host);
+        let sums = transfer::execute(order, &self.device, &self.host, ColdForm::Same);
         if self.scenario.damage != Damage::HostUnchecked {
             return sums;
         }

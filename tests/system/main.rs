@@ -19,6 +19,8 @@ mod crowd;
 #[cfg(test)]
 mod disk;
 #[cfg(test)]
+mod dtypes;
+#[cfg(test)]
 mod habits;
 #[cfg(test)]
 mod kills;

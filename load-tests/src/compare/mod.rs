@@ -19,6 +19,7 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use rekindle::model::weights::WeightFile;
 use rekindle::model::{KvShape, families};
+use rekindle::types::KvDtype;
 use tokio::runtime::Runtime;
 
 use crate::Common;
@@ -171,7 +172,7 @@ fn cells(args: &Args, formats: &[(&str, PathBuf)], threads: &[usize]) -> Vec<Cel
 fn little_memory(file: &Path, args: &Args) -> anyhow::Result<(Workload, Room)> {
     let workload = Workload { conversations: args.conversations, turns: args.turns, at_a_time: CHATS.at_a_time };
     let (_, sizes) = families::read(WeightFile::open(file)?.metadata())?;
-    let kv = KvShape { layers: sizes.layers, kv_heads: sizes.kv_heads, head_dim: sizes.head_dim };
+    let kv = KvShape { layers: sizes.layers, kv_heads: sizes.kv_heads, head_dim: sizes.head_dim, dtype: KvDtype::F16 };
     let tokens = |conversations: u32| u64::from(conversations * workload.conversation_tokens());
     let device_tokens = tokens(args.device_conversations).next_multiple_of(WINDOW_TOKENS);
     let token_bytes = kv.token_bytes() as u64;

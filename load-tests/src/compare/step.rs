@@ -11,7 +11,7 @@ use anyhow::Context;
 use rekindle::kernels::memory::Arena;
 use rekindle::model::decoder::{BLOCK_SIZE, Compute, Decoder};
 use rekindle::model::{Batch, Logits, Model, SequenceRows};
-use rekindle::types::{BlockId, TokenCount, TokenId};
+use rekindle::types::{BlockId, KvDtype, TokenCount, TokenId};
 use serde_json::{Value, json};
 
 use super::shapes::{PREFILL_TOKENS, Shape};
@@ -36,7 +36,7 @@ pub struct Args {
 
 /// Prints an array of `{"shape", "seconds": [..]}`.
 pub fn measure(model: &Path, args: &Args) -> anyhow::Result<()> {
-    let compute = Compute::choose(args.threads, &args.isa)?;
+    let compute = Compute::choose(args.threads, &args.isa, KvDtype::F16)?;
     let mut decoder = Decoder::load(model, compute, &mut |_, _| {})
         .with_context(|| format!("{} can't be loaded", model.display()))?;
     let results = args.shapes.iter().map(|shape| {

@@ -16,6 +16,7 @@ const BLOCK: u64 = 32 * 16;
 fn settings(device_blocks: u64, host_blocks: u64) -> EngineSettings {
     EngineSettings {
         block_size: SIZE,
+        cold: ColdDtype::Same,
         device_bytes: device_blocks * BLOCK,
         host_bytes: host_blocks * BLOCK,
         disk: None,

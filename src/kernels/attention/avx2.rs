@@ -4,16 +4,14 @@
 //! scores, the dimensions of a head are the lanes for the values, so that neither needs sums across lanes.
 
 use std::arch::x86_64::{
-    __m128i, __m256, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T1, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
-    _mm_movehdup_ps, _mm_movehl_ps, _mm_prefetch, _mm_storeu_si128, _mm256_add_epi32, _mm256_add_ps,
-    _mm256_castps_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtph_ps, _mm256_cvtps_epi32,
-    _mm256_cvtps_ph, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps,
+    __m256, _MM_HINT_T1, _mm_cvtss_f32, _mm_max_ps, _mm_max_ss, _mm_movehdup_ps, _mm_movehl_ps, _mm_prefetch,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_castps_si256, _mm256_castps256_ps128, _mm256_castsi256_ps,
+    _mm256_cvtps_epi32, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_mul_ps,
     _mm256_round_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps,
 };
 
-use half::f16;
-
-use super::kernel::{Chunk, Scores, Softmax, Tile};
+use super::element::Element;
+use super::kernel::{Chunk, PlaneMut, Scales, Scores, Softmax, Tile};
 use super::scalar::{self, EXP2, EXP2_LOWEST};
 use super::{BLOCK_TOKENS, CHUNK_BLOCKS, CHUNK_TOKENS};
 
@@ -26,21 +24,21 @@ pub(super) const ROOM: usize = 32;
 
 /// As `scalar::attend`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn attend(tile: &mut Tile<'_>, chunk: &Chunk<'_>, ahead: &Chunk<'_>) {
+pub(super) fn attend<E: Element>(tile: &mut Tile<'_>, chunk: &Chunk<'_, E>, ahead: &Chunk<'_, E>) {
     match tile.seen.len() {
-        1 => attend_tile::<1>(tile, chunk, ahead),
-        2 => attend_tile::<2>(tile, chunk, ahead),
-        3 => attend_tile::<3>(tile, chunk, ahead),
-        4 => attend_tile::<4>(tile, chunk, ahead),
-        5 => attend_tile::<5>(tile, chunk, ahead),
-        TILE => attend_tile::<TILE>(tile, chunk, ahead),
+        1 => attend_tile::<E, 1>(tile, chunk, ahead),
+        2 => attend_tile::<E, 2>(tile, chunk, ahead),
+        3 => attend_tile::<E, 3>(tile, chunk, ahead),
+        4 => attend_tile::<E, 4>(tile, chunk, ahead),
+        5 => attend_tile::<E, 5>(tile, chunk, ahead),
+        TILE => attend_tile::<E, TILE>(tile, chunk, ahead),
         queries => unreachable!("a tile of {queries} queries"),
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn attend_tile<const Q: usize>(tile: &mut Tile<'_>, chunk: &Chunk<'_>, ahead: &Chunk<'_>) {
+fn attend_tile<E: Element, const Q: usize>(tile: &mut Tile<'_>, chunk: &Chunk<'_, E>, ahead: &Chunk<'_, E>) {
     let dim = chunk.head_dim;
     let tokens = CHUNK_TOKENS.min(tile.seen[Q - 1] - chunk.first);
     let blocks = tokens.div_ceil(BLOCK_TOKENS);
@@ -48,47 +46,61 @@ fn attend_tile<const Q: usize>(tile: &mut Tile<'_>, chunk: &Chunk<'_>, ahead: &C
     let scores: &mut [Scores; Q] = tile.scores.try_into().expect("room for each query's scores");
     if Q == 1 && blocks == CHUNK_BLOCKS {
         // One query alone would wait for each of its sums.
-        chunk_scores::<Q, CHUNK_BLOCKS>(queries, chunk.keys, ahead.keys, 0, scores);
+        chunk_scores::<E, Q, CHUNK_BLOCKS>(queries, chunk.keys, chunk.key_scales, ahead.keys, 0, scores);
     } else {
         for block in 0..blocks {
-            chunk_scores::<Q, 1>(queries, [chunk.keys[block]], [ahead.keys[block]], block, scores);
+            let (keys, scales) = ([chunk.keys[block]], [chunk.key_scales[block]]);
+            chunk_scores::<E, Q, 1>(queries, keys, scales, [ahead.keys[block]], block, scores);
         }
     }
     let rescales = weigh(tile, chunk.first, blocks * BLOCK_TOKENS);
     let scores: &[Scores; Q] = (&*tile.scores).try_into().expect("weights of each query");
+    let scales = value_scales(chunk);
+    let weights = (scores, &scales);
     let mut d = 0;
     if Q <= 3 {
         while d + 32 <= dim {
-            add_values::<Q, 4>(scores, &rescales, chunk, ahead, tokens, d, tile.values);
+            add_values::<E, Q, 4>(weights, &rescales, chunk, ahead, tokens, d, tile.values);
             d += 32;
         }
     }
     while d + 16 <= dim {
-        add_values::<Q, 2>(scores, &rescales, chunk, ahead, tokens, d, tile.values);
+        add_values::<E, Q, 2>(weights, &rescales, chunk, ahead, tokens, d, tile.values);
         d += 16;
     }
     if d < dim {
-        add_values::<Q, 1>(scores, &rescales, chunk, ahead, tokens, d, tile.values);
+        add_values::<E, Q, 1>(weights, &rescales, chunk, ahead, tokens, d, tile.values);
     }
 }
 
 /// Scores of all queries for the tokens of `B` blocks, of which `first` is the first.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn chunk_scores<const Q: usize, const B: usize>(
+fn chunk_scores<E: Element, const Q: usize, const B: usize>(
     queries: &[[f32; Q]],
-    keys: [&[[f16; BLOCK_TOKENS]]; B],
-    ahead: [&[[f16; BLOCK_TOKENS]]; B],
+    keys: [&[[E; BLOCK_TOKENS]]; B],
+    scales: [&Scales; B],
+    ahead: [&[[E; BLOCK_TOKENS]]; B],
     first: usize,
     scores: &mut [Scores; Q],
 ) {
     assert!(keys.iter().all(|keys| keys.len() == queries.len()), "keys of another width");
+    let mut factors = [[_mm256_setzero_ps(); 2]; B];
+    if E::SCALED {
+        for (factors, scales) in factors.iter_mut().zip(scales) {
+            let (low, high) = scales.split_at(8);
+            *factors = [widen(low), widen(high)];
+        }
+    }
     let mut sums = [[[_mm256_setzero_ps(); 2]; B]; Q];
     for (d, query) in queries.iter().enumerate() {
         for block in 0..B {
             prefetch(ahead[block], d);
             let (low, high) = keys[block][d].split_at(8);
-            let keys = [widen(low), widen(high)];
+            let mut keys = [widen(low), widen(high)];
+            if E::SCALED {
+                keys = [_mm256_mul_ps(keys[0], factors[block][0]), _mm256_mul_ps(keys[1], factors[block][1])];
+            }
             for (sums, &q) in sums.iter_mut().zip(query) {
                 let q = _mm256_set1_ps(q);
                 sums[block][0] = _mm256_fmadd_ps(keys[0], q, sums[block][0]);
@@ -165,14 +177,27 @@ fn weights(scores: &mut [f32], seen: usize, max: f32, rescale: f32, sums: &mut [
     }
 }
 
-/// Rescales dimensions `d..d + 8 * V` of all queries' sums and adds the tokens' values, weighted.
+/// The factor of each token's values in a chunk; zeros that nobody reads where they have none.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn add_values<const Q: usize, const V: usize>(
-    weights: &[Scores; Q],
+pub(super) fn value_scales<E: Element>(chunk: &Chunk<'_, E>) -> [f32; CHUNK_TOKENS] {
+    let mut factors = [0.0; CHUNK_TOKENS];
+    if E::SCALED {
+        let scales = chunk.value_scales.iter().flat_map(|scales| scales.chunks_exact(8));
+        factors.chunks_exact_mut(8).zip(scales).for_each(|(factors, scales)| store(widen(scales), factors));
+    }
+    factors
+}
+
+/// Rescales dimensions `d..d + 8 * V` of all queries' sums and adds the tokens' values, weighted. `weights`: and each token's
+/// scale.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn add_values<E: Element, const Q: usize, const V: usize>(
+    (weights, scales): (&[Scores; Q], &[f32; CHUNK_TOKENS]),
     rescales: &[f32; ROOM],
-    chunk: &Chunk<'_>,
-    ahead: &Chunk<'_>,
+    chunk: &Chunk<'_, E>,
+    ahead: &Chunk<'_, E>,
     tokens: usize,
     d: usize,
     sums: &mut [f32],
@@ -186,8 +211,12 @@ pub(super) fn add_values<const Q: usize, const V: usize>(
             let (at, of_token) = (token * dim + d, block * BLOCK_TOKENS + token);
             assert!(of_token < CHUNK_TOKENS);
             prefetch(ahead.values[block], at);
-            let values: &[[f16; 8]; V] = parts(&values[at..]);
-            let wide = values.map(|values| widen(&values));
+            let values: &[[E; 8]; V] = parts(&values[at..]);
+            let mut wide = values.map(|values| widen(&values));
+            if E::SCALED {
+                let scale = _mm256_set1_ps(scales[of_token]);
+                wide = wide.map(|values| _mm256_mul_ps(values, scale));
+            }
             // By index: the compiler unrolls that, and keeps all lanes in registers.
             for query in 0..Q {
                 let weight = _mm256_set1_ps(weights[query].0[of_token]);
@@ -224,21 +253,22 @@ pub(super) fn fold(total: &mut Softmax, total_values: &mut [f32], part: Softmax,
 }
 
 /// As `scalar::write`.
-#[target_feature(enable = "avx2,f16c")]
-pub(super) fn write(
-    key: &[f32],
-    value: &[f32],
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn write<E: Element>(
+    (key, value): (&[f32], &[f32]),
     slot: usize,
-    keys: &mut [[f16; BLOCK_TOKENS]],
-    value_place: &mut [f16],
+    keys: &mut PlaneMut<'_, E>,
+    values: &mut PlaneMut<'_, E>,
 ) {
-    for (key, keys) in key.chunks_exact(8).zip(keys.chunks_exact_mut(8)) {
-        let mut narrowed = [f16::ZERO; 8];
-        narrow(key, &mut narrowed);
-        keys.iter_mut().zip(narrowed).for_each(|(keys, key)| keys[slot] = key);
+    let scale = scalar::put_scale(key, slot, keys);
+    let places = keys.numbers.as_chunks_mut::<BLOCK_TOKENS>().0;
+    for (key, places) in key.as_chunks().0.iter().zip(places.chunks_exact_mut(8)) {
+        places.iter_mut().zip(narrow::<E>(key, scale)).for_each(|(places, key)| places[slot] = key);
     }
-    for (value, place) in value.chunks_exact(8).zip(value_place.chunks_exact_mut(8)) {
-        narrow(value, place);
+    let scale = scalar::put_scale(value, slot, values);
+    let places = values.numbers[slot * value.len()..].as_chunks_mut().0;
+    for (value, place) in value.as_chunks().0.iter().zip(places) {
+        *place = narrow::<E>(value, scale);
     }
 }
 
@@ -281,23 +311,18 @@ fn store(lanes: __m256, values: &mut [f32]) {
 }
 
 #[inline]
-#[target_feature(enable = "avx2,f16c")]
-fn widen(values: &[f16]) -> __m256 {
-    assert!(values.len() == 8);
-    // SAFETY: eight halves (above), of 16 bytes.
-    let halves: __m128i = unsafe { _mm_loadu_si128(values.as_ptr().cast()) };
-    _mm256_cvtph_ps(halves)
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widen<E: Element>(values: &[E]) -> __m256 {
+    let values = values.try_into().expect("eight numbers");
+    // SAFETY: this function has the instructions.
+    unsafe { E::widen_eight(values) }
 }
 
-/// Eight floats as halves, clamped to what these can hold.
+/// Eight numbers over their scale, as they are stored.
 #[inline]
-#[target_feature(enable = "avx2,f16c")]
-fn narrow(values: &[f32], halves: &mut [f16]) {
-    assert!(halves.len() == 8);
-    let (lowest, highest) = (_mm256_set1_ps(f16::MIN.to_f32()), _mm256_set1_ps(f16::MAX.to_f32()));
-    // In this order of operands, what is no number stays so.
-    let clamped = _mm256_min_ps(highest, _mm256_max_ps(lowest, load(values)));
-    let narrowed = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(clamped);
-    // SAFETY: eight halves (above), of 16 bytes.
-    unsafe { _mm_storeu_si128(halves.as_mut_ptr().cast(), narrowed) }
+#[target_feature(enable = "avx2,fma,f16c")]
+fn narrow<E: Element>(values: &[f32; 8], scale: f32) -> [E; 8] {
+    let values = if E::SCALED { values.map(|value| value / scale) } else { *values };
+    // SAFETY: this function has the instructions.
+    unsafe { E::narrow_eight(&values) }
 }

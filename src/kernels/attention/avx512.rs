@@ -4,30 +4,30 @@
 //! queries share a key or value that is widened, which then costs next to nothing.
 
 use std::arch::x86_64::{
-    __m512, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_max_ps, _mm512_reduce_max_ps,
-    _mm512_roundscale_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
+    __m512, _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtps_epi32,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_max_ps, _mm512_roundscale_ps,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
 };
 
-use half::f16;
-
-use super::avx2::{ROOM, add_values as add_eight_values, parts, parts_mut, prefetch};
-use super::kernel::{Chunk, Scores, Tile};
+use super::avx2::{ROOM, add_values as add_eight_values, parts, parts_mut, prefetch, value_scales};
+use super::element::Element;
+use super::kernel::{Chunk, Scales, Scores, Tile};
 use super::scalar::{EXP2, EXP2_LOWEST};
 use super::{BLOCK_TOKENS, CHUNK_BLOCKS, CHUNK_TOKENS};
 
-/// Most queries of a tile: with a vector of sums each, they leave registers for what they are multiplied with.
-pub(super) const TILE: usize = 24;
 /// Rounds to the nearest, ties to even, without exceptions.
 const NEAREST_EVEN: i32 = 0x08;
 
+/// Bytes that one prefetch brings.
+const LINE: usize = 64;
+
 /// As `scalar::attend`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-pub(super) fn attend(tile: &mut Tile<'_>, chunk: &Chunk<'_>, ahead: &Chunk<'_>) {
+pub(super) fn attend<E: Element>(tile: &mut Tile<'_>, chunk: &Chunk<'_, E>, ahead: &Chunk<'_, E>) {
     macro_rules! by_queries {
         ($($queries:literal)*) => {
             match tile.seen.len() {
-                $($queries => attend_tile::<$queries>(tile, chunk, ahead),)*
+                $($queries if $queries <= E::TILE_512 => attend_tile::<E, $queries>(tile, chunk, ahead),)*
                 queries => unreachable!("a tile of {queries} queries"),
             }
         };
@@ -37,7 +37,7 @@ pub(super) fn attend(tile: &mut Tile<'_>, chunk: &Chunk<'_>, ahead: &Chunk<'_>) 
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-fn attend_tile<const Q: usize>(tile: &mut Tile<'_>, chunk: &Chunk<'_>, ahead: &Chunk<'_>) {
+fn attend_tile<E: Element, const Q: usize>(tile: &mut Tile<'_>, chunk: &Chunk<'_, E>, ahead: &Chunk<'_, E>) {
     let dim = chunk.head_dim;
     let tokens = CHUNK_TOKENS.min(tile.seen[Q - 1] - chunk.first);
     let blocks = tokens.div_ceil(BLOCK_TOKENS);
@@ -45,52 +45,60 @@ fn attend_tile<const Q: usize>(tile: &mut Tile<'_>, chunk: &Chunk<'_>, ahead: &C
     let scores: &mut [Scores; Q] = tile.scores.try_into().expect("room for each query's scores");
     if Q <= 6 && blocks == CHUNK_BLOCKS {
         // Few queries alone would wait for each of their sums.
-        chunk_scores::<Q, CHUNK_BLOCKS>(queries, chunk.keys, ahead.keys, 0, scores);
+        chunk_scores::<E, Q, CHUNK_BLOCKS>(queries, chunk.keys, chunk.key_scales, ahead.keys, 0, scores);
     } else {
         for block in 0..blocks {
-            chunk_scores::<Q, 1>(queries, [chunk.keys[block]], [ahead.keys[block]], block, scores);
+            let (keys, scales) = ([chunk.keys[block]], [chunk.key_scales[block]]);
+            chunk_scores::<E, Q, 1>(queries, keys, scales, [ahead.keys[block]], block, scores);
         }
     }
     let rescales = weigh(tile, chunk.first, blocks * BLOCK_TOKENS);
     let scores: &[Scores; Q] = (&*tile.scores).try_into().expect("weights of each query");
+    let scales = value_scales(chunk);
+    let weights = (scores, &scales);
     let mut d = 0;
     if Q <= 6 {
         while d + 64 <= dim {
-            add_values::<Q, 4>(scores, &rescales, chunk, ahead, tokens, d, tile.values);
+            add_values::<E, Q, 4>(weights, &rescales, chunk, ahead, tokens, d, tile.values);
             d += 64;
         }
     }
     if Q <= 12 {
         while d + 32 <= dim {
-            add_values::<Q, 2>(scores, &rescales, chunk, ahead, tokens, d, tile.values);
+            add_values::<E, Q, 2>(weights, &rescales, chunk, ahead, tokens, d, tile.values);
             d += 32;
         }
     }
     while d + 16 <= dim {
-        add_values::<Q, 1>(scores, &rescales, chunk, ahead, tokens, d, tile.values);
+        add_values::<E, Q, 1>(weights, &rescales, chunk, ahead, tokens, d, tile.values);
         d += 16;
     }
     if d < dim {
-        add_eight_values::<Q, 1>(scores, &rescales, chunk, ahead, tokens, d, tile.values);
+        add_eight_values::<E, Q, 1>(weights, &rescales, chunk, ahead, tokens, d, tile.values);
     }
 }
 
 /// Scores of all queries for the tokens of `B` blocks, of which `first` is the first.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-fn chunk_scores<const Q: usize, const B: usize>(
+fn chunk_scores<E: Element, const Q: usize, const B: usize>(
     queries: &[[f32; Q]],
-    keys: [&[[f16; BLOCK_TOKENS]]; B],
-    ahead: [&[[f16; BLOCK_TOKENS]]; B],
+    keys: [&[[E; BLOCK_TOKENS]]; B],
+    scales: [&Scales; B],
+    ahead: [&[[E; BLOCK_TOKENS]]; B],
     first: usize,
     scores: &mut [Scores; Q],
 ) {
     assert!(keys.iter().all(|keys| keys.len() == queries.len()), "keys of another width");
+    let factors = scales.map(|scales| if E::SCALED { widen(scales) } else { _mm512_setzero_ps() });
     let mut sums = [[_mm512_setzero_ps(); B]; Q];
     for (d, query) in queries.iter().enumerate() {
         for block in 0..B {
             prefetch(ahead[block], d);
-            let keys = widen(&keys[block][d]);
+            let mut keys = widen(&keys[block][d]);
+            if E::SCALED {
+                keys = _mm512_mul_ps(keys, factors[block]);
+            }
             for (sums, &q) in sums.iter_mut().zip(query) {
                 sums[block] = _mm512_fmadd_ps(keys, _mm512_set1_ps(q), sums[block]);
             }
@@ -157,14 +165,15 @@ fn weights(scores: &mut [f32], seen: usize, max: f32, rescale: f32, sums: &mut [
     store(_mm512_fmadd_ps(load(sums), _mm512_set1_ps(rescale), of_chunk), sums);
 }
 
-/// Rescales dimensions `d..d + 16 * V` of all queries' sums and adds the tokens' values, weighted.
+/// Rescales dimensions `d..d + 16 * V` of all queries' sums and adds the tokens' values, weighted. `weights`: and each
+/// token's scale.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-fn add_values<const Q: usize, const V: usize>(
-    weights: &[Scores; Q],
+fn add_values<E: Element, const Q: usize, const V: usize>(
+    (weights, scales): (&[Scores; Q], &[f32; CHUNK_TOKENS]),
     rescales: &[f32; ROOM],
-    chunk: &Chunk<'_>,
-    ahead: &Chunk<'_>,
+    chunk: &Chunk<'_, E>,
+    ahead: &Chunk<'_, E>,
     tokens: usize,
     d: usize,
     sums: &mut [f32],
@@ -177,11 +186,15 @@ fn add_values<const Q: usize, const V: usize>(
         for token in 0..BLOCK_TOKENS.min(tokens - block * BLOCK_TOKENS) {
             let (at, of_token) = (token * dim + d, block * BLOCK_TOKENS + token);
             assert!(of_token < CHUNK_TOKENS);
-            for line in (0..V * 16).step_by(32) {
+            for line in (0..V * 16).step_by(LINE / size_of::<E>()) {
                 prefetch(ahead.values[block], at + line);
             }
-            let values: &[[f16; 16]; V] = parts(&values[at..]);
-            let wide = values.map(|values| widen(&values));
+            let values: &[[E; 16]; V] = parts(&values[at..]);
+            let mut wide = values.map(|values| widen(&values));
+            if E::SCALED {
+                let scale = _mm512_set1_ps(scales[of_token]);
+                wide = wide.map(|values| _mm512_mul_ps(values, scale));
+            }
             // By index: the compiler unrolls that, and keeps all lanes in registers.
             for query in 0..Q {
                 let weight = _mm512_set1_ps(weights[query].0[of_token]);
@@ -232,9 +245,8 @@ fn store(lanes: __m512, values: &mut [f32]) {
 }
 
 #[inline]
-#[target_feature(enable = "avx512f")]
-fn widen(values: &[f16; 16]) -> __m512 {
-    // SAFETY: sixteen halves, of 32 bytes.
-    let halves = unsafe { _mm256_loadu_si256(values.as_ptr().cast()) };
-    _mm512_cvtph_ps(halves)
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+fn widen<E: Element>(values: &[E; 16]) -> __m512 {
+    // SAFETY: this function has the instructions.
+    unsafe { E::widen_sixteen(values) }
 }

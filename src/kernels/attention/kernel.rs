@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::element::Element;
 use super::{BLOCK_TOKENS, CHUNK_BLOCKS, CHUNK_TOKENS, scalar};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
@@ -31,14 +32,29 @@ pub(super) struct Tile<'a> {
 pub(super) struct Scores(pub [f32; CHUNK_TOKENS]);
 
 /// Keys and values of one KV head in up to four blocks that follow each other in a sequence. Blocks past its end are empty.
-pub(super) struct Chunk<'a> {
+pub(super) struct Chunk<'a, E> {
     /// Place of the first token in the sequence.
     pub first: usize,
     pub head_dim: usize,
     /// Of each block `[head_dim][16]`.
-    pub keys: [&'a [[f16; BLOCK_TOKENS]]; CHUNK_BLOCKS],
+    pub keys: [&'a [[E; BLOCK_TOKENS]]; CHUNK_BLOCKS],
     /// Of each block `[16][head_dim]`.
-    pub values: [&'a [f16]; CHUNK_BLOCKS],
+    pub values: [&'a [E]; CHUNK_BLOCKS],
+    /// Of each block's keys, and of its values, a scale for each token; `NO_SCALES` where the numbers have none.
+    pub key_scales: [&'a Scales; CHUNK_BLOCKS],
+    pub value_scales: [&'a Scales; CHUNK_BLOCKS],
+}
+
+/// What the numbers of each token of a block are to be multiplied with, in one head's keys or values.
+pub(super) type Scales = [f16; BLOCK_TOKENS];
+
+pub(super) const NO_SCALES: &Scales = &[f16::ONE; BLOCK_TOKENS];
+
+/// Keys, `[head_dim][16]`, or values, `[16][head_dim]`, of one KV head in a block, to write.
+pub(super) struct PlaneMut<'a, E> {
+    pub numbers: &'a mut [E],
+    /// Empty where the numbers have none.
+    pub scales: &'a mut [f16],
 }
 
 /// One query's softmax over some tokens: its highest score, and the sum of two to the power of all scores less that.
@@ -83,20 +99,20 @@ impl Kernel {
     }
 
     /// Cuts queries into tiles of nearly equal size.
-    pub fn tiles(self, queries: usize) -> impl Iterator<Item = Range<usize>> {
+    pub fn tiles<E: Element>(self, queries: usize) -> impl Iterator<Item = Range<usize>> {
         let most = match self {
             Self::Scalar => usize::MAX,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => avx2::TILE,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512(_) => avx512::TILE,
+            Self::Avx512(_) => E::TILE_512,
         };
         let tiles = queries.div_ceil(most);
         (0..tiles).map(move |tile| queries * tile / tiles..queries * (tile + 1) / tiles)
     }
 
     /// Takes a chunk's tokens into each query's sums, while `ahead` is brought nearer.
-    pub fn attend(self, tile: &mut Tile<'_>, chunk: &Chunk<'_>, ahead: &Chunk<'_>) {
+    pub fn attend<E: Element>(self, tile: &mut Tile<'_>, chunk: &Chunk<'_, E>, ahead: &Chunk<'_, E>) {
         match self {
             Self::Scalar => scalar::attend(tile, chunk),
             #[cfg(target_arch = "x86_64")]
@@ -118,20 +134,19 @@ impl Kernel {
         }
     }
 
-    /// Writes one token's key into place `slot` of a block's keys, and its value to `value_place`, as f16.
-    pub fn write(
+    /// Writes one token's key and value into place `slot` of a block.
+    pub fn write<E: Element>(
         self,
-        key: &[f32],
-        value: &[f32],
+        (key, value): (&[f32], &[f32]),
         slot: usize,
-        keys: &mut [[f16; BLOCK_TOKENS]],
-        value_place: &mut [f16],
+        keys: &mut PlaneMut<'_, E>,
+        values: &mut PlaneMut<'_, E>,
     ) {
         match self {
-            Self::Scalar => scalar::write(key, value, slot, keys, value_place),
+            Self::Scalar => scalar::write((key, value), slot, keys, values),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Here` says that the machine has the instructions.
-            Self::Avx2(_) | Self::Avx512(_) => unsafe { avx2::write(key, value, slot, keys, value_place) },
+            Self::Avx2(_) | Self::Avx512(_) => unsafe { avx2::write((key, value), slot, keys, values) },
         }
     }
 }

@@ -10,14 +10,21 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod element;
+mod fp8;
 mod kernel;
 mod piece;
 mod plan;
 mod scalar;
 mod work;
 
-use half::f16;
+use std::marker::PhantomData;
 
+use half::{bf16, f16};
+
+use self::element::Element;
+pub(super) use self::element::{code_of, extent, scale_of};
+use self::fp8::Fp8;
 use self::kernel::Kernel;
 use self::piece::{Scratch, Step};
 pub use self::plan::{Plan, PlanError, Rows};
@@ -25,44 +32,59 @@ use self::work::{Shape, Work};
 use super::SharedOut;
 use super::isa::Isa;
 use super::threads::Threads;
+use crate::types::KvDtype;
 
 /// Tokens of a block: a vector of AVX-512, two of AVX2.
 pub const BLOCK_TOKENS: usize = 16;
 /// Changes whenever bytes of KV written before would be read wrongly.
-pub const KV_LAYOUT_VERSION: u32 = 1;
+const KV_LAYOUT_VERSION: u32 = 1;
 /// Blocks of a chunk: softmax rescales once a chunk.
 const CHUNK_BLOCKS: usize = 4;
 const CHUNK_TOKENS: usize = CHUNK_BLOCKS * BLOCK_TOKENS;
 /// Tokens of a partition: what one thread attends to by itself, at the least.
 const PARTITION_TOKENS: usize = 4 * CHUNK_TOKENS;
 
-/// How keys and values lie in a block: layer after layer, all K `[kv_head][dim][16]`, then all V `[kv_head][16][dim]`.
+/// How keys and values lie in a block: layer after layer, all K `[kv_head][dim][16]`, then all V `[kv_head][16][dim]`; where
+/// the numbers have scales, those of a head's 16 tokens lie behind its K, and behind its V.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct KvLayout {
     pub layers: usize,
     pub kv_heads: usize,
     /// A multiple of 8.
     pub head_dim: usize,
+    pub dtype: KvDtype,
 }
 
 impl KvLayout {
     pub fn block_bytes(&self) -> usize {
-        self.layers * 2 * self.plane() * size_of::<f16>()
+        self.layers * 2 * self.kv_heads * self.plane_bytes()
     }
 
-    /// Values of one layer's K, or V, in a block.
-    fn plane(&self) -> usize {
-        self.kv_heads * self.head_dim * BLOCK_TOKENS
+    /// Another number for each way in which the same model's KV may lie in memory.
+    pub fn version(&self) -> u32 {
+        let of_dtype = match self.dtype {
+            KvDtype::F16 => 0,
+            KvDtype::F32 => 1,
+            KvDtype::Bf16 => 2,
+            KvDtype::Int8 => 3,
+            KvDtype::Fp8 => 4,
+        };
+        KV_LAYOUT_VERSION | of_dtype << 16
     }
 
-    /// Where K of a head starts in a block, counted in f16.
+    /// Bytes of one head's K, or V, in a block, with their scales.
+    pub(super) fn plane_bytes(&self) -> usize {
+        self.dtype.vector_bytes(self.head_dim) * BLOCK_TOKENS
+    }
+
+    /// Where K of a head starts in a block, in bytes.
     fn keys_at(&self, layer: usize, kv_head: usize) -> usize {
-        layer * 2 * self.plane() + kv_head * self.head_dim * BLOCK_TOKENS
+        (layer * 2 * self.kv_heads + kv_head) * self.plane_bytes()
     }
 
-    /// Where V of a head starts in a block, counted in f16.
+    /// Where V of a head starts in a block, in bytes.
     fn values_at(&self, layer: usize, kv_head: usize) -> usize {
-        self.keys_at(layer, kv_head) + self.plane()
+        self.keys_at(layer, kv_head) + self.kv_heads * self.plane_bytes()
     }
 }
 
@@ -99,16 +121,27 @@ impl Attention {
     /// Attends with all rows of a step in one layer.
     ///
     /// `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`: queries, keys, values, turned to their positions. `out`: `[rows,
-    /// heads * head_dim]`. Writes the keys and values into the plan's blocks, as f16, clamped to its finite range. Scores
-    /// are scaled by `1/sqrt(head_dim)`; all sums are f32. Panics if the sizes are others.
+    /// heads * head_dim]`. Writes the keys and values into the plan's blocks, as the layout's dtype, clamped to its finite
+    /// range. Scores are scaled by `1/sqrt(head_dim)`; all sums are f32. Panics if the sizes are others.
     pub fn run(&mut self, threads: &mut Threads, plan: &Plan, layer: usize, qkv: &[f32], out: &mut [f32]) {
-        let KvLayout { layers, kv_heads, head_dim } = self.layout;
+        match self.layout.dtype {
+            KvDtype::F16 => self.run_over::<f16>(threads, plan, layer, qkv, out),
+            KvDtype::F32 => self.run_over::<f32>(threads, plan, layer, qkv, out),
+            KvDtype::Bf16 => self.run_over::<bf16>(threads, plan, layer, qkv, out),
+            KvDtype::Int8 => self.run_over::<i8>(threads, plan, layer, qkv, out),
+            KvDtype::Fp8 => self.run_over::<Fp8>(threads, plan, layer, qkv, out),
+        }
+    }
+
+    /// As `run`, over KV that is stored as `E`.
+    fn run_over<E: Element>(&mut self, threads: &mut Threads, plan: &Plan, layer: usize, qkv: &[f32], out: &mut [f32]) {
+        let KvLayout { layers, kv_heads, head_dim, .. } = self.layout;
         assert!(plan.layout() == self.layout && layer < layers, "layer {layer} of {:?}", plan.layout());
         assert_eq!(qkv.len(), plan.rows() * (self.heads + 2 * kv_heads) * head_dim, "q, k, v of another size");
         assert_eq!(out.len(), plan.rows() * self.heads * head_dim, "an output of another size");
         let Some(arena) = plan.arena() else { return };
         let shape = self.shape();
-        let step = Step { plan, arena, layer, shape, kernel: self.kernel, qkv };
+        let step = Step { plan, arena, layer, shape, kernel: self.kernel, qkv, stored_as: PhantomData::<E> };
         // A row that is its sequence's only one is written by the piece that attends to it.
         if plan.sequences().iter().any(|sequence| sequence.rows > 1) {
             threads.run(plan.fills().len(), |fill| {

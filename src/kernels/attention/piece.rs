@@ -3,20 +3,21 @@
 //! Chunks of tokens are walked outside, heads inside, since the heads of a block lie side by side; queries go over each
 //! chunk in tiles as large as the kernel's registers hold.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use half::f16;
 
-use super::kernel::{Chunk, Kernel, Scores, Softmax, Tile};
+use super::element::Element;
+use super::kernel::{Chunk, Kernel, NO_SCALES, PlaneMut, Scales, Scores, Softmax, Tile};
 use super::plan::{Fill, Plan, Sequence};
 use super::work::{Merge, Piece, Shape};
 use super::{BLOCK_TOKENS, CHUNK_BLOCKS, CHUNK_TOKENS, PARTITION_TOKENS, scalar};
 use crate::kernels::SharedOut;
 use crate::kernels::memory::Arena;
 
-/// One layer of one step.
-#[derive(Clone, Copy)]
-pub(super) struct Step<'a> {
+/// One layer of one step, over KV that is stored as `E`.
+pub(super) struct Step<'a, E> {
     pub plan: &'a Plan,
     pub arena: &'a Arena,
     pub layer: usize,
@@ -24,6 +25,7 @@ pub(super) struct Step<'a> {
     pub kernel: Kernel,
     /// `[rows, (heads + 2 * kv_heads) * head_dim]`.
     pub qkv: &'a [f32],
+    pub stored_as: PhantomData<E>,
 }
 
 /// What one thread works in: places for as many queries as walk together.
@@ -78,7 +80,7 @@ impl Scratch {
     }
 }
 
-impl Step<'_> {
+impl<E: Element> Step<'_, E> {
     /// Writes new keys and values of some KV heads into their block.
     pub fn write(&self, fill: &Fill, heads: Range<usize>) {
         let Shape { kv_heads, group, head_dim } = self.shape;
@@ -87,10 +89,9 @@ impl Step<'_> {
             let (keys, values) = row_values[kv_heads * group * head_dim..].split_at(kv_heads * head_dim);
             for head in heads.clone() {
                 let of_head = head * head_dim..(head + 1) * head_dim;
-                let (key_plane, value_plane) = self.planes_mut(fill.block, head);
-                let slot = fill.slot + row;
-                let place = &mut value_plane[slot * head_dim..][..head_dim];
-                self.kernel.write(&keys[of_head.clone()], &values[of_head], slot, key_plane, place);
+                let [mut key_plane, mut value_plane] = self.planes_mut(fill.block, head);
+                let row_of_head = (&keys[of_head.clone()], &values[of_head]);
+                self.kernel.write(row_of_head, fill.slot + row, &mut key_plane, &mut value_plane);
             }
         }
     }
@@ -170,7 +171,7 @@ impl Step<'_> {
             *seen = sequence.context + piece.rows.start + query / group + 1;
         }
         for (index, head) in piece.heads.clone().enumerate() {
-            for tile in self.kernel.tiles(queries) {
+            for tile in self.kernel.tiles::<E>(queries) {
                 let start = (index * queries + tile.start) * dim;
                 let columns = &mut scratch.queries[start..][..tile.len() * dim];
                 for (column, query) in tile.clone().enumerate() {
@@ -196,7 +197,7 @@ impl Step<'_> {
                 let chunk = self.chunk(table, first, head);
                 let ahead = if first + CHUNK_TOKENS < last { first + CHUNK_TOKENS } else { first };
                 let ahead = self.chunk(table, ahead, head);
-                for tile in self.kernel.tiles(queries) {
+                for tile in self.kernel.tiles::<E>(queries) {
                     let seen = &scratch.seen[tile.clone()];
                     if seen[seen.len() - 1] <= first {
                         continue;
@@ -261,47 +262,62 @@ impl Step<'_> {
     }
 
     /// Keys and values of one head, of a chunk whose first token is `first`; less blocks where the table ends.
-    fn chunk(&self, table: &[u32], first: usize, head: usize) -> Chunk<'_> {
-        let mut chunk = Chunk { first, head_dim: self.shape.head_dim, keys: [&[]; _], values: [&[]; _] };
+    fn chunk(&self, table: &[u32], first: usize, head: usize) -> Chunk<'_, E> {
+        let mut chunk = Chunk {
+            first,
+            head_dim: self.shape.head_dim,
+            keys: [&[]; _],
+            values: [&[]; _],
+            key_scales: [NO_SCALES; _],
+            value_scales: [NO_SCALES; _],
+        };
         let blocks = &table[first / BLOCK_TOKENS..];
         for (index, &block) in blocks.iter().take(CHUNK_BLOCKS).enumerate() {
-            (chunk.keys[index], chunk.values[index]) = self.planes(block, head);
+            let [keys, values] = self.planes(block, head);
+            (chunk.keys[index], chunk.key_scales[index]) = (keys.0.as_chunks().0, keys.1);
+            (chunk.values[index], chunk.value_scales[index]) = values;
         }
         chunk
     }
 
-    /// Keys, `[head_dim][16]`, and values, `[16][head_dim]`, of a head in a block.
-    fn planes(&self, block: u32, head: usize) -> (&[[f16; BLOCK_TOKENS]], &[f16]) {
-        let (keys, values) = self.plane_starts(block, head);
-        let dim = self.shape.head_dim;
-        // SAFETY: inside the block (`plane_starts`); all writes of this head are done, and no other sequence writes the block
-        // (the plan's check).
-        let keys = unsafe { std::slice::from_raw_parts(keys.cast(), dim) };
-        // SAFETY: as above.
-        let values = unsafe { std::slice::from_raw_parts(values, BLOCK_TOKENS * dim) };
-        (keys, values)
+    /// Keys, `[head_dim][16]`, and values, `[16][head_dim]`, of a head in a block, and their scales.
+    fn planes(&self, block: u32, head: usize) -> [(&[E], &Scales); 2] {
+        let numbers = BLOCK_TOKENS * self.shape.head_dim;
+        self.plane_starts(block, head).map(|start| {
+            // SAFETY: inside the block (`plane_starts`); all writes of this head are done, and no other sequence writes the
+            // block (the plan's check).
+            let plane = unsafe { std::slice::from_raw_parts(start, numbers) };
+            if !E::SCALED {
+                return (plane, NO_SCALES);
+            }
+            // SAFETY: as above: the scales lie behind the numbers, at an even place, since those are an even number of bytes.
+            (plane, unsafe { &*start.add(numbers).cast() })
+        })
     }
 
-    #[expect(clippy::mut_from_ref, reason = "a block of the arena, which its one writer has to itself")]
-    fn planes_mut(&self, block: u32, head: usize) -> (&mut [[f16; BLOCK_TOKENS]], &mut [f16]) {
-        let (keys, values) = self.plane_starts(block, head);
-        let dim = self.shape.head_dim;
-        // SAFETY: inside the block (`plane_starts`); by the plan's check only this sequence has a block that is written, and
-        // of its threads only the one that writes touches this head now: all others wait, or attend to other partitions.
-        let keys = unsafe { std::slice::from_raw_parts_mut(keys.cast(), dim) };
-        // SAFETY: as above, and the planes don't overlap.
-        let values = unsafe { std::slice::from_raw_parts_mut(values, BLOCK_TOKENS * dim) };
-        (keys, values)
+    fn planes_mut(&self, block: u32, head: usize) -> [PlaneMut<'_, E>; 2] {
+        let numbers = BLOCK_TOKENS * self.shape.head_dim;
+        self.plane_starts(block, head).map(|start| {
+            let scales = if E::SCALED { BLOCK_TOKENS } else { 0 };
+            // SAFETY: the numbers of a plane end inside the block, and the scales, if any, lie behind them.
+            let behind = unsafe { start.add(numbers) }.cast::<f16>();
+            // SAFETY: inside the block (`plane_starts`); by the plan's check only this sequence has a block that is written,
+            // and of its threads only the one that writes touches this head now: all others wait, or attend to other
+            // partitions.
+            let plane = unsafe { std::slice::from_raw_parts_mut(start, numbers) };
+            // SAFETY: as above, and numbers, scales and the other plane don't overlap. Even, as in `planes`.
+            PlaneMut { numbers: plane, scales: unsafe { std::slice::from_raw_parts_mut(behind, scales) } }
+        })
     }
 
     /// Where keys and values of a head start in a block.
-    fn plane_starts(&self, block: u32, head: usize) -> (*mut f16, *mut f16) {
+    fn plane_starts(&self, block: u32, head: usize) -> [*mut E; 2] {
         let layout = self.plan.layout();
-        let start = self.arena.block_ptr(block).cast::<f16>();
-        // SAFETY: inside the block by the layout, whose size the plan checked.
-        let keys = unsafe { start.add(layout.keys_at(self.layer, head)) };
-        // SAFETY: as above.
-        let values = unsafe { start.add(layout.values_at(self.layer, head)) };
-        (keys, values)
+        let start = self.arena.block_ptr(block);
+        [layout.keys_at(self.layer, head), layout.values_at(self.layer, head)].map(|at| {
+            // SAFETY: inside the block by the layout, whose size the plan checked. Blocks and planes are multiples of 64 and
+            // 32 bytes, and aligned for every form that numbers have.
+            unsafe { start.add(at) }.cast()
+        })
     }
 }

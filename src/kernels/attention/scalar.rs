@@ -1,9 +1,8 @@
 //! What does attention compute? The plain form, which the SIMD forms must equal bit for bit.
 
-use half::f16;
-
-use super::kernel::{Chunk, Softmax, Tile};
-use super::{BLOCK_TOKENS, CHUNK_TOKENS};
+use super::element::{Element, extent, scale_of};
+use super::kernel::{Chunk, PlaneMut, Scales, Softmax, Tile};
+use super::{BLOCK_TOKENS, CHUNK_BLOCKS, CHUNK_TOKENS};
 
 /// Below this, `2^x` is as good as zero, and its result would leave the range of normal floats.
 pub(super) const EXP2_LOWEST: f32 = -125.0;
@@ -23,7 +22,9 @@ pub(super) fn exp2(x: f32) -> f32 {
     f32::from_bits(power.to_bits().wrapping_add_signed((whole as i32) << 23))
 }
 
-pub(super) fn attend(tile: &mut Tile<'_>, chunk: &Chunk<'_>) {
+pub(super) fn attend<E: Element>(tile: &mut Tile<'_>, chunk: &Chunk<'_, E>) {
+    let key_scales = scales::<E>(chunk.key_scales);
+    let value_scales = scales::<E>(chunk.value_scales);
     let queries = tile.seen.len();
     for query in 0..queries {
         let seen = tile.seen[query].saturating_sub(chunk.first).min(CHUNK_TOKENS);
@@ -32,10 +33,11 @@ pub(super) fn attend(tile: &mut Tile<'_>, chunk: &Chunk<'_>) {
         }
         let scores = &mut tile.scores[query].0;
         scores.fill(0.0);
-        for (scores, keys) in scores.chunks_exact_mut(BLOCK_TOKENS).zip(chunk.keys).take(seen.div_ceil(BLOCK_TOKENS)) {
+        let blocks = scores.chunks_exact_mut(BLOCK_TOKENS).zip(key_scales.chunks_exact(BLOCK_TOKENS)).zip(chunk.keys);
+        for ((scores, scales), keys) in blocks.take(seen.div_ceil(BLOCK_TOKENS)) {
             for (keys, &q) in keys.iter().zip(tile.queries[query..].iter().step_by(queries)) {
-                for (score, key) in scores.iter_mut().zip(keys) {
-                    *score = key.to_f32().mul_add(q, *score);
+                for ((score, key), scale) in scores.iter_mut().zip(keys).zip(scales) {
+                    *score = (key.widen() * scale).mul_add(q, *score);
                 }
             }
         }
@@ -45,11 +47,21 @@ pub(super) fn attend(tile: &mut Tile<'_>, chunk: &Chunk<'_>) {
             let mut of_chunk = 0.0_f32;
             for (token, &weight) in scores[..seen].iter().enumerate() {
                 let value = chunk.values[token / BLOCK_TOKENS][token % BLOCK_TOKENS * chunk.head_dim + d];
-                of_chunk = value.to_f32().mul_add(weight, of_chunk);
+                of_chunk = (value.widen() * value_scales[token]).mul_add(weight, of_chunk);
             }
             *sum = sum.mul_add(rescale, of_chunk);
         }
     }
+}
+
+/// A factor for each token of a chunk: 1 where the numbers have no scales, which changes none of them.
+fn scales<E: Element>(of_blocks: [&Scales; CHUNK_BLOCKS]) -> [f32; CHUNK_TOKENS] {
+    let mut scales = [1.0; CHUNK_TOKENS];
+    if E::SCALED {
+        let places = scales.iter_mut().zip(of_blocks.into_iter().flatten());
+        places.for_each(|(place, scale)| *place = scale.to_f32());
+    }
+    scales
 }
 
 /// Turns the first `seen` scores into weights, the rest into zeros, and takes them into the highest score and the sums.
@@ -95,16 +107,30 @@ pub(super) fn fold(total: &mut Softmax, total_values: &mut [f32], part: Softmax,
 }
 
 /// As `Kernel::write`.
-pub(super) fn write(
-    key: &[f32],
-    value: &[f32],
+#[inline(always)]
+pub(super) fn write<E: Element>(
+    (key, value): (&[f32], &[f32]),
     slot: usize,
-    keys: &mut [[f16; BLOCK_TOKENS]],
-    value_place: &mut [f16],
+    keys: &mut PlaneMut<'_, E>,
+    values: &mut PlaneMut<'_, E>,
 ) {
-    let narrow = |value: f32| f16::from_f32(value.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()));
-    keys.iter_mut().zip(key).for_each(|(keys, &key)| keys[slot] = narrow(key));
-    value_place.iter_mut().zip(value).for_each(|(place, &value)| *place = narrow(value));
+    let scale = put_scale::<E>(key, slot, keys);
+    let places = keys.numbers[slot..].iter_mut().step_by(BLOCK_TOKENS);
+    places.zip(key).for_each(|(place, &key)| *place = E::narrow(key / scale));
+    let scale = put_scale::<E>(value, slot, values);
+    let places = &mut values.numbers[slot * value.len()..][..value.len()];
+    places.iter_mut().zip(value).for_each(|(place, &value)| *place = E::narrow(value / scale));
+}
+
+/// Chooses and writes a token's scale; 1 where there is none, which changes no number that it divides.
+#[inline(always)]
+pub(super) fn put_scale<E: Element>(numbers: &[f32], slot: usize, plane: &mut PlaneMut<'_, E>) -> f32 {
+    if !E::SCALED {
+        return 1.0;
+    }
+    let scale = scale_of(numbers.iter().fold(0.0, |highest, &number| extent(number).max(highest)));
+    plane.scales[slot] = scale;
+    scale.to_f32()
 }
 
 #[cfg(test)]

@@ -3,12 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use half::f16;
 use proptest::prelude::*;
 
 use super::*;
 use crate::kernels::memory::Arena;
-use crate::types::BlockId;
+use crate::types::{BlockId, KvDtype};
 
 /// One sequence of a random step: what is in its blocks already, and what comes.
 #[derive(Clone, Debug)]
@@ -19,6 +18,7 @@ struct Case {
 
 #[derive(Clone, Debug)]
 struct Step {
+    dtype: KvDtype,
     kv_heads: usize,
     group: usize,
     head_dim: usize,
@@ -30,8 +30,10 @@ struct Step {
 fn step() -> impl Strategy<Value = Step> {
     let case = (0..150_usize, 1..40_usize).prop_map(|(context, rows)| Case { context, rows });
     let sequences = proptest::collection::vec(case, 1..5);
-    (1..4_usize, 1..17_usize, 1..11_usize, 1..3_usize, sequences, any::<u64>()).prop_map(
-        |(kv_heads, group, eighths, layers, sequences, seed)| Step {
+    let dtype = proptest::sample::select(&KvDtype::ALL[..]);
+    (dtype, 1..4_usize, 1..17_usize, 1..11_usize, 1..3_usize, sequences, any::<u64>()).prop_map(
+        |(dtype, kv_heads, group, eighths, layers, sequences, seed)| Step {
+            dtype,
             kv_heads,
             group,
             head_dim: 8 * eighths,
@@ -75,7 +77,8 @@ struct World<'a> {
 
 impl<'a> World<'a> {
     fn new(step: &'a Step) -> Self {
-        let layout = KvLayout { layers: step.layers, kv_heads: step.kv_heads, head_dim: step.head_dim };
+        let Step { dtype, layers, kv_heads, head_dim, .. } = *step;
+        let layout = KvLayout { layers, kv_heads, head_dim, dtype };
         let arena = Arc::new(Arena::new(239, layout.block_bytes()).unwrap());
         (0..239).for_each(|block| arena.with_bytes_mut(block, |bytes| bytes.fill(0xff)));
         let mut free = (0..239).map(|block| BlockId(block * 23 % 239));
@@ -147,7 +150,7 @@ impl Engine {
 /// Attention over a plain list, in f64.
 fn naive(step: &Step, sequence: usize, position: usize) -> Vec<f64> {
     let (dim, heads) = (step.head_dim, step.group * step.kv_heads);
-    let rounded = |values: &[f32]| -> Vec<f64> { values.iter().map(|&v| f16::from_f32(v).to_f64()).collect() };
+    let rounded = |values: &[f32]| stored(step.dtype, values);
     let rows: Vec<_> = (0..=position).map(|position| qkv_row(step, sequence, position)).collect();
     let query_row = &rows[position];
     let mut out = Vec::new();
@@ -174,12 +177,37 @@ fn naive(step: &Step, sequence: usize, position: usize) -> Vec<f64> {
     out
 }
 
+/// What is left of one token's numbers of one head once they are stored.
+fn stored(dtype: KvDtype, values: &[f32]) -> Vec<f64> {
+    let each = |round: &dyn Fn(f32) -> f64| values.iter().map(|&value| round(value)).collect();
+    match dtype {
+        KvDtype::F32 => each(&f64::from),
+        KvDtype::F16 => each(&|value| f16::from_f32(value).to_f64()),
+        KvDtype::Bf16 => each(&|value| bf16::from_f32(value).to_f64()),
+        KvDtype::Int8 => {
+            let highest = values.iter().fold(0.0_f32, |highest, value| highest.max(value.abs()));
+            let scale = f16::from_f32(highest / 127.0).to_f64();
+            each(&|value| (value / scale as f32).round_ties_even().clamp(-127.0, 127.0) as f64 * scale)
+        }
+        KvDtype::Fp8 => {
+            let codes: Vec<f64> = (0..=0x7e).map(|code| Fp8::from_bits(code).to_f32().into()).collect();
+            let nearest = |value: f32| {
+                let off = |code: f64| (code - f64::from(value.abs())).abs();
+                let even_first = codes.iter().step_by(2).chain(codes.iter().skip(1).step_by(2));
+                *even_first.min_by(|a, b| off(**a).total_cmp(&off(**b))).unwrap()
+            };
+            each(&|value| nearest(value).copysign(value.into()))
+        }
+    }
+}
+
 fn bits(rows: &[Vec<Vec<f32>>]) -> Vec<u32> {
     rows.iter().flatten().flatten().map(|value| value.to_bits()).collect()
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    // About twenty of each dtype.
+    #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
     fn attention_over_scattered_blocks_is_attention_over_a_list_however_it_is_computed(step in step()) {
@@ -225,8 +253,14 @@ fn near(step: &Step, sequence: usize, position: usize, row: &[f32]) -> Result<()
 
 #[test]
 fn a_long_context_gives_the_same_on_both_sides_of_each_border_of_partitions() {
+    for dtype in [KvDtype::F16, KvDtype::Int8] {
+        borders_of_partitions(dtype);
+    }
+}
+
+fn borders_of_partitions(dtype: KvDtype) {
     let cases = [1030, 256, 511, 512, 513, 515].map(|tokens| Case { context: tokens - 1, rows: 1 });
-    let step = Step { kv_heads: 2, group: 3, head_dim: 24, layers: 1, sequences: cases.to_vec(), seed: 5 };
+    let step = Step { dtype, kv_heads: 2, group: 3, head_dim: 24, layers: 1, sequences: cases.to_vec(), seed: 5 };
     let ways = Isa::available().into_iter().flat_map(|isa| {
         [(1, false, 2), (1, true, 3), (1030, false, 1), (300, true, 3), (97, false, 2), (256, true, 2)]
             .map(|(chunk, alone, threads)| Way { isa, threads, chunk, alone })
@@ -248,9 +282,12 @@ fn the_blocks_beside_a_sequences_own_are_never_touched() {
     unsafe extern "C" {
         fn mprotect(start: *mut std::ffi::c_void, bytes: usize, protection: i32) -> i32;
     }
-    for (head_dim, group) in [(8, 1), (24, 3), (40, 7), (64, 9), (128, 2)] {
+    let shapes = [(8, 1), (24, 3), (40, 7), (64, 9), (128, 2)];
+    for (dtype, (head_dim, group)) in KvDtype::ALL.into_iter().flat_map(|dtype| shapes.map(|shape| (dtype, shape))) {
+        // As many layers as make whole pages.
+        let layers = if dtype == KvDtype::Int8 { 64 } else { 8 };
         let cases = vec![Case { context: 0, rows: 32 }];
-        let step = Step { kv_heads: 2, group, head_dim, layers: 4, sequences: cases, seed: 3 };
+        let step = Step { dtype, kv_heads: 2, group, head_dim, layers, sequences: cases, seed: 3 };
         let mut world = World::new(&step);
         world.tables = vec![vec![BlockId(1), BlockId(3)]];
         let bytes = world.layout.block_bytes();
@@ -261,7 +298,7 @@ fn the_blocks_beside_a_sequences_own_are_never_touched() {
             assert_eq!(unsafe { mprotect(start, bytes, 0) }, 0);
         }
         for isa in Isa::available() {
-            for layer in [0, 3] {
+            for layer in [0, layers - 1] {
                 for chunk in [1, 5, 32] {
                     world.run_all(Way { isa, threads: 1, chunk, alone: true }, layer);
                 }
@@ -272,7 +309,12 @@ fn the_blocks_beside_a_sequences_own_are_never_touched() {
 
 #[test]
 fn a_layer_writes_its_own_planes_and_no_others() {
+    KvDtype::ALL.into_iter().for_each(writes_its_own_planes);
+}
+
+fn writes_its_own_planes(dtype: KvDtype) {
     let step = Step {
+        dtype,
         kv_heads: 2,
         group: 2,
         head_dim: 16,
@@ -295,7 +337,7 @@ fn a_layer_writes_its_own_planes_and_no_others() {
 
 #[test]
 fn keys_and_values_beyond_f16_are_clamped_rather_than_infinite() {
-    let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8 };
+    let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8, dtype: KvDtype::F16 };
     let arena = Arc::new(Arena::new(1, layout.block_bytes()).unwrap());
     let table = [BlockId(0)];
     let qkv = [[1e-3; 8], [1e9; 8], [-1e9; 8], [1e-3; 8], [-1e9; 8], [1.0; 8]].concat();
@@ -310,8 +352,72 @@ fn keys_and_values_beyond_f16_are_clamped_rather_than_infinite() {
 }
 
 #[test]
+fn a_token_that_is_no_number_or_infinite_leaves_other_sequences_as_they_are() {
+    for dtype in KvDtype::ALL {
+        let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8, dtype };
+        for isa in Isa::available() {
+            let outputs = [f32::NAN, f32::INFINITY, 1.0].map(|odd| {
+                let arena = Arc::new(Arena::new(2, layout.block_bytes()).unwrap());
+                let Engine { mut threads, mut plan, mut attention } = Engine::new(layout, 1, isa, 1);
+                let tables = [[BlockId(0)], [BlockId(1)]];
+                let rows = |first_row, table| Rows { first_row, rows: 2, context: 0, table };
+                plan.set(&arena, [rows(0, &tables[0][..]), rows(2, &tables[1][..])]).unwrap();
+                let row = |number: f32| [number; 24];
+                let qkv = [row(0.5), row(odd), row(0.25), row(0.75)].concat();
+                let mut out = [0.0; 32];
+                attention.run(&mut threads, &plan, 0, &qkv, &mut out);
+                // Another sequence's; and where the form has no such numbers, the token's before it.
+                let before = if dtype == KvDtype::Int8 { &out[..8] } else { &[] };
+                [before, &out[16..]].concat()
+            });
+            assert!(outputs[0] == outputs[2] && outputs[1] == outputs[2], "{dtype}, {isa}: {outputs:?}");
+        }
+    }
+}
+
+#[test]
+fn narrow_forms_take_the_bytes_that_they_promise() {
+    let bytes = |dtype| KvLayout { layers: 30, kv_heads: 3, head_dim: 64, dtype }.block_bytes() as f64;
+    let of_f16 = |dtype| bytes(dtype) / bytes(KvDtype::F16);
+    assert_eq!([KvDtype::F32, KvDtype::Bf16, KvDtype::Fp8].map(of_f16), [2.0, 1.0, 0.5]);
+    assert!(of_f16(KvDtype::Int8) <= 0.53, "{}", of_f16(KvDtype::Int8));
+}
+
+#[test]
+fn each_dtype_is_another_version_of_the_layout_and_the_usual_one_is_still_the_first() {
+    let version = |dtype| KvLayout { layers: 1, kv_heads: 1, head_dim: 8, dtype }.version();
+    let versions: std::collections::BTreeSet<_> = KvDtype::ALL.map(version).into();
+    assert_eq!((versions.len(), version(KvDtype::F16)), (5, 1));
+}
+
+/// How far attention over each dtype is from attention over what was to be stored.
+#[test]
+fn each_dtype_is_as_near_to_exact_attention_as_its_bits_allow() {
+    let sequences = vec![Case { context: 0, rows: 200 }];
+    let exact = Step { dtype: KvDtype::F32, kv_heads: 2, group: 3, head_dim: 64, layers: 1, sequences, seed: 11 };
+    let way = Way { isa: Isa::best(), threads: 2, chunk: 64, alone: true };
+    let wanted = naive(&exact, 0, 199);
+    let norm = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>().sqrt();
+    let bounds = [
+        (KvDtype::F32, 1e-5),
+        (KvDtype::F16, 1e-3),
+        (KvDtype::Bf16, 8e-3),
+        (KvDtype::Int8, 2e-2),
+        (KvDtype::Fp8, 8e-2),
+    ];
+    for (dtype, bound) in bounds {
+        let step = Step { dtype, ..exact.clone() };
+        let ours = &World::new(&step).run_all(way, 0)[0][199];
+        let off: Vec<f64> = ours.iter().zip(&wanted).map(|(ours, wanted)| f64::from(*ours) - wanted).collect();
+        let error = norm(&off) / norm(&wanted);
+        assert!(error < bound, "{dtype}: {error}");
+        assert!(dtype == KvDtype::F32 || error > bound / 50.0, "{dtype}: {error} is too good to be true");
+    }
+}
+
+#[test]
 fn tables_that_would_write_anothers_block_or_leave_the_arena_are_refused() {
-    let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8 };
+    let layout = KvLayout { layers: 1, kv_heads: 1, head_dim: 8, dtype: KvDtype::F16 };
     let arena = Arc::new(Arena::new(8, layout.block_bytes()).unwrap());
     let mut step = Plan::new(layout);
     let mut plan = |sequences: &[(usize, usize, usize, &[u32])]| {

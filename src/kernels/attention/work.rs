@@ -199,7 +199,7 @@ mod tests {
     use super::*;
     use crate::kernels::attention::{BLOCK_TOKENS, KvLayout, Rows};
     use crate::kernels::memory::Arena;
-    use crate::types::BlockId;
+    use crate::types::{BlockId, KvDtype};
 
     proptest! {
         #[test]
@@ -209,7 +209,7 @@ mod tests {
             group in 1..17_usize,
             threads in 1..5_usize,
         ) {
-            let layout = KvLayout { layers: 1, kv_heads, head_dim: 64 };
+            let layout = KvLayout { layers: 1, kv_heads, head_dim: 64, dtype: KvDtype::F16 };
             let arena = Arc::new(Arena::new(1000, layout.block_bytes()).unwrap());
             let mut free = (0..1000).map(BlockId);
             let blocks = |&(context, rows): &(usize, usize)| (context + rows).div_ceil(BLOCK_TOKENS);

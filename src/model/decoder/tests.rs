@@ -9,8 +9,9 @@ use candle_transformers::models::quantized_llama;
 
 use super::*;
 use crate::model::SequenceRows;
-use crate::types::BlockId;
+use crate::types::{BlockId, KvDtype};
 
+mod dtypes;
 mod exactness;
 
 /// The small published model that the tests share.
@@ -25,7 +26,7 @@ fn real_model_path() -> PathBuf {
 
 /// What the tests run on, unless they say otherwise.
 fn compute() -> Compute {
-    Compute { threads: 2, isa: Isa::best() }
+    Compute { threads: 2, isa: Isa::best(), kv: KvDtype::F16 }
 }
 
 fn real_model() -> &'static Decoder {
@@ -219,7 +220,8 @@ fn logits_are_the_same_bits_with_all_instructions_and_any_number_of_threads() {
     let wanted = Bench::new(real_model()).alone(&tokens, tokens.len());
     for isa in Isa::available() {
         for threads in [1, 3] {
-            let model = Decoder::load(&real_model_path(), Compute { threads, isa }, &mut |_, _| {}).unwrap();
+            let model =
+                Decoder::load(&real_model_path(), Compute { threads, isa, kv: KvDtype::F16 }, &mut |_, _| {}).unwrap();
             let found = Bench::new(&model).alone(&tokens, tokens.len());
             assert_same_bits(&found, &wanted, &format!("{isa} on {threads} threads"));
         }
