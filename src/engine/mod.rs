@@ -5,6 +5,7 @@
 pub mod batch;
 pub mod core;
 pub mod fairness;
+pub mod flight;
 pub mod handle;
 mod metrics;
 mod movers;

@@ -84,6 +84,10 @@ table! {
     Gauge LOAD_RATE, "rekindle_load_bytes_per_second", CountPerSecond,
         "Moving average of loads from disk; 0 before the first.";
 
+    Gauge FLIGHT_RECORD_BYTES, "rekindle_flight_record_bytes", Bytes, "Size of the flight record's files.";
+    Counter FLIGHT_RECORD_LOST, "rekindle_flight_record_lost_steps_total", Count,
+        "Steps that are missing in the flight record: a replay as recorded ends at the first.";
+
     Histogram TTFT_SECONDS, "rekindle_turn_first_token_seconds", Seconds,
         "From a turn's arrival at the engine to its first token.", LATENCY_S;
     Histogram QUEUE_SECONDS, "rekindle_turn_queue_seconds", Seconds, "A turn's wait for its place.", LATENCY_S;
