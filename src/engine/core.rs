@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use super::answers::{Answer, Answers};
 use super::batch::Rows;
 use super::fairness::Fairness;
 use super::sampler;
@@ -114,27 +115,6 @@ impl Plan {
     /// Whether the model has nothing to do.
     pub fn is_empty(&self) -> bool {
         self.spans.is_empty()
-    }
-}
-
-/// What a model said of a plan's sampled rows.
-enum Answers<'a> {
-    Logits(&'a mut Logits),
-    Known(&'a [TokenId]),
-}
-
-/// Of one of them.
-enum Answer<'a> {
-    Logits(&'a mut [f32]),
-    Known(TokenId),
-}
-
-impl Answers<'_> {
-    fn get(&mut self, index: usize) -> Answer<'_> {
-        match self {
-            Self::Logits(logits) => Answer::Logits(logits.row_mut(index)),
-            Self::Known(tokens) => Answer::Known(tokens[index]),
-        }
     }
 }
 

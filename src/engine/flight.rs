@@ -159,3 +159,6 @@ mod sum {
     pub const ZERO: u8 = 1;
     pub const SOME: u8 = 2;
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@
 //!
 //! `handle` is what the layers above hold; `thread` is the one loop; `core` decides, purely.
 
+mod answers;
 pub mod batch;
 pub mod core;
 pub mod fairness;

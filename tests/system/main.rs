@@ -17,6 +17,8 @@ mod crowd;
 #[cfg(test)]
 mod disk;
 #[cfg(test)]
+mod flight;
+#[cfg(test)]
 mod habits;
 #[cfg(test)]
 mod kills;

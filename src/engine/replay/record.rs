@@ -15,7 +15,7 @@ use crate::engine::core::{Command, StartTurn};
 use crate::engine::flight::bytes::Cursor;
 use crate::engine::flight::reading::{Entry, HeldTokens, Reader, tenant_key};
 use crate::engine::flight::ring::{self, Part, ReadError};
-use crate::engine::flight::{Beginning, Outcome as Answers, Step};
+use crate::engine::flight::{Beginning, Outcome as Answers, Said, Step};
 use crate::kv::block::PrefixHash;
 use crate::types::{KvKey, TenantId, Tick, TokenCount, TokenId, TurnId};
 
@@ -266,7 +266,7 @@ impl Survey {
         }
         if let Some((_, Answers::Said(said))) = &step.committed {
             for said in said {
-                self.said(said.turn, said.token);
+                self.said(*said);
             }
         }
     }
@@ -346,12 +346,13 @@ impl Survey {
         (TokenCount(u32::try_from(shared).unwrap_or(u32::MAX)), follows)
     }
 
-    fn said(&mut self, turn: TurnId, token: TokenId) {
+    fn said(&mut self, Said { turn, token, stops }: Said) {
         let Some(number) = self.turns.get(&turn).copied() else { return };
         if let Some(request) = self.trace.requests.get_mut(number) {
             request.answer.0 += 1;
         }
-        let Some(end) = self.ends.get_mut(&number) else { return };
+        // What stopped it was never fed.
+        let Some(end) = self.ends.get_mut(&number).filter(|_| !stops) else { return };
         end.open.push(token);
         if end.open.len() == self.block_size {
             end.parent = end.parent.child(&tenant_key(end.tenant), &end.open);
