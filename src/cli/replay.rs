@@ -339,21 +339,25 @@ fn table(arguments: &ReplayArgs, source: &Source, settings: &ReplaySettings, rep
         format!("{what:<24}{:>18}  {percent:6.2} %\n", grouped(tokens))
     };
     let sizes = format!(
-        "{} on {} tokens of device, {} of host and {} of disk; the trace has {} distinct ones\n\
-         after the first {:.0} % of the turns\n\n",
+        "{} on {} tokens of device, {} of host and {} of disk; the trace has {} distinct ones\n",
         policy_name(settings.policy),
         grouped(settings.device_tokens),
         grouped(settings.host_tokens),
         grouped(settings.disk_tokens),
         grouped(source.trace().distinct_tokens()),
-        100.0 * settings.warm_up,
     );
+    let warm_up = match settings.warm_up {
+        0.0 => String::new(),
+        share => format!("not counted: the first {:.0} % of the turns\n", 100.0 * share),
+    };
     let record = match source {
         Source::Record(record) => account(record, replayed.how),
         Source::Trace(_) => String::new(),
     };
     let mut text = record
         + &sizes
+        + &warm_up
+        + "\n"
         + &row("re-usable tokens", all.reusable_tokens)
         + &row("  found on the device", all.device_tokens)
         + &row("  reloaded from the host", all.host_tokens)
