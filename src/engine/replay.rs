@@ -9,6 +9,7 @@ pub mod record;
 mod recorded;
 pub mod trace;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -269,6 +270,7 @@ impl<'a> Driver<'a> {
             background_offload: true,
             policy: settings.policy,
             doubles_at: settings.weighs_length.then(|| TokenCount(settings.doubles_at as u32 / block_tokens)),
+            front_first_from: settings.policy.front_first_from(TokenCount(settings.doubles_at as u32 / block_tokens)),
             journal_entries: settings.journal_entries,
             reuse: true,
         };
@@ -325,10 +327,10 @@ impl<'a> Driver<'a> {
         // The last block is always encoded: its logits are wanted.
         let reusable = self.blocks(request.reusable()).min(sequence.tokens.len() - 1);
         let found = if sequence.tokens.len() < self.window {
-            self.run(number, request, sequence)?
+            self.run(number, request, sequence, reusable)?
         } else {
             self.outcome.too_long += 1;
-            Found::default()
+            Found { reencode_cost: self.cost(0..reusable), ..Found::default() }
         };
         let device = found.device.min(reusable);
         let host = found.host.min(reusable - device);
@@ -343,7 +345,7 @@ impl<'a> Driver<'a> {
             host_tokens: tokens(host),
             disk_tokens: tokens(disk),
             reencoded_tokens: tokens(reusable - cached),
-            reencode_cost: cost_of(tokens(cached), tokens(reusable), self.settings.doubles_at),
+            reencode_cost: found.reencode_cost,
         };
         self.outcome.count(request.tenant, reuse);
         if is_last && is_told(request.conversation, self.settings.ends) {
@@ -380,8 +382,20 @@ impl<'a> Driver<'a> {
         Err(ReplayError::StuckNotice { number })
     }
 
+    /// What encoding these blocks of a sequence costs, in tokens at the first position.
+    fn cost(&self, blocks: Range<usize>) -> f64 {
+        let tokens = |blocks: usize| blocks as u64 * u64::from(self.settings.block_tokens);
+        cost_of(tokens(blocks.start), tokens(blocks.end), self.settings.doubles_at)
+    }
+
     /// Runs a turn to its end, and the copies that follow from it.
-    fn run(&mut self, number: usize, request: &Request, sequence: &Sequence) -> Result<Found, ReplayError> {
+    fn run(
+        &mut self,
+        number: usize,
+        request: &Request,
+        sequence: &Sequence,
+        reusable: usize,
+    ) -> Result<Found, ReplayError> {
         let tenant = self.tenant(request);
         let new_tokens = TokenCount(request.prompt.0 - request.reusable().0);
         let start = StartTurn {
@@ -404,7 +418,9 @@ impl<'a> Driver<'a> {
         self.commands.push(Command::Start(Box::new(start)));
         let mut found = Found::default();
         for _ in 0..STEPS {
-            let events = self.step(request.at);
+            let (events, encoded) = self.step(request.at);
+            let encoded = encoded.start.min(reusable)..encoded.end.min(reusable);
+            found.reencode_cost += self.cost(encoded);
             for event in events {
                 if let Event::Turn(_, TurnEvent::Started(usage)) = event {
                     found.device = usage.resident.get() + usage.shared.get();
@@ -419,20 +435,24 @@ impl<'a> Driver<'a> {
         Err(ReplayError::Stuck { number })
     }
 
-    /// One round of the engine's loop, whose copies take no time.
-    fn step(&mut self, now: Tick) -> Vec<Event> {
+    /// One round of the engine's loop, whose copies take no time, and the part of the turn's sequence that it encoded.
+    fn step(&mut self, now: Tick) -> (Vec<Event>, Range<usize>) {
         let mut plan = self.core.plan(now, &mut self.commands);
         for order in plan.orders.drain(..) {
             let sums = vec![Some(0); order.pairs.len()];
             self.commands.push(Command::Transferred(TransferDone { ticket: order.ticket, sums, took_us: 1 }));
         }
         let mut events = std::mem::take(&mut plan.events);
+        let encoded = plan.spans.first().map_or(0..0, |span| {
+            let first = self.core.manager().resident(span.key).context().get();
+            first..first + span.rows
+        });
         if !plan.is_empty() {
             self.core.commit(now, &plan, Ok(&mut self.logits), &mut events);
         }
         // Nobody asks where conversations are.
         drop(self.core.take_residencies());
-        events
+        (events, encoded)
     }
 }
 
@@ -442,6 +462,8 @@ struct Found {
     device: usize,
     host: usize,
     disk: usize,
+    /// Of what it encoded although it was reusable.
+    reencode_cost: f64,
 }
 
 /// Whether the server hears of a conversation's end: so it is for this part of them, the same in each replay.

@@ -26,7 +26,9 @@ impl Beginning {
         put(out, u64::from(kv.window.0));
         put(out, u64::from(kv.background_offload));
         put(out, u64::from(kv.policy == Policy::ReturnRate));
-        put(out, kv.doubles_at.map_or(0, |tokens| u64::from(tokens.0) + 1));
+        for length in [kv.doubles_at, kv.front_first_from] {
+            put(out, length.map_or(0, |tokens| u64::from(tokens.0) + 1));
+        }
         put(out, kv.journal_entries as u64);
         put(out, u64::from(kv.reuse));
     }
@@ -44,10 +46,8 @@ impl Beginning {
             window: TokenCount(cursor.small()?),
             background_offload: flag(cursor)?,
             policy: if flag(cursor)? { Policy::ReturnRate } else { Policy::Lru },
-            doubles_at: match cursor.number()? {
-                0 => None,
-                tokens => Some(TokenCount(u32::try_from(tokens - 1).ok()?)),
-            },
+            doubles_at: length(cursor)?,
+            front_first_from: length(cursor)?,
             journal_entries: whole(cursor)?,
             reuse: flag(cursor)?,
         };
@@ -59,6 +59,13 @@ impl Beginning {
 
 fn whole(cursor: &mut Cursor<'_>) -> Option<usize> {
     usize::try_from(cursor.number()?).ok()
+}
+
+fn length(cursor: &mut Cursor<'_>) -> Option<Option<TokenCount>> {
+    match cursor.number()? {
+        0 => Some(None),
+        tokens => Some(Some(TokenCount(u32::try_from(tokens - 1).ok()?))),
+    }
 }
 
 fn flag(cursor: &mut Cursor<'_>) -> Option<bool> {

@@ -28,6 +28,7 @@ fn beginning() -> Beginning {
         background_offload: false,
         policy: Policy::Lru,
         doubles_at: None,
+        front_first_from: None,
         journal_entries: 100,
         reuse: true,
     };
