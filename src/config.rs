@@ -128,6 +128,8 @@ pub struct Engine {
     pub queue_depth: usize,
     pub queue_deadline_s: u64,
     pub reuse: bool,
+    /// 0: none is kept.
+    pub flight_record_bytes: Bytes,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -269,6 +271,10 @@ impl Layers {
         self.range("engine.step_tokens", engine.step_tokens, 16..=65_536)?;
         self.range("engine.queue_depth", engine.queue_depth, 1..=100_000)?;
         self.range("engine.queue_deadline_s", engine.queue_deadline_s, 1..=3600)?;
+        let flight = engine.flight_record_bytes;
+        if flight != Bytes(0) {
+            self.range("engine.flight_record_bytes", flight, Bytes(MIB)..=Bytes(1 << 40))?;
+        }
         self.range("sessions.queue_depth", sessions.queue_depth, 0..=1024)?;
         self.range("sessions.idle_s", sessions.idle_s, 1..=86_400)?;
         self.range("sessions.max_live", sessions.max_live, 1..=1_000_000)?;

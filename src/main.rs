@@ -37,7 +37,7 @@ enum Command {
     Pull(PullArgs),
     /// Make an API key, for a tenant or an admin
     Key(KeyArgs),
-    /// Say what a policy and a memory would have cost on a trace of turns
+    /// Repeat what the server decided, or say what other settings would have cost
     Replay(ReplayArgs),
 }
 

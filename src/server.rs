@@ -22,6 +22,7 @@ use crate::api::websocket::{Bounds, SocketSettings};
 use crate::api::{self, ApiSettings, ApiState, Limits, UnknownFields};
 use crate::config::tenants::TenantsError;
 use crate::config::{self, Config};
+use crate::engine::flight::{FLIGHT_FOLDER, FlightSettings};
 use crate::engine::status::EngineStatus;
 use crate::engine::thread::{ColdDtype, DiskSettings, Engine, EngineSettings, StartError};
 use crate::engine::{EngineHandle, Language, Policy};
@@ -297,6 +298,11 @@ fn engine_settings(config: &Config, disk: Option<DiskSettings>) -> EngineSetting
         step_tokens: TokenCount(config.engine.step_tokens),
         queue_depth: config.engine.queue_depth,
         reuse: config.engine.reuse,
+        flight: Some(FlightSettings {
+            folder: config.server.data_dir.join(FLIGHT_FOLDER),
+            bytes: config.engine.flight_record_bytes.0,
+        })
+        .filter(|flight| flight.bytes > 0),
     }
 }
 

@@ -94,7 +94,7 @@ fn trace() -> Trace {
         });
         last.insert(conversation, number);
     }
-    Trace { requests }
+    Trace { requests, ..Trace::default() }
 }
 
 fn settings(trace: &Trace, share: f64, policy: Policy) -> ReplaySettings {
@@ -215,7 +215,7 @@ fn a_tenant_that_scans_costs_the_others_little() {
         follows: request.follows.map(|(before, shared)| (places[&before], shared)),
         ..*request
     });
-    let scanned = Trace { requests: requests.collect() };
+    let scanned = Trace { requests: requests.collect(), ..Trace::default() };
     let tenants = |policy| ReplaySettings { one_tenant: false, ..settings(&trace, 0.02, policy) };
     let others = |trace: &Trace, policy| {
         let outcome = run(trace, &tenants(policy));

@@ -1,7 +1,7 @@
 //! How does an operator learn what another policy, or more memory, would have been worth?
 //!
-//! Reads a trace, replays it through the engine's own decisions (`engine::replay`), and prints a table or one JSON object
-//! on standard output; how far it is goes to standard error.
+//! Reads a trace, or the record that a server keeps, replays it through the engine's own decisions (`engine::replay`), and
+//! prints a table or one JSON object on standard output; how far it is goes to standard error.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
@@ -11,60 +11,71 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
+use crate::engine::replay::record::{How, Record};
 use crate::engine::replay::trace::Trace;
-use crate::engine::replay::{Outcome, Policy, ReplaySettings, Reuse, replay};
+use crate::engine::replay::{FLIGHT_FOLDER, Outcome, Policy, ReplaySettings, Reuse, replay};
 
-/// Replays a trace of turns through the engine's scheduler, block manager and evictor, without a model.
+/// Replays a server's flight record, or a trace of turns, through the engine's scheduler, block manager and evictor, without
+/// a model.
+///
+/// Without sizes and policy a record is replayed as recorded: each process that wrote it, under its own settings, with its own
+/// times and outcomes, so that the decisions are the same, entry for entry. With others, or where a record has lost its
+/// beginning, its turns come when they came, on a memory that was empty, as if the server had never been restarted.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  rekindle replay day.csv --device-share 0.02              what the default policy encodes again
+  rekindle replay                                          what the server in ./data decided, from its flight record
+  rekindle replay --journal 20                             and the last 20 decisions, in words
+  rekindle replay --policy lru --device-share 0.05         what it would have done under other settings
+  rekindle replay day.csv --device-share 0.02              what the default policy encodes again on a trace
   rekindle replay day.csv --device-share 0.02 --policy lru the same by silence alone
   rekindle replay day.csv --device-tokens 500000 --host-tokens 2000000 --json
   rekindle replay day.csv --device-share 0.02 --ends 0.5   if clients said of half of the conversations that they are over
-  rekindle replay day.csv --device-share 0.02 --journal 20 and the last 20 decisions, in words
   zcat day.csv.gz | rekindle replay - --device-share 0.02
 
-The trace is CSV with a header: t (ms), tenant, conv, turn, in, out (tokens of prompt and answer), ref and shared (the
+A trace is CSV with a header: t (ms), tenant, conv, turn, in, out (tokens of prompt and answer), ref and shared (the
 first `shared` tokens of the prompt are those of request number `ref`, from 0; -1: none), stop (t: a tool call).")]
 pub struct ReplayArgs {
-    /// The trace; - is standard input
-    trace: PathBuf,
-    /// Which conversation goes first when memory is short
-    #[arg(long, value_enum, default_value_t = PolicyName::ReturnRate)]
-    policy: PolicyName,
+    /// A trace, - for standard input, or a folder with a flight record [default: that of --data-dir]
+    trace: Option<PathBuf>,
+    /// The server's folder, whose flight record is read, also while it runs
+    #[arg(long, value_name = "DIR", default_value = "data", conflicts_with = "trace")]
+    data_dir: PathBuf,
+    /// Which conversation goes first when memory is short [default: as recorded; return_rate for a trace]
+    #[arg(long, value_enum)]
+    policy: Option<PolicyName>,
     #[command(flatten)]
     device: DeviceSize,
-    /// Tokens that the host tier holds
+    /// Tokens that the host tier holds [default: as recorded; 0 for a trace]
     #[arg(long, value_name = "N", conflicts_with = "host_share")]
     host_tokens: Option<u64>,
     /// The same, as a share of the trace's distinct tokens
     #[arg(long, value_name = "SHARE")]
     host_share: Option<f64>,
-    /// Tokens that the disk tier holds
+    /// Tokens that the disk tier holds [default: as recorded; 0 for a trace]
     #[arg(long, value_name = "N", conflicts_with = "disk_share")]
     disk_tokens: Option<u64>,
     /// The same, as a share of the trace's distinct tokens
     #[arg(long, value_name = "SHARE")]
     disk_share: Option<f64>,
-    /// Tokens of a block; fewer are more exact, and slower
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    block_tokens: u32,
-    /// Bytes of one token's KV, for the bytes moved between tiers; the default model's
-    #[arg(long, value_name = "N", default_value_t = 23_040)]
-    token_bytes: u64,
-    /// Part of the trace that is not counted, while memory fills and habits are learned
+    /// Tokens of a block; fewer are more exact, and slower [default: as recorded; 64 for a trace]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    block_tokens: Option<u32>,
+    /// Bytes of one token's KV, for the bytes moved between tiers [default: as recorded; the default model's for a trace]
+    #[arg(long, value_name = "N")]
+    token_bytes: Option<u64>,
+    /// Part of the turns, the first ones, that is not counted, while memory fills and habits are learned
     #[arg(long, value_name = "SHARE", default_value_t = 0.25)]
     warm_up: f64,
-    /// Part of the conversations whose end the server is told
+    /// Part of the conversations whose end the server is told, beside those that a record knows of
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     ends: f64,
     /// Take all turns for one tenant's, so that there are no floors and ceilings
     #[arg(long)]
     one_tenant: bool,
-    /// Position at which a token costs twice what the first one does, for the cost of encoding again
-    #[arg(long, value_name = "TOKENS", default_value_t = 30_000.0)]
-    doubles_at: f64,
+    /// Position at which a token costs twice what the first one does, for the cost of encoding again [default: 30000]
+    #[arg(long, value_name = "TOKENS")]
+    doubles_at: Option<f64>,
     /// Let the policy take that cost into account, as kv.eviction_doubles_at does
     #[arg(long)]
     weigh_length: bool,
@@ -77,9 +88,9 @@ pub struct ReplayArgs {
 }
 
 #[derive(Args, Debug)]
-#[group(required = true, multiple = false)]
+#[group(multiple = false)]
 struct DeviceSize {
-    /// Tokens that the device holds
+    /// Tokens that the device holds [default: as recorded]
     #[arg(long, value_name = "N")]
     device_tokens: Option<u64>,
     /// The same, as a share of the trace's distinct tokens
@@ -97,69 +108,135 @@ enum PolicyName {
 }
 
 impl PolicyName {
-    fn name(self) -> &'static str {
+    fn policy(self) -> Policy {
         match self {
-            Self::ReturnRate => "return_rate",
-            Self::Lru => "lru",
+            Self::ReturnRate => Policy::ReturnRate,
+            Self::Lru => Policy::Lru,
         }
     }
 }
 
+fn policy_name(policy: Policy) -> &'static str {
+    match policy {
+        Policy::ReturnRate => "return_rate",
+        Policy::Lru => "lru",
+    }
+}
+
+/// What is replayed.
+enum Source {
+    Trace(Trace),
+    Record(Record),
+}
+
+impl Source {
+    fn trace(&self) -> &Trace {
+        match self {
+            Self::Trace(trace) => trace,
+            Self::Record(record) => &record.trace,
+        }
+    }
+
+    /// What holds unless something else is asked for. A trace doesn't say how large a device is.
+    fn settings(&self) -> ReplaySettings {
+        match self {
+            Self::Record(record) => record.settings(),
+            Self::Trace(_) => ReplaySettings {
+                policy: Policy::ReturnRate,
+                device_tokens: 0,
+                host_tokens: 0,
+                disk_tokens: 0,
+                block_tokens: 64,
+                token_bytes: 23_040,
+                warm_up: 0.25,
+                ends: 0.0,
+                one_tenant: false,
+                doubles_at: 30_000.0,
+                weighs_length: false,
+                journal_entries: 0,
+            },
+        }
+    }
+}
+
+/// What came of it, and how.
+struct Replayed {
+    outcome: Outcome,
+    how: How,
+}
+
 pub fn run(arguments: &ReplayArgs) -> Result<()> {
-    let trace = read(&arguments.trace)?;
-    let settings = settings(arguments, &trace)?;
-    let outcome = replay(&trace, &settings, &mut progress())?;
+    let source = read(arguments)?;
+    let settings = settings(arguments, &source)?;
+    let replayed = replayed(&source, &settings)?;
     if io::stderr().is_terminal() {
         eprint!("\r\x1b[K");
     }
     let text = if arguments.json {
-        format!("{}\n", object(arguments, &trace, &settings, &outcome))
+        format!("{}\n", object(arguments, &source, &settings, &replayed))
     } else {
-        table(arguments, &trace, &settings, &outcome)
+        table(arguments, &source, &settings, &replayed)
     };
     io::stdout().lock().write_all(text.as_bytes())?;
     Ok(())
 }
 
-fn read(path: &Path) -> Result<Trace> {
+fn replayed(source: &Source, settings: &ReplaySettings) -> Result<Replayed> {
+    let (outcome, how) = match source {
+        Source::Record(record) => record.replay(settings, &mut progress())?,
+        Source::Trace(trace) => (replay(trace, settings, &mut progress())?, How::WhatIf),
+    };
+    Ok(Replayed { outcome, how })
+}
+
+fn read(arguments: &ReplayArgs) -> Result<Source> {
+    let Some(path) = &arguments.trace else {
+        return Ok(Source::Record(Record::read(&arguments.data_dir.join(FLIGHT_FOLDER))?));
+    };
+    if path.is_dir() {
+        let within = path.join(FLIGHT_FOLDER);
+        return Ok(Source::Record(Record::read(if within.is_dir() { &within } else { path })?));
+    }
     let input: Box<dyn BufRead> = if path == Path::new("-") {
         Box::new(io::stdin().lock())
     } else {
         let file = File::open(path).with_context(|| format!("can't open the trace {}", path.display()))?;
         Box::new(BufReader::new(file))
     };
-    Trace::read(input).with_context(|| format!("the trace {}", path.display()))
+    Ok(Source::Trace(Trace::read(input).with_context(|| format!("the trace {}", path.display()))?))
 }
 
 /// Checks what was asked for, and makes tokens of shares.
-fn settings(arguments: &ReplayArgs, trace: &Trace) -> Result<ReplaySettings> {
+fn settings(arguments: &ReplayArgs, source: &Source) -> Result<ReplaySettings> {
     for (name, share) in [("--warm-up", arguments.warm_up), ("--ends", arguments.ends)] {
         ensure!((0.0..=1.0).contains(&share), "{name} is a share, from 0 to 1");
     }
     ensure!(arguments.warm_up < 1.0, "--warm-up leaves nothing to measure");
-    ensure!(arguments.doubles_at > 0.0, "--doubles-at is a number of tokens, more than 0");
-    let distinct = trace.distinct_tokens();
-    let tokens = |name: &str, tokens: Option<u64>, share: Option<f64>| -> Result<u64> {
-        let share = share.unwrap_or(0.0);
-        ensure!((0.0..=1.0).contains(&share), "{name} is a share, from 0 to 1");
-        Ok(tokens.unwrap_or((distinct as f64 * share) as u64))
-    };
+    ensure!(arguments.doubles_at.is_none_or(|at| at > 0.0), "--doubles-at is a number of tokens, more than 0");
     let device = &arguments.device;
+    let is_sized = device.device_tokens.is_some() || device.device_share.is_some();
+    ensure!(
+        is_sized || matches!(source, Source::Record(_)),
+        "a trace does not say how large the device is; give --device-tokens N or --device-share SHARE"
+    );
+    let distinct = source.trace().distinct_tokens();
+    let tokens = |name: &str, tokens: Option<u64>, share: Option<f64>, own: u64| -> Result<u64> {
+        ensure!(share.is_none_or(|share| (0.0..=1.0).contains(&share)), "{name} is a share, from 0 to 1");
+        Ok(tokens.or(share.map(|share| (distinct as f64 * share) as u64)).unwrap_or(own))
+    };
+    let own = source.settings();
     Ok(ReplaySettings {
-        policy: match arguments.policy {
-            PolicyName::ReturnRate => Policy::ReturnRate,
-            PolicyName::Lru => Policy::Lru,
-        },
-        device_tokens: tokens("--device-share", device.device_tokens, device.device_share)?,
-        host_tokens: tokens("--host-share", arguments.host_tokens, arguments.host_share)?,
-        disk_tokens: tokens("--disk-share", arguments.disk_tokens, arguments.disk_share)?,
-        block_tokens: arguments.block_tokens,
-        token_bytes: arguments.token_bytes,
+        policy: arguments.policy.map_or(own.policy, PolicyName::policy),
+        device_tokens: tokens("--device-share", device.device_tokens, device.device_share, own.device_tokens)?,
+        host_tokens: tokens("--host-share", arguments.host_tokens, arguments.host_share, own.host_tokens)?,
+        disk_tokens: tokens("--disk-share", arguments.disk_tokens, arguments.disk_share, own.disk_tokens)?,
+        block_tokens: arguments.block_tokens.unwrap_or(own.block_tokens),
+        token_bytes: arguments.token_bytes.unwrap_or(own.token_bytes),
         warm_up: arguments.warm_up,
         ends: arguments.ends,
         one_tenant: arguments.one_tenant,
-        doubles_at: arguments.doubles_at,
-        weighs_length: arguments.weigh_length,
+        doubles_at: arguments.doubles_at.unwrap_or(own.doubles_at),
+        weighs_length: own.weighs_length || arguments.weigh_length,
         journal_entries: arguments.journal,
     })
 }
@@ -178,7 +255,8 @@ fn share(part: u64, whole: u64) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }
 
-fn object(arguments: &ReplayArgs, trace: &Trace, settings: &ReplaySettings, outcome: &Outcome) -> Value {
+fn object(arguments: &ReplayArgs, source: &Source, settings: &ReplaySettings, replayed: &Replayed) -> Value {
+    let outcome = &replayed.outcome;
     let reuse = |reuse: &Reuse| {
         json!({
             "requests": reuse.requests,
@@ -195,8 +273,8 @@ fn object(arguments: &ReplayArgs, trace: &Trace, settings: &ReplaySettings, outc
         })
     };
     let mut object = json!({
-        "policy": arguments.policy.name(),
-        "distinct_tokens": trace.distinct_tokens(),
+        "policy": policy_name(settings.policy),
+        "distinct_tokens": source.trace().distinct_tokens(),
         "device_tokens": settings.device_tokens,
         "host_tokens": settings.host_tokens,
         "disk_tokens": settings.disk_tokens,
@@ -209,6 +287,19 @@ fn object(arguments: &ReplayArgs, trace: &Trace, settings: &ReplaySettings, outc
     });
     if let (Value::Object(object), Value::Object(all)) = (&mut object, reuse(&outcome.all)) {
         object.extend(all);
+    }
+    if let Source::Record(record) = source {
+        let (runs, with_beginning) = record.runs();
+        object["record"] = json!({
+            "replayed": match replayed.how {
+                How::AsRecorded => "as_recorded",
+                How::WhatIf => "what_if",
+            },
+            "runs": runs,
+            "runs_with_beginning": with_beginning,
+            "turns": record.trace.requests.len(),
+            "faults": record.faults,
+        });
     }
     if arguments.journal > 0 {
         object["journal"] = sentences(settings, outcome).collect();
@@ -223,21 +314,50 @@ fn sentences(settings: &ReplaySettings, outcome: &Outcome) -> impl Iterator<Item
     })
 }
 
-fn table(arguments: &ReplayArgs, trace: &Trace, settings: &ReplaySettings, outcome: &Outcome) -> String {
+/// How a record was replayed, and what of it is missing.
+fn account(record: &Record, how: How) -> String {
+    let (runs, with_beginning) = record.runs();
+    let turns = record.trace.requests.len();
+    let how = match how {
+        How::AsRecorded => format!(
+            "{with_beginning} of the record's {runs} runs ({turns} turns in all), each as recorded under its own settings: the same \
+             decisions, entry for entry\n"
+        ),
+        How::WhatIf => format!(
+            "the record's {turns} turns, of {runs} runs, as a trace: what would have happened, had memory been empty at the first \
+             and the server never restarted\n"
+        ),
+    };
+    record.faults.iter().fold(how, |text, fault| text + "  " + fault + "\n")
+}
+
+fn table(arguments: &ReplayArgs, source: &Source, settings: &ReplaySettings, replayed: &Replayed) -> String {
+    let outcome = &replayed.outcome;
     let all = &outcome.all;
     let row = |what: &str, tokens: u64| {
         let percent = 100.0 * share(tokens, all.reusable_tokens);
         format!("{what:<24}{:>18}  {percent:6.2} %\n", grouped(tokens))
     };
     let sizes = format!(
-        "{} on {} tokens of device, {} of host and {} of disk; the trace has {} distinct ones\n\n",
-        arguments.policy.name(),
+        "{} on {} tokens of device, {} of host and {} of disk; the trace has {} distinct ones\n",
+        policy_name(settings.policy),
         grouped(settings.device_tokens),
         grouped(settings.host_tokens),
         grouped(settings.disk_tokens),
-        grouped(trace.distinct_tokens()),
+        grouped(source.trace().distinct_tokens()),
     );
-    let mut text = sizes
+    let warm_up = match settings.warm_up {
+        0.0 => String::new(),
+        share => format!("not counted: the first {:.0} % of the turns\n", 100.0 * share),
+    };
+    let record = match source {
+        Source::Record(record) => account(record, replayed.how),
+        Source::Trace(_) => String::new(),
+    };
+    let mut text = record
+        + &sizes
+        + &warm_up
+        + "\n"
         + &row("re-usable tokens", all.reusable_tokens)
         + &row("  found on the device", all.device_tokens)
         + &row("  reloaded from the host", all.host_tokens)
@@ -281,29 +401,29 @@ mod tests {
         Program::try_parse_from(["replay"].iter().chain(arguments)).map(|program| program.arguments)
     }
 
-    fn trace() -> Trace {
+    fn source() -> Source {
         let lines = "t,tenant,conv,turn,in,out,ref,shared,stop\n0,0,1,1,640,64,-1,0,e\n9000,0,1,2,768,64,0,704,e\n";
-        Trace::read(lines.as_bytes()).unwrap()
+        Source::Trace(Trace::read(lines.as_bytes()).unwrap())
     }
 
     #[test]
     fn the_object_has_what_was_found_where_and_the_table_says_the_same() {
         let arguments = parse(&["t.csv", "--device-tokens", "6400", "--warm-up", "0", "--json"]).unwrap();
-        let trace = trace();
-        let settings = settings(&arguments, &trace).unwrap();
-        let outcome = replay(&trace, &settings, &mut |_, _| {}).unwrap();
-        let object = object(&arguments, &trace, &settings, &outcome);
+        let source = source();
+        let settings = settings(&arguments, &source).unwrap();
+        let outcome = replayed(&source, &settings).unwrap();
+        let object = object(&arguments, &source, &settings, &outcome);
         assert_eq!((&object["reusable_tokens"], &object["reencoded_tokens"]), (&json!(704), &json!(0)));
         assert_eq!(object["hit_share"], json!({"device": 1.0, "host": 0.0, "disk": 0.0}));
         assert_eq!(object["bytes_moved"], json!({"down": 0, "up": 0}));
-        assert!(table(&arguments, &trace, &settings, &outcome).contains("found on the device"));
+        assert!(table(&arguments, &source, &settings, &outcome).contains("found on the device"));
     }
 
     #[test]
     fn sizes_are_asked_for_once_and_shares_are_of_distinct_tokens() {
-        assert!(parse(&["t.csv"]).unwrap_err().to_string().contains("--device-share"));
+        let of = |arguments: &[&str]| settings(&parse(arguments).unwrap(), &source());
+        assert!(of(&["t.csv"]).unwrap_err().to_string().contains("--device-share"));
         assert!(parse(&["t.csv", "--device-share", "0.1", "--device-tokens", "9"]).is_err());
-        let of = |arguments: &[&str]| settings(&parse(arguments).unwrap(), &trace());
         assert_eq!(of(&["t.csv", "--device-share", "0.5"]).unwrap().device_tokens, 416);
         assert!(of(&["t.csv", "--device-share", "2"]).unwrap_err().to_string().contains("--device-share"));
         assert!(of(&["t.csv", "--device-share", "0.1", "--ends", "7"]).unwrap_err().to_string().contains("--ends"));

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use super::answers::{Answer, Answers};
 use super::batch::Rows;
 use super::fairness::Fairness;
 use super::gains::Gains;
@@ -37,7 +38,7 @@ pub struct StartTurn {
 }
 
 /// What the core is told.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Command {
     Start(Box<StartTurn>),
     Cancel(TurnId),
@@ -78,7 +79,7 @@ pub enum Event {
 }
 
 /// Bounds of the scheduler.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CoreSettings {
     /// Most sequences in a step.
     pub max_running: usize,
@@ -206,10 +207,31 @@ impl Core {
         logits: Result<&mut Logits, ForwardError>,
         events: &mut Vec<Event>,
     ) {
+        self.take_answers(now, plan, logits.map(Answers::Logits), events);
+    }
+
+    /// The same where it is known already which tokens were chosen, one for each row that samples: in a replay.
+    pub fn commit_known(
+        &mut self,
+        now: Tick,
+        plan: &Plan,
+        tokens: Result<&[TokenId], ForwardError>,
+        events: &mut Vec<Event>,
+    ) {
+        self.take_answers(now, plan, tokens.map(Answers::Known), events);
+    }
+
+    fn take_answers(
+        &mut self,
+        now: Tick,
+        plan: &Plan,
+        answers: Result<Answers<'_>, ForwardError>,
+        events: &mut Vec<Event>,
+    ) {
         self.steps += 1;
         self.manager.tell_time(now);
-        let logits = match logits {
-            Ok(logits) => logits,
+        let mut answers = match answers {
+            Ok(answers) => answers,
             Err(error) => {
                 for span in &plan.spans {
                     self.fail_turn(now, span.turn, TurnFailure::Model(error.to_string()), events);
@@ -227,7 +249,7 @@ impl Core {
             }
             self.fairness.serve(sequence.tenant, span.rows as u64);
             if span.samples {
-                self.sample(now, span.turn, logits.row_mut(sampled), events);
+                self.sample(now, span.turn, answers.get(sampled), events);
                 sampled += 1;
             }
         }
@@ -244,15 +266,20 @@ impl Core {
     }
 
     /// Chooses a sequence's next token, tells it, and ends the turn if that was the last.
-    fn sample(&mut self, now: Tick, turn: TurnId, logits: &mut [f32], events: &mut Vec<Event>) {
+    fn sample(&mut self, now: Tick, turn: TurnId, answer: Answer<'_>, events: &mut Vec<Event>) {
         let window = self.manager.settings().window;
         let sequence = self.sequences.get_mut(&turn).expect("a planned turn is known");
         let request = &sequence.start.request;
         let may_stop = !request.sampling.ignore_eos;
         let too_early = sequence.usage.generated.0 < request.sampling.min_tokens;
         let banned: &[TokenId] = if may_stop && too_early { &request.stop_tokens } else { &[] };
-        let id = sequence.sampler.sample(logits, banned, &mut self.scratch);
-        let logprob = request.logprobs.map(|top| sampler::logprob(logits, id, top, &mut self.scratch));
+        let (id, logprob) = match answer {
+            Answer::Known(id) => (id, None),
+            Answer::Logits(row) => {
+                let id = sequence.sampler.sample(row, banned, &mut self.scratch);
+                (id, request.logprobs.map(|top| sampler::logprob(row, id, top, &mut self.scratch)))
+            }
+        };
         sequence.phase = Phase::Decode;
         if sequence.first_token.is_none() {
             sequence.first_token = Some(now);

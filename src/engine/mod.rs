@@ -3,9 +3,11 @@
 //! `handle` is what the layers above hold; `thread` is the one loop; `core` decides, purely.
 
 mod accounting;
+mod answers;
 pub mod batch;
 pub mod core;
 pub mod fairness;
+pub mod flight;
 pub mod gains;
 pub mod handle;
 mod metrics;

@@ -5,6 +5,8 @@
 //! a week takes seconds. A turn's answer is part of what it encodes, its copies between tiers end before the next turn, and
 //! what is longer than the pool is encoded anew each time. The same trace and settings give the same outcome.
 
+pub mod record;
+mod recorded;
 pub mod trace;
 
 use std::ops::Range;
@@ -13,6 +15,7 @@ use std::time::Duration;
 
 pub use super::Policy;
 use super::core::{Command, Core, CoreSettings, Event, StartTurn};
+use super::flight::reading::tenant_key;
 use super::{Sampling, TurnEvent, TurnRequest};
 use crate::kv::KvSettings;
 use crate::kv::block::PrefixHash;
@@ -20,11 +23,13 @@ use crate::kv::journal::Entry;
 use crate::kv::return_rate::TurnShape;
 use crate::kv::transfer::TransferDone;
 use crate::model::Logits;
-use crate::types::{BlockBytes, BlockCount, BlockSize, KvKey, TenantId, TenantKey, Tick, TokenCount, TokenId, TurnId};
-use trace::{End, Request, Trace};
+use crate::types::{BlockBytes, BlockCount, BlockSize, KvKey, TenantId, Tick, TokenCount, TokenId, TurnId};
+use trace::{End, Notice, Request, Told, Trace};
+
+pub use crate::engine::flight::FLIGHT_FOLDER;
 
 /// What is replayed, and on what.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ReplaySettings {
     pub policy: Policy,
     pub device_tokens: u64,
@@ -63,6 +68,13 @@ pub enum ReplayError {
     PoolTooLarge { tokens: u64, block_tokens: u32 },
     #[error("request {number} has not ended after {STEPS} steps")]
     Stuck { number: usize },
+    #[error("what is told before request {number} is not done after {STEPS} steps")]
+    StuckNotice { number: usize },
+    #[error(
+        "the record's run {run} went another way at {} s: {why}; version {version} wrote it, and this is {}",
+        at.0 / 1_000_000, env!("CARGO_PKG_VERSION")
+    )]
+    Diverged { run: usize, at: Tick, why: &'static str, version: String },
 }
 
 /// Blocks of the smallest device that is of any use, as in `thread`.
@@ -131,13 +143,17 @@ pub fn replay(
     let last_turns = last_turns(trace);
     let mut sequences: Vec<Sequence> = vec![Sequence::default(); trace.requests.len()];
     let mut before = Moved::default();
+    let mut notices = trace.notices.iter().peekable();
     for (number, request) in trace.requests.iter().enumerate() {
+        while let Some(notice) = notices.next_if(|notice| notice.before <= number) {
+            driver.tell(number, notice)?;
+        }
         if number % 1000 == 0 {
             progress(number, trace.requests.len());
         }
         if number == warm {
             driver.outcome = Outcome { journal: Vec::new(), ..empty() };
-            before = driver.moved();
+            before = Moved::of(&driver.core);
         }
         let sequence = driver.sequence(request, &sequences);
         driver.turn(number, request, &sequence, last_turns[number])?;
@@ -148,7 +164,7 @@ pub fn replay(
             sequences[followed] = Sequence::default();
         }
     }
-    let moved = driver.moved();
+    let moved = Moved::of(&driver.core);
     Ok(Outcome {
         bytes_down: moved.down - before.down,
         bytes_up: moved.up - before.up,
@@ -156,6 +172,24 @@ pub fn replay(
         journal: driver.core.manager().journal().entries().copied().collect(),
         ..driver.outcome
     })
+}
+
+impl Outcome {
+    /// Counts a request of a tenant's.
+    fn count(&mut self, tenant: TenantId, reuse: Reuse) {
+        self.all.add(reuse);
+        let tenant = tenant.0 as usize;
+        if self.tenants.len() <= tenant {
+            self.tenants.resize(tenant + 1, Reuse::default());
+        }
+        self.tenants[tenant].add(reuse);
+    }
+}
+
+/// What encoding these positions costs, in tokens at the first position.
+fn cost_of(from: u64, to: u64, doubles_at: f64) -> f64 {
+    let (from, to) = (from as f64, to as f64);
+    (to - from) * (1.0 + (from + to) / 2.0 / doubles_at)
 }
 
 fn empty() -> Outcome {
@@ -188,6 +222,17 @@ struct Moved {
     down: u64,
     up: u64,
     evictions: u64,
+}
+
+impl Moved {
+    fn of(core: &Core) -> Self {
+        let counters = core.manager().counters();
+        Self {
+            down: counters.offloaded_bytes + counters.stored_bytes,
+            up: counters.reloaded_bytes + counters.loaded_bytes,
+            evictions: counters.evictions,
+        }
+    }
 }
 
 struct Driver<'a> {
@@ -302,12 +347,7 @@ impl<'a> Driver<'a> {
             reencoded_tokens: tokens(reusable - cached),
             reencode_cost: found.reencode_cost,
         };
-        self.outcome.all.add(reuse);
-        let tenant = request.tenant.0 as usize;
-        if self.outcome.tenants.len() <= tenant {
-            self.outcome.tenants.resize(tenant + 1, Reuse::default());
-        }
-        self.outcome.tenants[tenant].add(reuse);
+        self.outcome.count(request.tenant, reuse);
         if is_last && is_told(request.conversation, self.settings.ends) {
             self.commands.push(Command::End(request.conversation));
         } else if request.end == End::ToolCall {
@@ -316,11 +356,36 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
+    /// Tells the core what the server was told, and lets it do that.
+    fn tell(&mut self, number: usize, notice: &Notice) -> Result<(), ReplayError> {
+        let one_tenant = self.settings.one_tenant;
+        let command = match &notice.told {
+            Told::Over(key) => Command::End(*key),
+            Told::Forget(key) => Command::Forget(*key),
+            Told::Leave(key, to) => Command::Leave(*key, *to),
+            // What tenants are given means nothing where there is one.
+            Told::Pin { .. } | Told::Grant(_) if one_tenant => return Ok(()),
+            Told::Pin { conversation, tenant, for_us } => {
+                let (tenant, tenant_key) = (*tenant, tenant_key(*tenant));
+                Command::Pin { key: *conversation, tenant, tenant_key, for_us: *for_us }
+            }
+            Told::Grant(grants) => Command::Grant(grants.clone()),
+            Told::GoOnFrom(learned) => Command::GoOnFrom(learned.clone()),
+        };
+        self.commands.push(command);
+        for _ in 0..STEPS {
+            drop(self.step(notice.at));
+            if self.commands.is_empty() {
+                return Ok(());
+            }
+        }
+        Err(ReplayError::StuckNotice { number })
+    }
+
     /// What encoding these blocks of a sequence costs, in tokens at the first position.
     fn cost(&self, blocks: Range<usize>) -> f64 {
-        let tokens = |blocks: usize| blocks as f64 * f64::from(self.settings.block_tokens);
-        let (from, to) = (tokens(blocks.start), tokens(blocks.end));
-        (to - from) * (1.0 + (from + to) / 2.0 / self.settings.doubles_at)
+        let tokens = |blocks: usize| blocks as u64 * u64::from(self.settings.block_tokens);
+        cost_of(tokens(blocks.start), tokens(blocks.end), self.settings.doubles_at)
     }
 
     /// Runs a turn to its end, and the copies that follow from it.
@@ -389,15 +454,6 @@ impl<'a> Driver<'a> {
         drop(self.core.take_residencies());
         (events, encoded)
     }
-
-    fn moved(&self) -> Moved {
-        let counters = self.core.manager().counters();
-        Moved {
-            down: counters.offloaded_bytes + counters.stored_bytes,
-            up: counters.reloaded_bytes + counters.loaded_bytes,
-            evictions: counters.evictions,
-        }
-    }
 }
 
 /// Blocks of a prompt that the tiers had.
@@ -408,12 +464,6 @@ struct Found {
     disk: usize,
     /// Of what it encoded although it was reusable.
     reencode_cost: f64,
-}
-
-fn tenant_key(tenant: TenantId) -> TenantKey {
-    let mut key = [0; 32];
-    key[..4].copy_from_slice(&tenant.0.to_le_bytes());
-    TenantKey(key)
 }
 
 /// Whether the server hears of a conversation's end: so it is for this part of them, the same in each replay.

@@ -11,11 +11,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::core::{Command, Core, CoreSettings, Event};
+use super::flight::recorder::Recorder;
+use super::flight::{Beginning, DiskBefore, FlightSettings};
 use super::handle::{EngineHandle, Forgotten, Message, OffloadTo, Offloaded, PinError, Pinned, Shared, SubmitError};
 use super::movers::{Movers, OpenDisk, open_disk};
 use super::{TurnEvent, TurnFailure};
@@ -45,6 +47,8 @@ pub struct EngineSettings {
     pub step_tokens: TokenCount,
     pub queue_depth: usize,
     pub reuse: bool,
+    /// `None`: no flight record is kept.
+    pub flight: Option<FlightSettings>,
 }
 
 /// As what host and disk store KV.
@@ -151,17 +155,17 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
         journal_entries: settings.journal_entries,
         reuse: settings.reuse,
     };
-    let mut manager = Manager::new(kv);
-    let disk = match disk {
-        Some(OpenDisk { slots, found, tenants, lives }) => {
-            manager.recover(found, &tenants, |key| lives.contains(&key));
-            Some(slots)
-        }
-        None => None,
-    };
-    let movers = Movers::start(&mailbox, &device, &host, cold, disk)?;
-    drop(mailbox);
     let core = CoreSettings { max_running: settings.max_running, step_tokens: settings.step_tokens.get() };
+    let (slots, before) = match disk {
+        Some(OpenDisk { slots, found, tenants, lives }) => (Some(slots), DiskBefore { found, tenants, lives }),
+        None => (None, DiskBefore::default()),
+    };
+    let flight = settings.flight.and_then(|flight| record(&flight, core, kv, &before));
+    let mut manager = Manager::new(kv);
+    let DiskBefore { found, tenants, lives } = before;
+    manager.recover(found, &tenants, |key| lives.contains(&key));
+    let movers = Movers::start(&mailbox, &device, &host, cold, slots)?;
+    drop(mailbox);
     let join = std::thread::Builder::new().name("engine".into()).spawn(move || {
         let driver = Driver {
             core: Core::over(core, manager),
@@ -172,6 +176,7 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
             shared,
             accounts_due: Tick(0),
             movers,
+            flight,
             listeners: HashMap::new(),
             replies: HashMap::new(),
             pin_replies: VecDeque::new(),
@@ -183,9 +188,20 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
             logits: Logits::default(),
         };
         // The inbox is gone then, so that whoever waits to report gives up.
-        driver.run().end();
+        let (movers, flight) = driver.run();
+        movers.end();
+        flight.into_iter().for_each(Recorder::end);
     })?;
     Ok(Engine { handle, join })
+}
+
+/// Begins a run of the flight record.
+fn record(settings: &FlightSettings, core: CoreSettings, kv: KvSettings, before: &DiskBefore) -> Option<Recorder> {
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let beginning = Beginning { version, tick_zero_us: micros(since_1970), core, kv };
+    let disk = Some(before).filter(|before| settings.has_room_for_disk(before.found.blocks.len()));
+    Recorder::start(settings, beginning, disk)
 }
 
 pub(super) fn micros(time: Duration) -> u64 {
@@ -215,6 +231,7 @@ struct Driver {
     /// When what tenants hold is shown next, if there is no rest before.
     accounts_due: Tick,
     movers: Movers,
+    flight: Option<Recorder>,
     listeners: HashMap<TurnId, mpsc::Sender<TurnEvent>>,
     replies: HashMap<KvKey, Vec<Reply>>,
     /// In the order in which pins were asked for.
@@ -235,7 +252,7 @@ impl Driver {
         self.shared.now()
     }
 
-    fn run(mut self) -> Movers {
+    fn run(mut self) -> (Movers, Option<Recorder>) {
         // What was taken over from the process before is seen before anything happens.
         self.publish();
         while self.take_in() == Goes::On {
@@ -243,7 +260,7 @@ impl Driver {
         }
         self.commands.extend(self.core.turns().map(Command::Cancel));
         self.step();
-        self.movers
+        (self.movers, self.flight)
     }
 
     /// Takes in all that waits in the mailbox; sleeps if there is nothing to do.
@@ -325,7 +342,10 @@ impl Driver {
     /// One step: plan, copy, run, commit, tell.
     fn step(&mut self) {
         let mut commands = std::mem::take(&mut self.commands);
-        let mut plan = self.core.plan(self.now(), &mut commands);
+        let now = self.now();
+        self.note(|flight| flight.begin(now, &commands));
+        let mut plan = self.core.plan(now, &mut commands);
+        self.note(|flight| flight.planned(&plan.events));
         self.commands = commands;
         std::mem::take(&mut plan.chores).execute(&self.device, &self.host);
         self.movers.hand_over(std::mem::take(&mut plan.orders));
@@ -344,12 +364,22 @@ impl Driver {
                 tracing::error!(%error, turns = plan.spans.len(), "a step failed, and its turns with it");
             }
             let now = self.now();
+            let failed = ran.is_err();
             self.core.commit(now, &plan, ran.map(|()| &mut self.logits), &mut events);
+            self.note(|flight| flight.committed(now, failed, &events));
         }
+        self.note(Recorder::end_step);
         self.publish();
         self.tell(events);
         for reply in std::mem::take(&mut self.learned_asked) {
             drop(reply.send(self.core.manager().learned().to_bytes()));
+        }
+    }
+
+    /// Notes something in the flight record, if one is kept.
+    fn note(&mut self, note: impl FnOnce(&mut Recorder)) {
+        if let Some(flight) = &mut self.flight {
+            note(flight);
         }
     }
 

@@ -34,7 +34,7 @@ use crate::types::{
 };
 
 /// Sizes and switches of the block manager.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvSettings {
     pub block_size: BlockSize,
     pub block_bytes: BlockBytes,

@@ -105,6 +105,9 @@ table! {
     Counter SAVED_TOKENS, "rekindle_saved_prefill_tokens_total", Count, "Prompt tokens that a tenant's turns found, and did not encode.";
     Counter SAVED_MS, "rekindle_saved_prefill_milliseconds_total", Milliseconds,
         "Time that encoding them would have taken, less what reloading took.";
+    Gauge FLIGHT_RECORD_BYTES, "rekindle_flight_record_bytes", Bytes, "Size of the flight record's files.";
+    Counter FLIGHT_RECORD_LOST, "rekindle_flight_record_lost_steps_total", Count,
+        "Steps that are missing in the flight record: a replay as recorded ends at the first.";
 
     Histogram TTFT_SECONDS, "rekindle_turn_first_token_seconds", Seconds,
         "From a turn's arrival at the engine to its first token, by how it found its history: fresh, hot, reloaded or reencoded.", &LATENCY_S;

@@ -6,6 +6,8 @@
 
 mod conversation;
 mod random;
+#[cfg(test)]
+mod recorded;
 mod world;
 
 use rayon::prelude::*;

@@ -8,15 +8,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rekindle::engine::core::{Command, Core, CoreSettings, Event, Plan, StartTurn};
+use rekindle::engine::flight::recorder::Scribe;
+use rekindle::engine::flight::{Beginning, DiskBefore, FlightSettings, Step};
 use rekindle::engine::status::PromptTotals;
 use rekindle::engine::{FinishReason, Sampling, TurnEvent, TurnFailure, TurnRequest, TurnShape, TurnUsage};
 use rekindle::kernels::cold::ColdForm;
-use rekindle::kernels::files::Label;
+use rekindle::kernels::files::{Contents, FoundSlot, Label};
 use rekindle::kernels::memory::Arena;
-use rekindle::kv::KvSettings;
 use rekindle::kv::block::PrefixHash;
 use rekindle::kv::evictor::Policy;
+use rekindle::kv::journal::Entry;
 use rekindle::kv::transfer::{self, Direction, TransferDone, TransferOrder};
+use rekindle::kv::{KvSettings, Manager};
 use rekindle::model::fake::FakeModel;
 use rekindle::model::{ForwardError, Logits, Model};
 use rekindle::types::{
@@ -208,6 +211,34 @@ pub struct World {
     overwritten: (usize, usize),
     told_forgotten: (usize, usize),
     seen: Seen,
+    /// Writes the flight record, if one is kept.
+    scribe: Option<Scribe>,
+    /// Of all runs.
+    journal: Vec<Entry>,
+}
+
+/// Entries of the journal that are kept: all, so that a replay's can be compared.
+const JOURNAL: usize = 1_000_000;
+
+fn settings(scenario: &Scenario) -> (CoreSettings, KvSettings) {
+    let block_size = BlockSize(scenario.block_size);
+    let block_bytes = FakeModel::new(VOCAB, TokenCount(scenario.window)).spec().kv.block_bytes(block_size) as u64;
+    let cold = if scenario.narrow_below { block_bytes / 2 } else { block_bytes };
+    let kv = KvSettings {
+        block_size,
+        block_bytes: BlockBytes { device: block_bytes, cold },
+        device_blocks: BlockCount(scenario.device_blocks),
+        host_blocks: BlockCount(scenario.host_blocks),
+        disk_blocks: BlockCount(scenario.disk_blocks),
+        window: TokenCount(scenario.window),
+        background_offload: scenario.background_offload,
+        policy: scenario.policy,
+        doubles_at: scenario.doubles_at,
+        front_first_from: scenario.front_first_from,
+        journal_entries: JOURNAL,
+        reuse: scenario.reuse,
+    };
+    (CoreSettings { max_running: scenario.max_running, step_tokens: scenario.step_tokens }, kv)
 }
 
 fn tenant_key(tenant: TenantId) -> TenantKey {
@@ -216,29 +247,11 @@ fn tenant_key(tenant: TenantId) -> TenantKey {
 
 impl World {
     pub fn new(scenario: Scenario) -> Self {
+        let (core, kv) = settings(&scenario);
         let model = FakeModel::new(VOCAB, TokenCount(scenario.window)).with_reads(READS);
-        let block_size = BlockSize(scenario.block_size);
-        let block_bytes = model.spec().kv.block_bytes(block_size);
-        let arena =
-            |blocks: u32| Arc::new(Arena::new(blocks as usize, block_bytes).expect("an arena of the test's size"));
-        let kv = KvSettings {
-            block_size,
-            block_bytes: BlockBytes {
-                device: block_bytes as u64,
-                cold: block_bytes as u64 / if scenario.narrow_below { 2 } else { 1 },
-            },
-            device_blocks: BlockCount(scenario.device_blocks),
-            host_blocks: BlockCount(scenario.host_blocks),
-            disk_blocks: BlockCount(scenario.disk_blocks),
-            window: TokenCount(scenario.window),
-            background_offload: scenario.background_offload,
-            policy: scenario.policy,
-            doubles_at: scenario.doubles_at,
-            front_first_from: scenario.front_first_from,
-            journal_entries: 64,
-            reuse: scenario.reuse,
+        let arena = |blocks: u32| {
+            Arc::new(Arena::new(blocks as usize, kv.block_bytes.device as usize).expect("an arena of the test's size"))
         };
-        let core = CoreSettings { max_running: scenario.max_running, step_tokens: scenario.step_tokens };
         Self {
             luck: Luck::new(scenario.seed),
             core: Core::new(core, kv),
@@ -260,16 +273,81 @@ impl World {
             overwritten: (0, 0),
             told_forgotten: (0, 0),
             seen: Seen::default(),
+            scribe: None,
+            journal: Vec::new(),
             scenario,
         }
     }
 
-    /// Runs the scenario, then lets everything come to rest and forgets it all.
-    pub fn run(mut self) -> Seen {
+    /// The same, which keeps a flight record.
+    pub fn recorded(scenario: Scenario, flight: &FlightSettings) -> Self {
+        let (core, kv) = settings(&scenario);
+        let beginning = Beginning { version: "a simulation's".to_owned(), tick_zero_us: 1, core, kv };
+        let scribe = Scribe::begin(flight, beginning, Some(&DiskBefore::default())).expect("a folder of the test's");
+        let mut world = Self::new(scenario);
+        world.scribe = Some(scribe);
+        world
+    }
+
+    /// The world after its process was killed and another one has begun, which has no more than the disk.
+    pub fn killed(mut self, flight: &FlightSettings) -> Self {
+        self.end_run();
+        let mut next = Self::new(self.scenario.clone());
+        let mut slots: Vec<_> = self.disk.iter().collect();
+        slots.sort_unstable_by_key(|(slot, _)| **slot);
+        let found = slots.into_iter().map(|(slot, (label, bytes))| FoundSlot {
+            slot: *slot,
+            label: *label,
+            bytes_sum: crc32c::crc32c(bytes),
+        });
+        let found = Contents { blocks: found.collect(), unfinished: Vec::new() };
+        // A tenant that is gone, and a conversation that was deleted meanwhile.
+        let tenants = (1..self.scenario.tenants as u32 + 1).map(TenantId).map(|tenant| (tenant, tenant_key(tenant)));
+        let lives = self.conversations.iter().skip(1).map(|conversation| conversation.key).collect();
+        let before = DiskBefore { found, tenants: tenants.collect(), lives };
+        let (core, kv) = settings(&self.scenario);
+        let beginning = Beginning { version: "a simulation's".to_owned(), tick_zero_us: 2, core, kv };
+        next.scribe = Some(Scribe::begin(flight, beginning, Some(&before)).expect("a folder of the test's"));
+        let mut manager = Manager::new(kv);
+        manager.recover(before.found, &before.tenants, |key| before.lives.contains(&key));
+        next.core = Core::over(core, manager);
+        for mut conversation in std::mem::take(&mut self.conversations) {
+            (conversation.turn, conversation.leaving, conversation.forgetting) = (None, false, false);
+            next.conversations.push(conversation);
+        }
+        (next.luck, next.next_id) = (self.luck.clone(), self.next_id);
+        (next.disk, next.journal) = (std::mem::take(&mut self.disk), std::mem::take(&mut self.journal));
+        next
+    }
+
+    /// Lets clients and engine do what they do, for as many steps as the scenario has.
+    pub fn live(&mut self) {
         for _ in 0..self.scenario.steps {
             self.act();
             self.step();
         }
+    }
+
+    /// Ends the record as it is; all that was decided until then, by all processes.
+    pub fn stop(mut self) -> Vec<Entry> {
+        self.end_run();
+        std::mem::take(&mut self.journal)
+    }
+
+    fn end_run(&mut self) {
+        self.scribe.iter_mut().for_each(Scribe::write);
+        self.journal.extend(self.core.manager().journal().entries());
+    }
+
+    /// Tokens that turns of this process were told to have been found on device, host and disk.
+    pub fn found(&self) -> [u64; 3] {
+        let told = self.prompt;
+        [told.resident_tokens + told.shared_tokens, told.reloaded_host_tokens, told.reloaded_disk_tokens]
+    }
+
+    /// Runs the scenario, then lets everything come to rest and forgets it all.
+    pub fn run(mut self) -> Seen {
+        self.live();
         let quiet = |world: &World| world.turns.is_empty() && world.copies.is_empty() && world.commands.is_empty();
         self.step_until("every turn and copy ends once nobody asks for more", quiet);
         assert!(self.core.is_idle());
@@ -557,7 +635,9 @@ impl World {
         if self.step.is_multiple_of(LULL_EVERY) {
             self.now.0 += LULL_US;
         }
+        let mut noted = self.scribe.as_ref().map(|_| Step::begin(self.now, &self.commands));
         let mut plan = self.core.plan(self.now, &mut self.commands);
+        noted.iter_mut().for_each(|step| step.plan(&plan.events));
         plan.chores.execute(&self.device, &self.host);
         self.copies.extend(plan.orders.drain(..).map(|order| Copying { order, sums: None }));
         let told = std::mem::take(&mut plan.events);
@@ -577,8 +657,13 @@ impl World {
             };
             self.copy();
             self.now.0 += self.luck.between(100, 2_000) as u64;
+            let failed = outcome.is_err();
             self.core.commit(self.now, &plan, outcome.map(|()| &mut self.logits), &mut events);
+            noted.iter_mut().for_each(|step| step.commit(self.now, failed, &events));
             events.into_iter().for_each(|event| self.hear(event));
+        }
+        if let (Some(scribe), Some(step)) = (&mut self.scribe, &noted) {
+            scribe.step(step);
         }
         drop(plan);
         self.copy();

@@ -21,6 +21,7 @@ fn each_command_has_help_that_names_its_flags() {
         (&["serve", "--help"], &["--model", "--listen", "--data-dir", "--set", "--config"]),
         (&["pull", "--help"], &["Usage: rekindle pull"]),
         (&["chat", "--help"], &["--url", "--conversation"]),
+        (&["replay", "--help"], &["--data-dir", "--policy", "--device-share", "--journal", "as recorded"]),
         (&["--version"], &[env!("CARGO_PKG_VERSION")]),
     ] {
         let told = run(arguments);

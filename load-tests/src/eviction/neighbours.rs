@@ -117,7 +117,7 @@ fn merged(trace: &Trace, added: Vec<Added>) -> Trace {
         let follows = follows(number).map(|(before, shared)| (places[before], shared));
         Request { follows, ..request(number) }
     });
-    Trace { requests: requests.collect() }
+    Trace { requests: requests.collect(), ..Trace::default() }
 }
 
 #[cfg(test)]

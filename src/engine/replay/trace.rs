@@ -7,7 +7,8 @@
 
 use std::io::{self, BufRead};
 
-use crate::types::{KvKey, TenantId, Tick, TokenCount};
+use crate::kv::return_rate::Learned;
+use crate::types::{Grant, KvKey, TenantId, Tick, Tier, TokenCount};
 
 /// Why a trace can't be replayed.
 #[derive(Debug, thiserror::Error)]
@@ -62,10 +63,36 @@ impl Request {
     }
 }
 
-/// A server's turns, in the order of arrival.
+/// What a server was told beside its turns. Only the flight record knows: CSV has none of it.
 #[derive(Clone, Debug)]
+pub enum Told {
+    Over(KvKey),
+    Forget(KvKey),
+    Leave(KvKey, Tier),
+    /// `None`: no longer.
+    Pin {
+        conversation: KvKey,
+        tenant: TenantId,
+        for_us: Option<u64>,
+    },
+    Grant(Vec<Grant>),
+    GoOnFrom(Learned),
+}
+
+/// When it was told, and before which request.
+#[derive(Clone, Debug)]
+pub struct Notice {
+    pub at: Tick,
+    pub before: usize,
+    pub told: Told,
+}
+
+/// A server's turns, in the order of arrival.
+#[derive(Clone, Debug, Default)]
 pub struct Trace {
     pub requests: Vec<Request>,
+    /// In the order in which they were told.
+    pub notices: Vec<Notice>,
 }
 
 /// Books are kept for all tenants up to the largest.
@@ -89,7 +116,7 @@ impl Trace {
             let request = request(&text?, &places, &requests);
             requests.push(request.map_err(|reason| TraceError::Line { line, reason })?);
         }
-        if requests.is_empty() { Err(TraceError::Empty) } else { Ok(Self { requests }) }
+        if requests.is_empty() { Err(TraceError::Empty) } else { Ok(Self { requests, notices: Vec::new() }) }
     }
 
     /// Tokens of all sequences together, each shared one once.

@@ -28,6 +28,7 @@ fn settings(device_blocks: u64, host_blocks: u64) -> EngineSettings {
         step_tokens: TokenCount(64),
         queue_depth: 16,
         reuse: true,
+        flight: None,
     }
 }
 
