@@ -273,7 +273,7 @@ impl Layers {
         self.range("engine.queue_deadline_s", engine.queue_deadline_s, 1..=3600)?;
         let flight = engine.flight_record_bytes;
         if flight != Bytes(0) {
-            self.range("engine.flight_record_bytes", flight, Bytes(MIB)..=Bytes(1 << 40))?;
+            self.range("engine.flight_record_bytes", flight, Bytes(MIB)..=Bytes(1 << 34))?;
         }
         self.range("sessions.queue_depth", sessions.queue_depth, 0..=1024)?;
         self.range("sessions.idle_s", sessions.idle_s, 1..=86_400)?;

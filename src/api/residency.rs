@@ -260,6 +260,7 @@ mod tests {
                 device: TierShare::default(),
                 host,
                 disk: TierShare::default(),
+                below: (TokenCount(32), TokenCount(0)),
                 last_used: Tick(1),
                 last_eviction: Some(eviction),
                 pinned_until: Some(Tick(u64::MAX / 4)),

@@ -490,8 +490,8 @@ impl Core {
             bytes_private: u64::from(private.0) * block_bytes.of(tier),
             bytes_shared: u64::from(shared.0) * block_bytes.of(tier),
         };
-        let below = at.host_tokens.max(at.disk_tokens);
-        let nothing = at.device_tokens.0 == 0 && below.0 == 0;
+        let below = at.below.0.0 + at.below.1.0;
+        let nothing = at.device_tokens.0 == 0 && below == 0;
         let state = if at.reloading {
             ResidencyState::Reloading
         } else if at.running {
@@ -500,7 +500,7 @@ impl Core {
             ResidencyState::Nowhere
         } else if at.device_tokens.0 == 0 {
             ResidencyState::Offloaded
-        } else if at.device_tokens < below {
+        } else if below > 0 {
             ResidencyState::Partial
         } else {
             ResidencyState::Resident
@@ -511,6 +511,7 @@ impl Core {
             device: share(Tier::Device, at.device_tokens, at.device_blocks),
             host: share(Tier::Host, at.host_tokens, at.host_blocks),
             disk: share(Tier::Disk, at.disk_tokens, at.disk_blocks),
+            below: at.below,
             last_used: at.last_used,
             pinned_until: at.pinned_until,
             last_eviction: at.last_eviction.map(|entry| LastEviction {

@@ -17,6 +17,8 @@ enum Placed {
     Yes,
     /// Copies under way will make room.
     Later,
+    /// What it waits for besides will come: it takes nobody's place for the time until then.
+    NotNow,
     /// It gave its own places up.
     Preempted,
 }
@@ -48,7 +50,7 @@ impl Core {
                 continue;
             }
             match self.place(now, turn, rows, plan) {
-                Placed::Yes => {}
+                Placed::Yes | Placed::NotNow => {}
                 Placed::Later | Placed::Preempted => stalled = true,
             }
         }
@@ -97,6 +99,15 @@ impl Core {
                 Ok(()) => break,
                 Err(NoPlace::Coming) => return Placed::Later,
                 Err(NoPlace::Short) => {}
+            }
+            // Its load's places come to it; were that to hang, they don't, and it begins anew without the disk.
+            if self.manager.hangs(key) {
+                let key = self.back_in_queue(turn);
+                self.manager.set_back(now, key);
+                return Placed::Preempted;
+            }
+            if self.manager.is_arriving(key) {
+                return Placed::NotNow;
             }
             let Some(victim) = self.to_preempt(turn, plan) else { return Placed::Later };
             self.preempt(now, victim, turn);
@@ -203,7 +214,7 @@ impl Core {
                 let left = self.settings.step_tokens - plan.tokens.len();
                 let rows = self.to_feed(turn).min(share(left, self.fairness.waiting() > 0));
                 match self.place(now, turn, rows, plan) {
-                    Placed::Yes => {}
+                    Placed::Yes | Placed::NotNow => {}
                     Placed::Later | Placed::Preempted => return,
                 }
             }

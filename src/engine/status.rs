@@ -96,6 +96,8 @@ pub struct Residency {
     pub device: TierShare,
     pub host: TierShare,
     pub disk: TierShare,
+    /// Of what the device lacks, what the host has, and what the disk alone has.
+    pub below: (TokenCount, TokenCount),
     pub last_used: Tick,
     pub last_eviction: Option<LastEviction>,
     pub pinned_until: Option<Tick>,

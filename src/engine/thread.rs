@@ -175,6 +175,7 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
             inbox,
             shared,
             accounts_due: Tick(0),
+            accounts_are_old: false,
             movers,
             flight,
             listeners: HashMap::new(),
@@ -200,7 +201,7 @@ fn record(settings: &FlightSettings, core: CoreSettings, kv: KvSettings, before:
     let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let version = env!("CARGO_PKG_VERSION").to_owned();
     let beginning = Beginning { version, tick_zero_us: micros(since_1970), core, kv };
-    let disk = Some(before).filter(|before| settings.has_room_for_disk(before.found.blocks.len()));
+    let disk = Some(before).filter(|before| settings.can_write_down(before));
     Recorder::start(settings, beginning, disk)
 }
 
@@ -230,6 +231,8 @@ struct Driver {
     shared: Arc<Shared>,
     /// When what tenants hold is shown next, if there is no rest before.
     accounts_due: Tick,
+    /// Something happened since they were shown.
+    accounts_are_old: bool,
     movers: Movers,
     flight: Option<Recorder>,
     listeners: HashMap<TurnId, mpsc::Sender<TurnEvent>>,
@@ -283,15 +286,19 @@ impl Driver {
     }
 
     /// Waits for a message if no turn can go on: for long if there is none, for a nap if one waits.
-    fn rest(&self, may_sleep: bool) -> Result<Option<Message>, Goes> {
+    fn rest(&mut self, may_sleep: bool) -> Result<Option<Message>, Goes> {
         if !may_sleep || self.ran {
             return Ok(None);
         }
-        if self.is_at_rest() {
+        if self.is_at_rest() && !self.accounts_are_old {
             return self.inbox.recv().map(Some).map_err(|_| Goes::Down);
         }
         match self.inbox.recv_timeout(NAP) {
             Ok(message) => Ok(Some(message)),
+            Err(RecvTimeoutError::Timeout) if self.is_at_rest() => {
+                self.publish_accounts(self.now());
+                Ok(None)
+            }
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(Goes::Down),
         }
@@ -383,6 +390,13 @@ impl Driver {
         }
     }
 
+    /// Shows what tenants hold. Cost: O(tenants), so that it is not done each step.
+    fn publish_accounts(&mut self, now: Tick) {
+        self.shared.accounts.store(Arc::new(self.core.accounts(now)));
+        self.accounts_due = Tick(now.0 + ACCOUNTS_EVERY_US);
+        self.accounts_are_old = false;
+    }
+
     /// Shows the state to those who only look.
     fn publish(&mut self) {
         for (key, residency) in self.core.take_residencies() {
@@ -393,9 +407,9 @@ impl Driver {
         }
         let status = self.core.status(self.now());
         let now = status.now;
-        if self.is_at_rest() || now >= self.accounts_due {
-            self.shared.accounts.store(Arc::new(self.core.accounts(now)));
-            self.accounts_due = Tick(now.0 + ACCOUNTS_EVERY_US);
+        self.accounts_are_old = true;
+        if now >= self.accounts_due {
+            self.publish_accounts(now);
         }
         let left_queue = self.started - status.queued as usize;
         self.shared.status.store(Arc::new(status));

@@ -13,7 +13,7 @@ use crate::types::{KvKey, Tick, TokenCount};
 const HANGS_AT: u64 = 4;
 /// The shortest time after which a load hangs, in microseconds: a disk may sleep, or be busy for a moment.
 const LEAST_HANG_US: u64 = 1_000_000;
-/// How much longer than foretold a load is waited for before its sequence encodes, in microseconds.
+/// How much longer than foretold a load is waited for at the least before its sequence encodes, in microseconds.
 const GRACE_US: u64 = 5_000;
 
 /// Microseconds for so many units at so many a second; 0 where the speed is not known.
@@ -93,7 +93,10 @@ impl Manager {
         let until = |front: usize| Split { front: front.min(contiguous), back: end };
         // The first of equals: what keeps more.
         let mut choices = vec![whole];
-        choices.extend(on_disk.map(until));
+        // Before it is known what encoding takes, what can be brought is brought.
+        if admit.prefill_per_s > 0 || !may_load(whole) {
+            choices.extend(on_disk.map(until));
+        }
         if admit.prefill_per_s > 0 {
             choices.extend(on_host.map(until));
         }
@@ -151,6 +154,16 @@ impl Manager {
         true
     }
 
+    /// Whether some of a running sequence is on its way.
+    pub fn is_arriving(&self, key: KvKey) -> bool {
+        self.running(key).arriving.is_some()
+    }
+
+    /// Whether what a running sequence waits for hangs.
+    pub fn hangs(&self, key: KvKey) -> bool {
+        self.running(key).arriving.is_some_and(|arriving| self.hanging_loads.contains(&arriving.ticket))
+    }
+
     /// Says that a load hangs. Until it is back nobody asks the disk for another. False if the sequence waits for none.
     pub fn load_hangs(&mut self, key: KvKey) -> bool {
         let arriving = self.conversation(key).running().and_then(|running| running.arriving);
@@ -166,8 +179,9 @@ impl Manager {
         time_us(host * bytes, rates.reload_bytes_per_s.per_s()).max(from_disk)
     }
 
-    /// How long a reload of what was found is waited for; `None`: until it is there, since it comes from memory. A disk
-    /// whose speed was never seen has the time that encoding would take.
+    /// How long a reload of what was found is waited for: a quarter longer than foretold, and no more than a tenth of what
+    /// encoding takes. `None`: until it is there, since it comes from memory. A disk whose speed was never seen has the
+    /// time that encoding would take.
     pub fn patience(&self, now: Tick, found: Found, prefill_per_s: u64) -> Option<Patience> {
         let blocks = |tokens: TokenCount| u64::from(tokens.blocks(self.settings.block_size).0);
         let host = TokenCount(found.reloaded.0 - found.from_disk.0);
@@ -177,7 +191,7 @@ impl Manager {
         let unknown = if encodes > 0 { encodes } else { LEAST_HANG_US };
         let foretold = if self.rates.load_bytes_per_s.per_s() > 0 { foretold } else { unknown };
         (found.from_disk.0 > 0).then(|| Patience {
-            until: Tick(now.0.saturating_add((foretold + foretold / 4 + GRACE_US).max(encodes / 10))),
+            until: Tick(now.0.saturating_add(foretold + (foretold / 4).min(encodes / 10).max(GRACE_US))),
             hangs: Tick(now.0.saturating_add(foretold.saturating_mul(HANGS_AT).max(LEAST_HANG_US))),
         })
     }

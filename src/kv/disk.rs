@@ -210,7 +210,13 @@ impl Manager {
         for (used, key, mut found) in known {
             // The newest chain. Its front may be another conversation's, which wrote it first.
             found.sort_unstable_by_key(|found| std::cmp::Reverse((found.label.used, found.label.index)));
-            let end = found.iter().find_map(|end| Some((end, chain_to(end, &blocks)?)));
+            // The newest of two with one parent.
+            let by_parent: HashMap<[u8; 32], &FoundSlot> =
+                found.iter().rev().map(|found| (found.label.parent, found)).collect();
+            let end = found.iter().find(|end| chain_to(end, &blocks).is_some());
+            // What lies behind it is older, where a gap before it was closed since.
+            let end = end.map(|end| last_after(end, &by_parent));
+            let end = end.and_then(|end| Some((end, chain_to(end, &blocks)?)));
             let Some((end, (first, sealed))) = end else { continue };
             let (tenant, tenant_key) = marks[&end.label.tenant];
             let pools = [&self.device, &self.host, &self.disk.places];
@@ -219,7 +225,7 @@ impl Manager {
             if first == 0 {
                 conversation.disk.sealed.extend(sealed);
             } else {
-                conversation.disk.sealed.extend(chain_from_root(first, &found, &blocks));
+                conversation.disk.sealed.extend(chain_from_root(first, &by_parent, &blocks));
                 conversation.disk.put_behind_gap(first, sealed);
             }
             conversation.used = used;
@@ -448,8 +454,7 @@ impl Manager {
             conversation.device.get(index).is_some() || conversation.host.get(index).is_some()
         };
         let front = conversation.front_to_lose(self.settings.front_first_from, self.settings.block_size);
-        let is_last_copy = |held: &Conversation| held.disk.end() > held.device.end().max(held.host.end());
-        let front = front.filter(|_| is_last_copy(conversation));
+        let front = front.filter(|from| !is_above(conversation, conversation.disk.first_from(*from)));
         while self.disk.places.soon() < need && may_lose(self.disk.places.held(tenant)) {
             let from_front = front.and_then(|from| conversation.disk.take_front(from));
             let Some(taken) = from_front.or_else(|| conversation.disk.take_end()) else { break };
@@ -565,14 +570,27 @@ fn chain_to(end: &FoundSlot, blocks: &DiskBlocks) -> Option<(usize, VecDeque<Arc
     ((first == 0) == (hash == PrefixHash::ROOT) && !chain.is_empty()).then_some((first, chain))
 }
 
+/// The conversation's last block that follows this one without a gap.
+fn last_after<'a>(end: &'a FoundSlot, by_parent: &HashMap<[u8; 32], &'a FoundSlot>) -> &'a FoundSlot {
+    let mut end = end;
+    // Indices rise, so that this ends.
+    while let Some(next) = by_parent.get(&end.label.hash).filter(|next| next.label.index == end.label.index + 1) {
+        end = next;
+    }
+    end
+}
+
 /// The conversation's own blocks from the root on, before the one of index `end`.
-fn chain_from_root(end: usize, found: &[FoundSlot], blocks: &DiskBlocks) -> Vec<Arc<SealedBlock<DiskBlockId>>> {
+fn chain_from_root(
+    end: usize,
+    by_parent: &HashMap<[u8; 32], &FoundSlot>,
+    blocks: &DiskBlocks,
+) -> Vec<Arc<SealedBlock<DiskBlockId>>> {
     let mut chain: Vec<Arc<SealedBlock<DiskBlockId>>> = Vec::new();
     while chain.len() + 1 < end {
         let parent = chain.last().map_or(PrefixHash::ROOT, |block| block.hash());
-        let follows = |found: &&FoundSlot| found.label.index as usize == chain.len() && found.label.parent == parent.0;
-        let next = found.iter().find(follows).and_then(|found| blocks.get(&PrefixHash(found.label.hash)));
-        let Some(next) = next else { break };
+        let next = by_parent.get(&parent.0).filter(|next| next.label.index as usize == chain.len());
+        let Some(next) = next.and_then(|found| blocks.get(&PrefixHash(found.label.hash))) else { break };
         chain.push(Arc::clone(next));
     }
     chain

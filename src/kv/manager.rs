@@ -334,15 +334,14 @@ impl Manager {
                 conversation.device.sealed.push(block);
             }
         }
-        let back_is_here =
-            gap > 0 && arrivals.iter().filter(|(index, _)| *index >= gap_ends).all(|found| is_here(&found));
-        if back_is_here {
-            let places = arrivals.partition_point(|(index, _)| *index < gap_ends);
-            let sealed = arrivals.drain(places..).filter_map(|(_, arrival)| match arrival {
+        // So is what is here behind the last that is on its way: whatever becomes of the turn, it stays.
+        let last = arrivals.iter().rposition(|found| !is_here(&found)).map_or(0, |last| last + 1);
+        if let Some(&(index, _)) = arrivals.get(last) {
+            let sealed = arrivals.drain(last..).filter_map(|(_, arrival)| match arrival {
                 Arrival::Here(block) => Some(block),
                 Arrival::Coming(..) | Arrival::Loading(..) => None,
             });
-            conversation.device.put_behind_gap(gap_ends, sealed);
+            conversation.device.put_behind_gap(index, sealed);
         }
         if arrivals.is_empty() && gap == 0 {
             running.open = open;
@@ -487,7 +486,7 @@ impl Manager {
         self.conversations.get(&key).expect("the caller knows the conversation")
     }
 
-    fn running(&self, key: KvKey) -> &Running {
+    pub(super) fn running(&self, key: KvKey) -> &Running {
         self.conversation(key).running().expect("the conversation runs")
     }
 

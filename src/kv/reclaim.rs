@@ -191,19 +191,21 @@ impl Manager {
         let floor = self.host_budget.floor(tenant);
         let (mut freed, mut lost) = (BlockCount(0), BlockCount(0));
         let may_lose = |held: BlockCount| tenant == for_tenant || held > floor;
-        let is_last_copy = |conversation: &Conversation| {
-            let elsewhere = conversation.device.end_with_tail().max(conversation.disk.end_with_tail());
-            conversation.host.end_with_tail() > elsewhere
+        let is_elsewhere = |conversation: &Conversation, index| {
+            conversation.device.get(index).is_some() || conversation.disk.get(index).is_some()
         };
         let front = conversation.front_to_lose(self.settings.front_first_from, self.settings.block_size);
-        let front = front.filter(|_| is_last_copy(conversation));
+        let front = front.filter(|from| !is_elsewhere(conversation, conversation.host.first_from(*from)));
         while self.host.free() < need && conversation.exposes_host() && may_lose(self.host.held(tenant)) {
-            let is_last_copy = is_last_copy(conversation);
             let from_front = front.and_then(|from| conversation.host.take_front(from));
+            let is_tail = from_front.is_none() && conversation.host.tail.is_some();
             let Some(taken) = from_front.or_else(|| conversation.host.take_end()) else { break };
             freed.0 += u32::from(taken.freed);
-            let elsewhere = |index| conversation.device.get(index).is_some() || conversation.disk.get(index).is_some();
-            let is_lost = if from_front.is_some() { !elsewhere(taken.index) } else { is_last_copy };
+            let is_lost = if is_tail {
+                conversation.device.end_with_tail() <= taken.index
+            } else {
+                !is_elsewhere(conversation, taken.index)
+            };
             lost.0 += u32::from(taken.freed && is_lost);
             if reason.class != Some(Class::SHARED) && conversation.host.last_of_shared().is_some() {
                 break;

@@ -217,6 +217,25 @@ impl Conversation {
         (is_long && self.pin.is_none()).then_some(self.shared)
     }
 
+    /// Of what the device lacks, what the host has, and what the disk alone has. Cost: O(its blocks).
+    fn below(&self, size: BlockSize) -> (TokenCount, TokenCount) {
+        let (mut host, mut disk) = (TokenCount(0), TokenCount(0));
+        let lacking = (0..self.host.end().max(self.disk.end())).filter(|index| self.device.get(*index).is_none());
+        for index in lacking {
+            if self.host.get(index).is_some() {
+                host.0 += size.0;
+            } else if self.disk.get(index).is_some() {
+                disk.0 += size.0;
+            }
+        }
+        if self.device.end_with_tail() <= self.host.end()
+            && let Some(tail) = &self.host.tail
+        {
+            host.0 += tail.len().0;
+        }
+        (host, disk)
+    }
+
     /// Whether host or disk have its full block of this index.
     pub fn is_below(&self, index: usize) -> bool {
         self.host.get(index).is_some() || self.disk.get(index).is_some()
@@ -236,6 +255,8 @@ pub struct Whereabouts {
     pub host_blocks: (BlockCount, BlockCount),
     pub disk_tokens: TokenCount,
     pub disk_blocks: (BlockCount, BlockCount),
+    /// Of what the device lacks, what the host has, and what the disk alone has.
+    pub below: (TokenCount, TokenCount),
     pub last_used: Tick,
     pub last_eviction: Option<Entry>,
     pub pinned_until: Option<Tick>,
@@ -255,6 +276,7 @@ impl Manager {
             host_tokens: conversation.host.tokens(size),
             host_blocks: conversation.host.shares(),
             disk_tokens: conversation.disk.tokens(size),
+            below: conversation.below(size),
             disk_blocks: conversation.disk.shares(),
             last_used: conversation.last_used,
             last_eviction: conversation.last_eviction,

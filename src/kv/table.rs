@@ -94,6 +94,11 @@ impl<P: Place> BlockTable<P> {
         self.end() + usize::from(self.tail.is_some())
     }
 
+    /// The first full block from index `from` on that is not in the gap.
+    pub fn first_from(&self, from: usize) -> usize {
+        self.back.as_ref().map_or(from, |back| back.first)
+    }
+
     /// Blocks that the table names, the tail included.
     pub fn blocks(&self) -> BlockCount {
         let back = self.back.as_ref().map_or(0, |back| back.sealed.len());

@@ -180,8 +180,10 @@ impl Manager {
             return false;
         }
         let first = conversation.host.sealed.len();
-        // A host tail is older than what is copied now, or the same block: the device has all of it.
-        conversation.host.tail = None;
+        // A host tail is older than what is copied now, or the same block: the device has all of it, if it reaches so far.
+        if conversation.device.end() >= conversation.host.end() {
+            conversation.host.tail = None;
+        }
         // Only what follows the front: a gap is copied once it is closed.
         let reach = conversation.host.back.as_ref().map_or(usize::MAX, |back| back.first);
         let missing = conversation.device.sealed.len().min(reach).saturating_sub(first);

@@ -57,6 +57,9 @@ pub struct TransferDone {
     pub took_us: u64,
 }
 
+/// Blocks of a reload that two threads share: below that a thread costs what it saves.
+const SHARED_BLOCKS: usize = 16;
+
 /// Makes the copies of an order between memories. Returns each one's sum, of the bytes on the host. Panics if it is an order
 /// for the disk.
 pub fn execute(order: &TransferOrder, device: &Arena, host: &Arena, cold: ColdForm) -> Vec<Option<u32>> {
@@ -65,7 +68,24 @@ pub fn execute(order: &TransferOrder, device: &Arena, host: &Arena, cold: ColdFo
         Direction::Reload => cold.reload(host, from, device, to),
         Direction::Store { .. } | Direction::Load | Direction::Erase => panic!("no copy between memories: {order:?}"),
     };
-    order.pairs.iter().map(|pair| Some(copy(*pair))).collect()
+    let copies = |pairs: &[(u32, u32)]| pairs.iter().map(|pair| Some(copy(*pair))).collect::<Vec<_>>();
+    // Nobody waits for an offload, and a short reload is over before a thread has begun.
+    if order.direction == Direction::Offload || order.pairs.len() < SHARED_BLOCKS {
+        return copies(&order.pairs);
+    }
+    let (front, back) = order.pairs.split_at(order.pairs.len() / 2);
+    in_two(|| copies(front), || copies(back))
+}
+
+/// Does both halves at the same time.
+fn in_two<T: Send>(front: impl FnOnce() -> Vec<T> + Send, back: impl FnOnce() -> Vec<T>) -> Vec<T> {
+    std::thread::scope(|scope| {
+        let front = scope.spawn(front);
+        let back = back();
+        let mut done = front.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        done.extend(back);
+        done
+    })
 }
 
 /// What a thread that moves blocks from and to disk needs.
@@ -133,13 +153,10 @@ fn store(
 fn load(order: &TransferOrder, slots: &Slots, device: &Arena, cold: ColdForm, buffers: &Buffers) -> Vec<Option<u32>> {
     let (front, back) = order.pairs.split_at(order.pairs.len() / 2);
     let (front_labels, back_labels) = order.labels.split_at(front.len());
-    std::thread::scope(|scope| {
-        let front = scope.spawn(|| load_part(front, front_labels, slots, (device, cold), &buffers[0]));
-        let back = load_part(back, back_labels, slots, (device, cold), &buffers[1]);
-        let mut loaded = front.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        loaded.extend(back);
-        loaded
-    })
+    in_two(
+        || load_part(front, front_labels, slots, (device, cold), &buffers[0]),
+        || load_part(back, back_labels, slots, (device, cold), &buffers[1]),
+    )
 }
 
 fn load_part(

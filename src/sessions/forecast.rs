@@ -9,6 +9,7 @@ use crate::types::TokenCount;
 /// `tokens`: the history as the KV has it. `None` until the engine has measured what the forecast needs.
 pub(super) fn predict(tokens: TokenCount, residency: Option<&Residency>, status: &EngineStatus) -> Option<Predicted> {
     let (device, host, disk) = residency.map(|found| (found.device, found.host, found.disk)).unwrap_or_default();
+    let (on_host, on_disk) = residency.map(|found| found.below).unwrap_or_default();
     let missing = u64::from(tokens.0.saturating_sub(device.tokens.0));
     // The last token that was said is fed with the next turn's, whatever is where.
     if missing <= 1 && device.tokens.0 > 0 || missing == 0 {
@@ -16,9 +17,8 @@ pub(super) fn predict(tokens: TokenCount, residency: Option<&Residency>, status:
     }
     let ms = |amount: u64, per_s: u64| (amount * 1000).checked_div(per_s);
     let reencode_ms = ms(missing, status.prefill_tokens_per_s)?;
-    let below = u64::from(host.tokens.0.saturating_sub(device.tokens.0)).min(missing);
-    let here = device.tokens.0.max(host.tokens.0);
-    let on_disk = u64::from(disk.tokens.0.saturating_sub(here)).min(missing - below);
+    let below = u64::from(on_host.0).min(missing);
+    let on_disk = u64::from(on_disk.0).min(missing - below);
     let reload_ms = (below + on_disk > 0).then(|| {
         let from = |share: TierShare, tokens: u64, per_s: u64| {
             let bytes = (share.bytes_private + share.bytes_shared).checked_div(u64::from(share.tokens.0)).unwrap_or(0);
@@ -55,6 +55,7 @@ mod tests {
             device: share(device),
             host: share(host),
             disk: TierShare::default(),
+            below: (TokenCount(host.saturating_sub(device)), TokenCount(0)),
             last_used: Tick(0),
             last_eviction: None,
             pinned_until: None,

@@ -8,6 +8,8 @@ mod conversation;
 mod random;
 #[cfg(test)]
 mod recorded;
+#[cfg(test)]
+mod slow_disk;
 mod world;
 
 use rayon::prelude::*;

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::bytes::Cursor;
 use super::pseudonyms::{STOP, last_token};
+use super::settings::MOST_TENANTS;
 use super::{Outcome, Said, Step, command, settings, sum, tag};
 use crate::engine::core::{Command, StartTurn};
 use crate::engine::{Sampling, TurnRequest, TurnShape};
@@ -212,7 +213,7 @@ impl Reader {
             let slot = cursor.small()?;
             let tenant = match cursor.small()? {
                 0 => None,
-                tenant => Some(TenantId(tenant - 1)),
+                tenant => Some(TenantId(tenant - 1)).filter(|tenant| tenant.0 < MOST_TENANTS),
             };
             let (key, flags, index) = (self.key(cursor)?, cursor.byte()?, cursor.small()?);
             let (parent, name) = (u64::from_le_bytes(cursor.array()?), u64::from_le_bytes(cursor.array()?));

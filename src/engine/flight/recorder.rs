@@ -5,6 +5,7 @@
 //! room is lost, which is counted and written down: the loop never waits. A disk that takes no write costs the record, never
 //! a turn.
 
+use std::collections::HashSet;
 use std::io;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
@@ -14,11 +15,12 @@ use super::ring::{Head, Ring};
 use super::writing::Writer;
 use super::{Beginning, DiskBefore, FlightSettings, Step};
 use crate::engine::core::{Command, Event};
+use crate::kv::block::PrefixHash;
 use crate::telemetry::metrics;
 use crate::types::Tick;
 
-/// Steps that wait for the thread; a loop that makes no more than this in `GATHER` loses none.
-const QUEUE: usize = 8192;
+/// Steps that wait for the thread, with their turns' prompts. A loop that makes no more than this in `GATHER` loses none.
+const QUEUE: usize = 1024;
 /// How long the thread gathers steps before it writes: what a killed process loses of its record.
 const GATHER: Duration = Duration::from_millis(50);
 /// Bytes of a chunk after which it is written, whatever else waits.
@@ -28,9 +30,14 @@ const SLOT_BYTES: u64 = 64;
 const DISK_PART: u64 = 16;
 
 impl FlightSettings {
-    /// Whether there is room to write down a disk tier of so many blocks.
-    pub fn has_room_for_disk(&self, blocks: usize) -> bool {
-        blocks as u64 * SLOT_BYTES <= self.bytes / DISK_PART
+    /// Whether what the disk tier held can be written down: there is room, and no block lies behind a gap, whose place in
+    /// the chain the record has no word for.
+    pub fn can_write_down(&self, before: &DiskBefore) -> bool {
+        let blocks = &before.found.blocks;
+        let known: HashSet<[u8; 32]> = blocks.iter().map(|found| found.label.hash).collect();
+        let follows = |parent| parent == PrefixHash::ROOT.0 || known.contains(&parent);
+        let has_room = blocks.len() as u64 * SLOT_BYTES <= self.bytes / DISK_PART;
+        has_room && blocks.iter().all(|found| follows(found.label.parent))
     }
 }
 
@@ -45,7 +52,7 @@ pub struct Scribe {
 }
 
 impl Scribe {
-    /// Begins a run. `disk`: what the tier held; `None` if that was more than there is room for.
+    /// Begins a run. `disk`: what the tier held; `None` if that can't be written down.
     pub fn begin(settings: &FlightSettings, beginning: Beginning, disk: Option<&DiskBefore>) -> io::Result<Self> {
         let mut ring = Ring::open(&settings.folder, settings.bytes)?;
         let mut writer = Writer::new(beginning.kv.block_size);
@@ -166,11 +173,11 @@ impl Recorder {
         }
     }
 
-    /// Returns when all that was noted is written. Panics if the thread did.
+    /// Returns when all that was noted is written.
     pub fn end(self) {
         drop(self.queue);
         if self.thread.join().is_err() {
-            std::panic::resume_unwind(Box::new("the thread that writes the flight record panicked"));
+            tracing::error!("the thread that writes the flight record panicked; the record ends there");
         }
     }
 }

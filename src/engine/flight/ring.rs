@@ -19,8 +19,10 @@ const MAGIC: &[u8; 8] = b"rkflight";
 /// Of the format: a change of anything that is written is another one.
 const VERSION: u8 = 1;
 const SUFFIX: &str = "flight";
-/// A part is this part of the bound, so that about that much is lost when the oldest one goes.
+/// A part is this part of the bound, so that about that much is lost when the oldest one goes, and no more than that: its
+/// blocks' names are kept in memory while it is written.
 const PARTS: u64 = 8;
+const LARGEST_PART: u64 = 64 << 20;
 /// Files at most: many short runs leave many short ones.
 const MOST_FILES: usize = 256;
 /// Before a chunk: its length, and its sum.
@@ -90,7 +92,11 @@ impl Ring {
 
     /// The largest chunk that may be written.
     pub fn largest(&self) -> usize {
-        usize::try_from(self.bound / PARTS).unwrap_or(usize::MAX).min(u32::MAX as usize)
+        usize::try_from(self.part_bytes()).unwrap_or(usize::MAX)
+    }
+
+    fn part_bytes(&self) -> u64 {
+        (self.bound / PARTS).min(LARGEST_PART)
     }
 
     /// Bytes of all files.
@@ -101,7 +107,7 @@ impl Ring {
     /// Whether the part that is being written has its length, or there is none.
     pub fn wants_part(&self) -> bool {
         let length = self.files.back().map_or(0, |(_, bytes)| *bytes);
-        self.current.is_none() || length >= self.bound / PARTS
+        self.current.is_none() || length >= self.part_bytes()
     }
 
     pub fn begin_part(&mut self, head: &Head) -> io::Result<()> {
@@ -113,11 +119,14 @@ impl Ring {
         }
         let number = self.files.back().map_or(1, |(number, _)| number + 1);
         let path = path(&self.folder, number);
-        let mut file = OpenOptions::new().append(true).create_new(true).mode(0o600).open(path)?;
-        self.files.push_back((number, 0));
-        file.write_all(&bytes)?;
+        let mut file = OpenOptions::new().append(true).create_new(true).mode(0o600).open(&path)?;
+        if let Err(error) = file.write_all(&bytes) {
+            // Nobody can read it, and as one of the files it would take a good one's place.
+            fs::remove_file(&path)?;
+            return Err(error);
+        }
+        self.files.push_back((number, bytes.len() as u64));
         self.current = Some(file);
-        self.grew(bytes.len());
         Ok(())
     }
 
@@ -126,16 +135,14 @@ impl Ring {
         let bytes = framed(chunk);
         self.make_room(bytes.len() as u64)?;
         let mut file = self.current.take().ok_or(io::ErrorKind::NotFound)?;
-        file.write_all(&bytes)?;
-        self.current = Some(file);
-        self.grew(bytes.len());
-        Ok(())
-    }
-
-    fn grew(&mut self, bytes: usize) {
+        let written = file.write_all(&bytes);
         if let Some((_, length)) = self.files.back_mut() {
-            *length += bytes as u64;
+            // Of a chunk that failed, part may be there.
+            *length += bytes.len() as u64;
         }
+        written?;
+        self.current = Some(file);
+        Ok(())
     }
 
     /// Removes the oldest files, though never the one that is written, until there is room.

@@ -9,7 +9,7 @@ use crate::kv::evictor::Policy;
 use crate::types::{BlockBytes, BlockCount, BlockSize, Grant, PoolPart, TenantId, TierBudget, TokenCount, Weight};
 
 /// Books are kept for all tenants up to the largest.
-const MOST_TENANTS: u32 = 65_536;
+pub(super) const MOST_TENANTS: u32 = 65_536;
 
 impl Beginning {
     pub(super) fn put(&self, out: &mut Vec<u8>) {

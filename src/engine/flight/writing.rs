@@ -117,6 +117,8 @@ impl Writer {
     pub fn step(&mut self, step: &Step) {
         if step.lost_before > 0 {
             self.lost(step.lost_before);
+            // Some of them may have ended there, and a replay ends here.
+            self.turns.clear();
         }
         let flags = match &step.committed {
             None => 0,

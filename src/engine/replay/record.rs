@@ -106,9 +106,14 @@ impl Record {
         let number = self.runs.len() + 1;
         let mut tell = |what: &str| self.faults.push(format!("run {number} {what}"));
         if left_out {
-            tell("began with more on disk than is written down: what memory held is not known");
+            tell("began with something on disk that is not written down: what memory held is not known");
         } else if !has_beginning {
             tell("has lost its beginning: what memory held then is not known");
+        }
+        let own = env!("CARGO_PKG_VERSION");
+        if has_beginning && beginning.version != own {
+            tell(&format!("was decided by version {}, and this is {own}", beginning.version));
+            has_beginning = false;
         }
         if lost > 0 {
             tell(&format!("lacks {lost} steps in its middle"));
