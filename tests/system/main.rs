@@ -17,6 +17,8 @@ mod crowd;
 #[cfg(test)]
 mod disk;
 #[cfg(test)]
+mod ends;
+#[cfg(test)]
 mod habits;
 #[cfg(test)]
 mod kills;
