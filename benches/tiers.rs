@@ -116,6 +116,7 @@ fn full_pool() -> (Manager, u128) {
         background_offload: false,
         policy: Policy::ReturnRate,
         doubles_at: None,
+        front_first_from: None,
         journal_entries: 1_000,
         reuse: true,
     });
@@ -130,8 +131,7 @@ fn turn(manager: &mut Manager, key: u128) {
     let (tenant, tenant_key) = (TenantId(0), TenantKey([1; 32]));
     let hashes = PrefixHash::chain(&tenant_key, &tokens, SIZE);
     let (key, now) = (KvKey(key), Tick(key as u64));
-    let admit =
-        Admit { key, tenant, tenant_key, tokens: &tokens, hashes: &hashes, prefill_per_s: 0, avoids_disk: false };
+    let admit = Admit { key, tenant, tenant_key, tokens: &tokens, hashes: &hashes, prefill_per_s: 0 };
     let admitted = manager.admit(now, admit);
     assert!(matches!(admitted, Admission::Ready(_)), "{admitted:?}");
     manager.append(key, &tokens);

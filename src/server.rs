@@ -548,6 +548,7 @@ mod tests {
             vocab: 49152,
             context_length: TokenCount(8192),
             kv: KvShape { layers: 30, kv_heads: 3, head_dim: 64 },
+            doubles_at: TokenCount(3072),
             fingerprint: [0; 32],
         };
         let lines = capacity(&config, &spec, TokenCount(8192));

@@ -174,6 +174,7 @@ impl Engine {
             background_offload: true,
             policy: Policy::ReturnRate,
             doubles_at: None,
+            front_first_from: None,
             journal_entries: 10_000,
             reuse: true,
         };

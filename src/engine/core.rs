@@ -219,7 +219,10 @@ impl Core {
         let mut sampled = 0;
         for span in &plan.spans {
             self.manager.append(span.key, &plan.tokens[span.first_row..][..span.rows]);
-            let sequence = self.sequences.get(&span.turn).expect("a planned turn is known");
+            let sequence = self.sequences.get_mut(&span.turn).expect("a planned turn is known");
+            if sequence.first_token.is_none() {
+                sequence.encoded.0 += u32::try_from(span.rows).expect("a window bounds a sequence");
+            }
             self.fairness.serve(sequence.tenant, span.rows as u64);
             if span.samples {
                 self.sample(now, span.turn, logits.row_mut(sampled), events);
@@ -251,6 +254,7 @@ impl Core {
         sequence.phase = Phase::Decode;
         if sequence.first_token.is_none() {
             sequence.first_token = Some(now);
+            sequence.account();
             sequence.usage.prompt.prefill_ms = now.ms_since(sequence.ready);
             sequence.usage.ttft_ms = now.ms_since(sequence.arrived);
             let prompt = sequence.usage.prompt;
@@ -365,7 +369,7 @@ impl Core {
             Command::GoOnFrom(learned) => self.manager.go_on_from(learned),
             Command::Transferred(done) => {
                 if let Some(reloaded) = self.manager.transferred(now, done) {
-                    self.go_on(now, reloaded.key, reloaded.context, reloaded.took_ms);
+                    self.go_on(now, reloaded.key, reloaded.took_ms);
                 }
             }
         }
@@ -380,18 +384,16 @@ impl Core {
     }
 
     /// A reload is back: its sequence encodes what is left of its tokens.
-    fn go_on(&mut self, now: Tick, key: KvKey, context: TokenCount, took_ms: u64) {
-        let waits = |turn: &&TurnId| {
-            let sequence = &self.sequences[*turn];
-            sequence.key == key && sequence.phase == Phase::Reloading
-        };
-        let Some(turn) = self.running.iter().find(waits) else { return };
+    fn go_on(&mut self, now: Tick, key: KvKey, took_ms: u64) {
+        let Some(turn) = self.running.iter().find(|turn| self.sequences[*turn].key == key) else { return };
         let sequence = self.sequences.get_mut(turn).expect("a running turn is known");
-        sequence.phase = Phase::Prefill;
-        if sequence.first_token.is_none() && !sequence.accounted {
+        sequence.patience = None;
+        if sequence.phase == Phase::Reloading {
+            sequence.phase = Phase::Prefill;
             sequence.ready = now;
-            sequence.usage.prompt.reload_ms = took_ms;
-            sequence.account(context);
+        }
+        if sequence.first_token.is_none() {
+            sequence.usage.prompt.reload_ms += took_ms;
         }
     }
 
@@ -404,7 +406,7 @@ impl Core {
         let late = self.sequences.values().filter(|sequence| {
             let waited_us = u128::from(now.0.saturating_sub(sequence.arrived.0));
             sequence.phase == Phase::Queued
-                && !sequence.admitted_once
+                && sequence.found.is_none()
                 && waited_us > sequence.start.request.queue_deadline.as_micros()
         });
         let mut late: Vec<(TurnId, u64)> =

@@ -7,6 +7,7 @@
 
 pub mod trace;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -224,6 +225,7 @@ impl<'a> Driver<'a> {
             background_offload: true,
             policy: settings.policy,
             doubles_at: settings.weighs_length.then(|| TokenCount(settings.doubles_at as u32 / block_tokens)),
+            front_first_from: settings.policy.front_first_from(TokenCount(settings.doubles_at as u32 / block_tokens)),
             journal_entries: settings.journal_entries,
             reuse: true,
         };
@@ -280,17 +282,16 @@ impl<'a> Driver<'a> {
         // The last block is always encoded: its logits are wanted.
         let reusable = self.blocks(request.reusable()).min(sequence.tokens.len() - 1);
         let found = if sequence.tokens.len() < self.window {
-            self.run(number, request, sequence)?
+            self.run(number, request, sequence, reusable)?
         } else {
             self.outcome.too_long += 1;
-            Found::default()
+            Found { reencode_cost: self.cost(0..reusable), ..Found::default() }
         };
         let device = found.device.min(reusable);
         let host = found.host.min(reusable - device);
         let disk = found.disk.min(reusable - device - host);
         let cached = device + host + disk;
         let tokens = |blocks: usize| blocks as u64 * block_tokens;
-        let (from, to) = (tokens(cached) as f64, tokens(reusable) as f64);
         let reuse = Reuse {
             requests: 1,
             prompt_tokens: u64::from(request.prompt.0),
@@ -299,7 +300,7 @@ impl<'a> Driver<'a> {
             host_tokens: tokens(host),
             disk_tokens: tokens(disk),
             reencoded_tokens: tokens(reusable - cached),
-            reencode_cost: (to - from) * (1.0 + (from + to) / 2.0 / self.settings.doubles_at),
+            reencode_cost: found.reencode_cost,
         };
         self.outcome.all.add(reuse);
         let tenant = request.tenant.0 as usize;
@@ -315,8 +316,21 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
+    /// What encoding these blocks of a sequence costs, in tokens at the first position.
+    fn cost(&self, blocks: Range<usize>) -> f64 {
+        let tokens = |blocks: usize| blocks as f64 * f64::from(self.settings.block_tokens);
+        let (from, to) = (tokens(blocks.start), tokens(blocks.end));
+        (to - from) * (1.0 + (from + to) / 2.0 / self.settings.doubles_at)
+    }
+
     /// Runs a turn to its end, and the copies that follow from it.
-    fn run(&mut self, number: usize, request: &Request, sequence: &Sequence) -> Result<Found, ReplayError> {
+    fn run(
+        &mut self,
+        number: usize,
+        request: &Request,
+        sequence: &Sequence,
+        reusable: usize,
+    ) -> Result<Found, ReplayError> {
         let tenant = self.tenant(request);
         let new_tokens = TokenCount(request.prompt.0 - request.reusable().0);
         let start = StartTurn {
@@ -339,7 +353,9 @@ impl<'a> Driver<'a> {
         self.commands.push(Command::Start(Box::new(start)));
         let mut found = Found::default();
         for _ in 0..STEPS {
-            let events = self.step(request.at);
+            let (events, encoded) = self.step(request.at);
+            let encoded = encoded.start.min(reusable)..encoded.end.min(reusable);
+            found.reencode_cost += self.cost(encoded);
             for event in events {
                 if let Event::Turn(_, TurnEvent::Started(usage)) = event {
                     found.device = usage.resident.get() + usage.shared.get();
@@ -354,20 +370,24 @@ impl<'a> Driver<'a> {
         Err(ReplayError::Stuck { number })
     }
 
-    /// One round of the engine's loop, whose copies take no time.
-    fn step(&mut self, now: Tick) -> Vec<Event> {
+    /// One round of the engine's loop, whose copies take no time, and the part of the turn's sequence that it encoded.
+    fn step(&mut self, now: Tick) -> (Vec<Event>, Range<usize>) {
         let mut plan = self.core.plan(now, &mut self.commands);
         for order in plan.orders.drain(..) {
             let sums = vec![Some(0); order.pairs.len()];
             self.commands.push(Command::Transferred(TransferDone { ticket: order.ticket, sums, took_us: 1 }));
         }
         let mut events = std::mem::take(&mut plan.events);
+        let encoded = plan.spans.first().map_or(0..0, |span| {
+            let first = self.core.manager().resident(span.key).context().get();
+            first..first + span.rows
+        });
         if !plan.is_empty() {
             self.core.commit(now, &plan, Ok(&mut self.logits), &mut events);
         }
         // Nobody asks where conversations are.
         drop(self.core.take_residencies());
-        events
+        (events, encoded)
     }
 
     fn moved(&self) -> Moved {
@@ -386,6 +406,8 @@ struct Found {
     device: usize,
     host: usize,
     disk: usize,
+    /// Of what it encoded although it was reusable.
+    reencode_cost: f64,
 }
 
 fn tenant_key(tenant: TenantId) -> TenantKey {

@@ -8,6 +8,7 @@
 
 use super::core::{Core, Plan, Span};
 use super::sequence::Phase;
+use crate::kv::cost::Patience;
 use crate::kv::manager::{Admission, Admit, NoPlace};
 use crate::types::{BlockCount, KvKey, Tick, TokenCount, TurnId};
 
@@ -27,7 +28,7 @@ fn share(left: usize, others_want_some: bool) -> usize {
 
 impl Core {
     pub(super) fn schedule(&mut self, now: Tick, plan: &mut Plan) {
-        self.give_up_stalled_loads(now);
+        self.end_patience(now);
         let mut stalled = false;
         let (decodes, prefills): (Vec<TurnId>, Vec<TurnId>) = self
             .running
@@ -56,28 +57,34 @@ impl Core {
         }
     }
 
-    /// Lets turns whose load from disk takes too long encode instead, next in their tenants' lines. Their places are free
-    /// when the load is back, whenever that is.
-    fn give_up_stalled_loads(&mut self, now: Tick) {
-        let is_late = |turn: &&TurnId| {
-            let sequence = &self.sequences[*turn];
-            sequence.phase == Phase::Reloading && sequence.load_due.is_some_and(|due| due < now)
-        };
-        let late: Vec<TurnId> = self.running.iter().filter(is_late).copied().collect();
-        for turn in late {
-            tracing::warn!(%turn, "a load from disk takes far longer than foretold: re-encoding");
-            self.stalled_loads += 1;
-            self.sequences.get_mut(&turn).expect("a running turn is known").avoids_disk = true;
-            let key = self.back_in_queue(turn);
-            self.manager.load_hangs(key);
-            self.manager.set_back(now, key);
+    /// Lets turns whose load from disk takes longer than foretold encode meanwhile: whatever is there first is taken.
+    fn end_patience(&mut self, now: Tick) {
+        let waiting = self.running.iter().filter_map(|turn| Some((*turn, self.sequences[turn].patience?)));
+        let late: Vec<(TurnId, Patience)> = waiting.filter(|(_, patience)| patience.until < now).collect();
+        for (turn, patience) in late {
+            let sequence = self.sequences.get_mut(&turn).expect("a running turn is known");
+            if !self.manager.encode_meanwhile(sequence.key) {
+                sequence.patience = None;
+                continue;
+            }
+            if sequence.phase == Phase::Reloading {
+                sequence.phase = Phase::Prefill;
+                sequence.ready = now;
+            }
+            if patience.hangs < now && self.manager.load_hangs(sequence.key) {
+                tracing::warn!(%turn, "a load from disk hangs: nobody asks the disk until it is back");
+                self.stalled_loads += 1;
+            }
         }
     }
 
-    /// Tokens of a running sequence whose KV is not there yet.
+    /// Tokens of a running sequence that can be fed now: those whose KV is not there yet, up to what is there already or
+    /// comes by itself.
     fn to_feed(&self, turn: TurnId) -> usize {
         let sequence = &self.sequences[&turn];
-        sequence.tokens.len() - self.manager.resident(sequence.key).context().get()
+        let resident = self.manager.resident(sequence.key);
+        let end = resident.gap_ends().map_or(sequence.tokens.len(), TokenCount::get);
+        end.saturating_sub(resident.context().get())
     }
 
     /// Gives a sequence its next `rows` rows, if there are places for them.
@@ -168,11 +175,10 @@ impl Core {
                 tokens: &sequence.tokens,
                 hashes: &sequence.hashes,
                 prefill_per_s: self.prefill.per_s(),
-                avoids_disk: sequence.avoids_disk,
             };
             let (phase, found) = match self.manager.admit(now, admit) {
                 Admission::Ready(found) => (Phase::Prefill, found),
-                Admission::Reloading(_, found) => (Phase::Reloading, found),
+                Admission::Reloading(found) => (Phase::Reloading, found),
                 Admission::Wait | Admission::NoRoom => {
                     passed_over.push(tenant);
                     continue;
@@ -180,22 +186,17 @@ impl Core {
             };
             self.fairness.remove(tenant, turn);
             self.admissions += 1;
-            let patience_us = self.manager.patience_us(found);
+            let patience = self.manager.patience(now, found, self.prefill.per_s());
             let sequence = self.sequences.get_mut(&turn).expect("a waiting turn is known");
             sequence.phase = phase;
             sequence.admission = self.admissions;
-            sequence.load_due = patience_us.map(|us| Tick(now.0 + us));
-            if !sequence.admitted_once {
-                sequence.admitted_once = true;
+            sequence.patience = patience;
+            if sequence.found.is_none() {
+                sequence.found = Some(found);
                 sequence.usage.prompt.queue_ms = now.ms_since(sequence.arrived);
             }
-            if !sequence.accounted {
-                sequence.found = found;
+            if sequence.first_token.is_none() {
                 sequence.ready = now;
-                if phase == Phase::Prefill {
-                    let context = self.manager.resident(key).context();
-                    sequence.account(context);
-                }
             }
             self.running.push(turn);
             if phase == Phase::Prefill {
@@ -235,6 +236,7 @@ mod tests {
             background_offload: false,
             policy: Policy::Lru,
             doubles_at: None,
+            front_first_from: None,
             journal_entries: 10,
             reuse: false,
         };

@@ -4,6 +4,7 @@ use super::core::StartTurn;
 use super::sampler::Sampler;
 use super::{PromptUsage, TurnUsage};
 use crate::kv::block::PrefixHash;
+use crate::kv::cost::Patience;
 use crate::kv::manager::Found;
 use crate::types::{BlockSize, KvKey, TenantId, Tick, TokenCount, TokenId, TurnId};
 
@@ -32,15 +33,12 @@ pub(super) struct Sequence {
     pub hashes: Vec<PrefixHash>,
     pub phase: Phase,
     pub sampler: Sampler,
-    pub found: Found,
-    /// When its load from disk is not waited for any longer.
-    pub load_due: Option<Tick>,
-    /// It has stalled once.
-    pub avoids_disk: bool,
-    /// First admission is over: later ones are resumptions.
-    pub admitted_once: bool,
-    /// Where the prompt's tokens came from is known.
-    pub accounted: bool,
+    /// What was found of the prompt when it was first admitted; later admissions are resumptions.
+    pub found: Option<Found>,
+    /// Rows that it had before its first token.
+    pub encoded: TokenCount,
+    /// How long a load for it is waited for.
+    pub patience: Option<Patience>,
     /// Rises with each admission: the newest is preempted first.
     pub admission: u64,
     pub arrived: Tick,
@@ -60,11 +58,9 @@ impl Sequence {
             hashes: std::mem::take(&mut start.hashes),
             sampler,
             phase: Phase::Queued,
-            found: Found::default(),
-            load_due: None,
-            avoids_disk: false,
-            admitted_once: false,
-            accounted: false,
+            found: None,
+            encoded: TokenCount(0),
+            patience: None,
             admission: 0,
             arrived: now,
             ready: now,
@@ -88,24 +84,23 @@ impl Sequence {
         }
     }
 
-    /// Notes where the prompt's tokens came from, once it runs for the first time with `context` tokens in place.
+    /// Notes where the prompt's tokens came from, once its first token is there.
     ///
-    /// A reload that failed in the middle has less in place than was found; the rest counts as encoded.
-    pub fn account(&mut self, context: TokenCount) {
-        self.accounted = true;
-        let Found { resident, shared, reloaded, from_disk } = self.found;
-        let cached = context.0.min(resident.0 + shared.0 + reloaded.0);
+    /// What was found need not have come: a reload may have been damaged, or slower than encoding the same tokens.
+    pub fn account(&mut self) {
+        let Found { resident, shared, reloaded, from_disk } = self.found.unwrap_or_default();
+        let cached = self.prompt_tokens().0.saturating_sub(self.encoded.0).min(resident.0 + shared.0 + reloaded.0);
         let resident = resident.0.min(cached);
-        let reloaded = reloaded.0.min(cached - resident);
+        let shared = shared.0.min(cached - resident);
+        let came = cached - resident - shared;
         // The host has the front of what is below, if it has any: what is missing is the disk's.
-        let from_disk = reloaded.saturating_sub(self.found.reloaded.0 - from_disk.0);
-        let shared = cached - resident - reloaded;
+        let from_disk = came.saturating_sub(reloaded.0 - from_disk.0);
         let encoded = self.prompt_tokens().0 - cached;
         let reencoded = self.start.request.encoded_before.0.saturating_sub(cached);
         self.usage.prompt = PromptUsage {
             resident: TokenCount(resident),
             shared: TokenCount(shared),
-            reloaded_host: TokenCount(reloaded - from_disk),
+            reloaded_host: TokenCount(came - from_disk),
             reloaded_disk: TokenCount(from_disk),
             encoded: TokenCount(encoded),
             reencoded: TokenCount(reencoded.min(encoded)),

@@ -108,6 +108,7 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
     let window =
         u32::try_from(pool_tokens).map_or(spec.context_length, |tokens| spec.context_length.min(TokenCount(tokens)));
 
+    let front_first_from = settings.policy.front_first_from(spec.doubles_at);
     let disk = settings.disk.and_then(|disk| open_disk(disk, block_bytes, spec.fingerprint));
     let disk_blocks = BlockCount(disk.as_ref().map_or(0, |disk| disk.slots.count()));
     let (mailbox, inbox) = sync_channel(MAILBOX);
@@ -123,6 +124,7 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
         background_offload: settings.background_offload,
         policy: settings.policy,
         doubles_at: settings.doubles_at,
+        front_first_from,
         journal_entries: settings.journal_entries,
         reuse: settings.reuse,
     };

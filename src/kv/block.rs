@@ -304,6 +304,11 @@ impl OpenBlock {
         Ok(SealedBlock { slot: self.slot, parent, hash, proof: (), shared_at: AtomicU64::new(0) })
     }
 
+    /// Gives its place back, and what is in it up.
+    pub fn into_slot(self) -> Slot<BlockId> {
+        self.slot
+    }
+
     /// Lays a part-full block to rest; an empty one gives its place back.
     pub fn rest(self) -> Option<TailBlock<BlockId>> {
         (!self.tokens.is_empty()).then_some(TailBlock { slot: self.slot, tokens: self.tokens, proof: () })

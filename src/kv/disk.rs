@@ -19,6 +19,7 @@ use super::manager::Manager;
 use super::prefix::PrefixIndex;
 use super::residency::{Activity, Conversation};
 use super::return_rate::Class;
+use super::table::Back;
 use super::tiers::InFlight;
 use super::transfer::{Direction, Ticket};
 use crate::kernels::files::{Contents, FoundSlot, Label};
@@ -176,7 +177,7 @@ impl Conversation {
 
 impl Manager {
     /// Takes over what a disk tier held when the process before ended. Slots of tenants that are not among these, of
-    /// conversations that are no more, that were not written to their end, and blocks whose chain has a gap, are given up.
+    /// conversations that are no more, and that were not written to their end, are given up.
     pub fn recover(&mut self, found: Contents, tenants: &[(TenantId, TenantKey)], lives: impl Fn(KvKey) -> bool) {
         let marks: HashMap<[u8; 16], (TenantId, TenantKey)> =
             tenants.iter().map(|(id, key)| (tenant_mark(key), (*id, *key))).collect();
@@ -208,20 +209,25 @@ impl Manager {
         let mut known: Vec<_> = ends.into_iter().map(|(key, found)| (newest(&found), key, found)).collect();
         known.sort_unstable_by_key(|(used, key, _)| (*used, *key));
         for (used, key, mut found) in known {
-            // The newest chain without a gap. Its front may be another conversation's, which wrote it first.
+            // The newest chain. Its front may be another conversation's, which wrote it first.
             found.sort_unstable_by_key(|found| std::cmp::Reverse((found.label.used, found.label.index)));
             let end = found.iter().find_map(|end| Some((end, chain_to(end, &blocks)?)));
-            let Some((end, sealed)) = end else { continue };
+            let Some((end, (first, sealed))) = end else { continue };
             let (tenant, tenant_key) = marks[&end.label.tenant];
             let mut conversation = Conversation::new(key, tenant, tenant_key);
             let ended = !lives(key);
-            conversation.disk.sealed = sealed;
+            if first == 0 {
+                conversation.disk.sealed = sealed.into();
+            } else {
+                conversation.disk.sealed = chain_from_root(first, &found, &blocks);
+                conversation.disk.back = Some(Back { first, sealed });
+            }
             conversation.used = used;
             if ended {
                 conversation.activity = Activity::Ended;
             }
             self.uses = self.uses.max(used);
-            let length = conversation.disk.tokens(self.settings.block_size);
+            let length = conversation.length(self.settings.block_size);
             self.disk.line.add(tenant, key, conversation.silent_since, conversation.standing(), length);
             self.conversations.insert(key, conversation);
             self.touch(key);
@@ -298,7 +304,8 @@ impl Manager {
         self.adopt_disk_copies(key);
         let conversation = self.conversation(key);
         let (first, tenant) = (conversation.disk.sealed.len(), conversation.tenant);
-        let missing = self.above(conversation).saturating_sub(first).min(STORE_BLOCKS);
+        let reach = conversation.disk.back.as_ref().map_or(usize::MAX, |back| back.first);
+        let missing = self.above(conversation).min(reach).saturating_sub(first).min(STORE_BLOCKS);
         if missing == 0 || self.disk.rests(now) {
             return false;
         }
@@ -335,7 +342,7 @@ impl Manager {
             let conversation = self.conversation(key);
             let next = self.block_above(conversation, conversation.disk.sealed.len());
             let Some(copy) = next.and_then(|block| self.disk.index.get(&block.hash())) else { break };
-            self.conversations.get_mut(&key).expect("looked up above").disk.sealed.push(copy);
+            self.conversations.get_mut(&key).expect("looked up above").disk.add(copy);
         }
         self.in_disk_line(key);
     }
@@ -384,7 +391,7 @@ impl Manager {
             // The conversation may have gone another way since: only what continues its own chain is its copy.
             let end = conversation.disk.sealed.last().map_or(PrefixHash::ROOT, |block| block.hash());
             if conversation.storing == Some(ticket) && conversation.disk.sealed.len() == index && end == copy.parent() {
-                conversation.disk.sealed.push(copy);
+                conversation.disk.add(copy);
             }
         }
         let Some(conversation) = self.conversations.get_mut(&key) else { return };
@@ -437,13 +444,17 @@ impl Manager {
         let floor = self.disk.budget.floor(tenant);
         let may_lose = |held: BlockCount| tenant == for_tenant || held > floor;
         let (mut freed, mut lost) = (BlockCount(0), BlockCount(0));
+        let is_above = |conversation: &Conversation, index| {
+            conversation.device.get(index).is_some() || conversation.host.get(index).is_some()
+        };
+        let front = conversation.front_to_lose(self.settings.front_first_from, self.settings.block_size);
+        let is_last_copy = |held: &Conversation| held.disk.end() > held.device.end().max(held.host.end());
+        let front = front.filter(|_| is_last_copy(conversation));
         while self.disk.places.soon() < need && may_lose(self.disk.places.held(tenant)) {
-            let above = conversation.device.sealed.len().max(conversation.host.sealed.len());
-            let is_last_copy = conversation.disk.sealed.len() > above;
-            let Some(block) = conversation.disk.sealed.pop() else { break };
-            let alone = Arc::strong_count(&block) == 1;
-            freed.0 += u32::from(alone);
-            lost.0 += u32::from(alone && is_last_copy);
+            let from_front = front.and_then(|from| conversation.disk.take_front(from));
+            let Some(taken) = from_front.or_else(|| conversation.disk.take_end()) else { break };
+            freed.0 += u32::from(taken.freed);
+            lost.0 += u32::from(taken.freed && !is_above(conversation, taken.index));
             if reason.class != Some(Class::SHARED) && conversation.disk.last_of_shared().is_some() {
                 break;
             }
@@ -465,7 +476,7 @@ impl Manager {
         tracing::warn!("a block on the host does not match its checksum: it is not stored on disk, and given up");
         self.host_index.remove(&hash);
         let conversation = self.conversations.get_mut(&key);
-        let own = conversation.filter(|held| held.host.sealed.get(index).is_some_and(|block| block.hash() == hash));
+        let own = conversation.filter(|held| held.host.get(index).is_some_and(|block| block.hash() == hash));
         if let Some(conversation) = own {
             conversation.host.truncate(index);
         }
@@ -537,22 +548,32 @@ impl Manager {
     }
 }
 
-/// The blocks from the root to this one; `None` if one is missing.
-fn chain_to(
-    end: &FoundSlot,
-    blocks: &HashMap<PrefixHash, Arc<SealedBlock<DiskBlockId>>>,
-) -> Option<Vec<Arc<SealedBlock<DiskBlockId>>>> {
-    let mut chain = Vec::new();
+type DiskBlocks = HashMap<PrefixHash, Arc<SealedBlock<DiskBlockId>>>;
+
+/// The blocks before this one, it included, as far back as none is missing, and the index of the first. `None` if their
+/// labels contradict each other.
+fn chain_to(end: &FoundSlot, blocks: &DiskBlocks) -> Option<(usize, VecDeque<Arc<SealedBlock<DiskBlockId>>>)> {
+    let after = end.label.index as usize + 1;
+    let mut chain = VecDeque::new();
     let mut hash = PrefixHash(end.label.hash);
-    while hash != PrefixHash::ROOT {
-        // A chain is as long as its end says, so that this ends whatever the labels say.
-        if chain.len() > end.label.index as usize {
-            return None;
-        }
-        let block = blocks.get(&hash)?;
+    // A chain is as long as its end says, so that this ends whatever the labels say.
+    while let Some(block) = blocks.get(&hash).filter(|_| chain.len() < after) {
         hash = block.parent();
-        chain.push(Arc::clone(block));
+        chain.push_front(Arc::clone(block));
     }
-    chain.reverse();
-    (chain.len() == end.label.index as usize + 1).then_some(chain)
+    let first = after - chain.len();
+    ((first == 0) == (hash == PrefixHash::ROOT) && !chain.is_empty()).then_some((first, chain))
+}
+
+/// The conversation's own blocks from the root on, before the one of index `end`.
+fn chain_from_root(end: usize, found: &[FoundSlot], blocks: &DiskBlocks) -> Vec<Arc<SealedBlock<DiskBlockId>>> {
+    let mut chain: Vec<Arc<SealedBlock<DiskBlockId>>> = Vec::new();
+    while chain.len() + 1 < end {
+        let parent = chain.last().map_or(PrefixHash::ROOT, |block| block.hash());
+        let follows = |found: &&FoundSlot| found.label.index as usize == chain.len() && found.label.parent == parent.0;
+        let next = found.iter().find(follows).and_then(|found| blocks.get(&PrefixHash(found.label.hash)));
+        let Some(next) = next else { break };
+        chain.push(Arc::clone(next));
+    }
+    chain
 }

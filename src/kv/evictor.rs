@@ -22,6 +22,14 @@ pub enum Policy {
     ReturnRate,
 }
 
+impl Policy {
+    /// From which length on a conversation that is given up for good loses its first tokens first: half of that at which a
+    /// token costs the model twice what the first one does. Plain LRU always takes the last ones, as others do.
+    pub fn front_first_from(self, doubles_at: TokenCount) -> Option<TokenCount> {
+        (self == Policy::ReturnRate).then_some(TokenCount(doubles_at.0 / 2))
+    }
+}
+
 /// What is expected of a conversation that doesn't run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Standing {

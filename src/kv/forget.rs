@@ -65,7 +65,7 @@ impl Manager {
         let tables = (take(&mut conversation.device), take(&mut conversation.host), take(&mut conversation.disk));
         let (device, kept_device) = wipe(tables.0, &mut self.chores.zero_device);
         let (host, kept_host) = wipe(tables.1, &mut self.chores.zero_host);
-        let alone = tables.2.sealed.iter().filter(|block| Arc::strong_count(block) == 1).count();
+        let alone = tables.2.full().filter(|block| Arc::strong_count(block) == 1).count();
         let disk = BlockCount(u32::try_from(alone).expect("a window bounds a table"));
         let kept_disk = tables.2.blocks().0 - disk.0;
         let kept_shared = BlockCount(kept_device.0 + kept_host.0 + kept_disk);
@@ -90,7 +90,8 @@ impl Manager {
 /// Takes a table apart: places of blocks that nobody else holds go to `zero`. Counts (freed, shared).
 fn wipe<P: Place>(table: BlockTable<P>, zero: &mut Vec<Slot<P>>) -> (BlockCount, BlockCount) {
     let (mut freed, mut shared) = (BlockCount(0), BlockCount(0));
-    let sealed = table.sealed.into_iter().map(|block| Arc::try_unwrap(block).map(|block| block.into_slot()).ok());
+    let full = table.sealed.into_iter().chain(table.back.into_iter().flat_map(|back| back.sealed));
+    let sealed = full.map(|block| Arc::try_unwrap(block).map(|block| block.into_slot()).ok());
     let tail = table.tail.map(|block| Arc::try_unwrap(block).map(|block| block.into_slot()).ok());
     for slot in sealed.chain(tail) {
         match slot {

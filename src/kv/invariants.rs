@@ -3,10 +3,12 @@
 //! Free and held places are a pool's total, tables are chains, and only who is idle is in line. For tests.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::Manager;
-use super::block::{OpenBlock, PrefixHash, Slot};
+use super::block::{OpenBlock, Place, PrefixHash, SealedBlock, Slot};
 use super::disk::Above;
+use super::table::BlockTable;
 use super::tiers::{Arrival, InFlight};
 
 impl Manager {
@@ -18,33 +20,27 @@ impl Manager {
         let mut in_flight = 0;
         for conversation in self.conversations.values() {
             let tables = (&conversation.device, &conversation.host);
-            device.extend(tables.0.sealed.iter().map(|block| block.id()));
+            device.extend(tables.0.full().map(|block| block.id()));
             device.extend(tables.0.tail.iter().map(|block| block.id()));
-            host.extend(tables.1.sealed.iter().map(|block| block.id()));
+            host.extend(tables.1.full().map(|block| block.id()));
             host.extend(tables.1.tail.iter().map(|block| block.id()));
-            disk.extend(conversation.disk.sealed.iter().map(|block| block.id()));
+            disk.extend(conversation.disk.full().map(|block| block.id()));
             assert!(conversation.disk.tail.is_none(), "full blocks alone are on disk");
-            for (above, below) in tables.0.sealed.iter().zip(&conversation.disk.sealed) {
-                assert_eq!(above.hash(), below.hash(), "a disk table copies the device table's prefix");
-            }
-            for (above, below) in tables.0.sealed.iter().zip(&tables.1.sealed) {
-                assert_eq!(above.hash(), below.hash(), "a host table copies the device table's prefix");
+            for index in 0..tables.0.end() {
+                let Some(above) = tables.0.get(index) else { continue };
+                let on_host = tables.1.get(index).is_none_or(|below| below.hash() == above.hash());
+                assert!(on_host, "a host table copies the device table");
+                let on_disk = conversation.disk.get(index).is_none_or(|below| below.hash() == above.hash());
+                assert!(on_disk, "a disk table copies the device table");
             }
             if tables.0.tail.is_some() && conversation.is_idle() {
-                let full = (tables.0.sealed.len(), tables.1.sealed.len());
-                assert!(full.1 <= full.0, "no full block lies below where the device has a tail");
+                assert!(tables.1.end() <= tables.0.end(), "no full block lies below where the device has a tail");
             }
-            let chains = [
-                tables.0.sealed.iter().map(|block| (block.parent(), block.hash())).collect::<Vec<_>>(),
-                tables.1.sealed.iter().map(|block| (block.parent(), block.hash())).collect(),
-                conversation.disk.sealed.iter().map(|block| (block.parent(), block.hash())).collect(),
-            ];
-            for chain in chains {
-                let parents = std::iter::once(PrefixHash::ROOT).chain(chain.iter().map(|(_, hash)| *hash));
-                assert!(chain.iter().zip(parents).all(|((parent, _), end)| *parent == end), "a table is one chain");
-            }
+            assert_table(&conversation.device);
+            assert_table(&conversation.host);
+            assert_table(&conversation.disk);
             if let Some(running) = conversation.running() {
-                device.extend(running.open.iter().map(OpenBlock::id));
+                device.extend(running.open.iter().chain(running.later.iter().map(|(_, open)| open)).map(OpenBlock::id));
                 device.extend(running.spare.iter().map(Slot::place));
                 assert!(!self.device_line.contains(conversation.key), "a running one is in line");
                 if running.arriving.is_none() {
@@ -82,7 +78,7 @@ impl Manager {
                     }
                 }
                 InFlight::Reload { blocks, tail, .. } => {
-                    for block in blocks {
+                    for (_, block) in blocks {
                         match block {
                             Arrival::Here(block) => drop(device.insert(block.id())),
                             Arrival::Loading(from, to) => {
@@ -113,5 +109,21 @@ impl Manager {
         let window = self.settings.window.blocks(self.settings.block_size);
         assert!(kept.0 + window.0 <= self.device.total().0, "pins leave room for a sequence of the full window");
         assert_eq!(self.counters.isolation_faults, 0, "nobody was pushed below the floor for another");
+    }
+}
+
+/// A table's front is one chain, and so is its back, which begins behind a gap.
+fn assert_table<P: Place>(table: &BlockTable<P>) {
+    let assert_chain = |from: PrefixHash, blocks: &mut dyn Iterator<Item = &Arc<SealedBlock<P>>>| {
+        blocks.fold(from, |parent, block| {
+            assert_eq!(block.parent(), parent, "a table is a chain");
+            block.hash()
+        });
+    };
+    assert_chain(PrefixHash::ROOT, &mut table.sealed.iter());
+    if let Some(back) = &table.back {
+        assert!(back.first > table.sealed.len(), "there is a gap before what lies behind it");
+        let first = back.sealed.front().expect("a back is not empty");
+        assert_chain(first.parent(), &mut back.sealed.iter());
     }
 }

@@ -21,9 +21,9 @@ use super::pins::Pins;
 use super::prefix::PrefixIndex;
 use super::rate::Rates;
 use super::reclaim::Room;
-use super::residency::{Activity, Conversation, Running};
+use super::residency::{Activity, Arriving, Conversation, Running};
 use super::return_rate::ReturnRates;
-use super::table::Resident;
+use super::table::{Back, Resident};
 use super::tiers::{Arrival, ArrivingTail, InFlight, Part};
 use super::transfer::{Direction, Ticket, TransferOrder};
 use crate::types::{
@@ -46,6 +46,9 @@ pub struct KvSettings {
     /// Length at which a return is worth twice what it is worth at none, since long contexts cost more to encode again.
     /// `None`: length counts for nothing.
     pub doubles_at: Option<TokenCount>,
+    /// From this length on, what is given up for good of a conversation are its first own tokens: they are the cheapest to
+    /// encode again, and what follows them stays valid meanwhile. `None`: always its last ones.
+    pub front_first_from: Option<TokenCount>,
     pub journal_entries: usize,
     /// Find and keep KV between turns; off only to compare.
     pub reuse: bool,
@@ -62,8 +65,6 @@ pub struct Admit<'a> {
     pub hashes: &'a [PrefixHash],
     /// Tokens a second that the model was seen to encode; 0: not known yet.
     pub prefill_per_s: u64,
-    /// A load for it has stalled: what is on disk is encoded again.
-    pub avoids_disk: bool,
 }
 
 /// What of a sequence's tokens was found in a tier.
@@ -76,13 +77,20 @@ pub struct Found {
     pub from_disk: TokenCount,
 }
 
+impl Found {
+    /// All of it.
+    pub fn tokens(&self) -> TokenCount {
+        TokenCount(self.resident.0 + self.shared.0 + self.reloaded.0)
+    }
+}
+
 /// The answer to `admit`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// It runs: places for all its tokens are its own.
+    /// It runs: places for all its tokens are its own. What is reloaded lies behind what it encodes meanwhile.
     Ready(Found),
-    /// It runs as soon as this reload is back.
-    Reloading(Ticket, Found),
+    /// It runs as soon as its reload is back.
+    Reloading(Found),
     /// Copies are under way that will make room: ask again.
     Wait,
     /// Running turns and others' floors hold what it needs: ask again when one has ended.
@@ -98,11 +106,10 @@ pub enum NoPlace {
     Short,
 }
 
-/// A reload is back: the sequence may go on from this many tokens.
+/// A reload is back: the sequence may go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reloaded {
     pub key: KvKey,
-    pub context: TokenCount,
     pub took_ms: u64,
 }
 
@@ -217,13 +224,12 @@ impl Manager {
         self.host_line.remove(key);
         self.disk.line.remove(key);
         self.disown_copies(key, admit.usable_hashes(self.settings.block_size));
-        let mut matched = self.find(&admit);
-        let passed_over = self.weigh(&admit, &mut matched);
+        let matched = self.find(&admit);
+        let (matched, passed_over) = self.weigh(&admit, matched);
         let size = self.settings.block_size;
         let total = TokenCount::of(tokens).blocks(size);
-        let here = matched.arrivals.iter().filter(|found| matches!(found, Match::Here(_))).count();
         let kept_tail = matches!(&matched.tail, TailMatch::Resident { alone: true, .. });
-        let need = total.get() - matched.own - here - usize::from(kept_tail);
+        let need = total.get() - matched.own - matched.here() - usize::from(kept_tail);
         let need = BlockCount(u32::try_from(need).expect("a window bounds a table"));
         match self.make_room(now, need, tenant) {
             Room::Made => {}
@@ -237,25 +243,34 @@ impl Manager {
         self.hope_for(passed_over);
         let slots = (0..need.0).map(|_| self.device.take(tenant).expect("room was made"));
         let slots: Vec<Slot<BlockId>> = slots.collect();
-        self.run(now, key, matched, slots)
+        self.run(now, key, matched, slots, total)
     }
 
     /// Makes the conversation a running one, out of what was found and as many places as are missing.
-    fn run(&mut self, now: Tick, key: KvKey, matched: Matched, mut slots: Vec<Slot<BlockId>>) -> Admission {
+    fn run(
+        &mut self,
+        now: Tick,
+        key: KvKey,
+        matched: Matched,
+        mut slots: Vec<Slot<BlockId>>,
+        total: BlockCount,
+    ) -> Admission {
         let size = self.settings.block_size;
+        let (gap_ends, end, gap) = (matched.gap_ends(), matched.end(), matched.gap);
         let conversation = self.conversations.get_mut(&key).expect("the caller made it known");
         // Places are taken from the back: the first tokens get the lowest.
         slots.reverse();
-        let mut running = Running { spare: slots, ..Running::default() };
+        let mut running = Running { spare: slots, places: total.get(), ..Running::default() };
+        let own_back = conversation.device.back.take().map(|back| back.first..back.first + back.sealed.len());
         let mut found = Found { resident: BlockCount(matched.own as u32).tokens(size), ..Found::default() };
         let old_tail = conversation.device.tail.take();
-        let mut arriving_tail = None;
+        let (mut open, mut arriving_tail) = (None, None);
         match matched.tail {
             TailMatch::None => {}
             TailMatch::Resident { keep, .. } => {
                 found.resident.0 += keep.0;
                 let tail = old_tail.expect("the tail was found here");
-                running.open = Some(match Arc::try_unwrap(tail) {
+                open = Some(match Arc::try_unwrap(tail) {
                     Ok(alone) => alone.open(keep),
                     Err(shared) => {
                         let slot = running.spare.pop().expect("a place was counted for the copy");
@@ -269,14 +284,17 @@ impl Manager {
             TailMatch::Below { keep, block } => {
                 found.reloaded.0 += keep.0;
                 let to = running.spare.pop().expect("a place was counted for each block");
-                arriving_tail = Some(ArrivingTail { from: block, to, keep });
+                arriving_tail = Some(ArrivingTail { index: end, from: block, to, keep });
             }
         }
-        let mut arrivals = Vec::with_capacity(matched.arrivals.len());
-        for block in matched.arrivals {
-            arrivals.push(match block {
+        let indices = (matched.own..).take(matched.front.len()).chain(gap_ends..);
+        let mut arrivals = Vec::with_capacity(matched.front.len() + matched.back.len());
+        for (index, block) in indices.zip(matched.front.into_iter().chain(matched.back)) {
+            let arrival = match block {
                 Match::Here(block) => {
-                    found.shared.0 += size.0;
+                    let is_own = own_back.as_ref().is_some_and(|own| own.contains(&index));
+                    let whose = if is_own { &mut found.resident } else { &mut found.shared };
+                    whose.0 += size.0;
                     Arrival::Here(block)
                 }
                 Match::Below(block) => {
@@ -290,35 +308,54 @@ impl Manager {
                     let to = running.spare.pop().expect("a place was counted for each block");
                     Arrival::Loading(block, to)
                 }
-            });
+            };
+            arrivals.push((index, arrival));
         }
         conversation.last_used = now;
         conversation.shared = matched.shared;
         self.touched.push(key);
+        // What is here is taken at once, as far as nothing before it is on its way.
+        let is_here = |(_, arrival): &&(usize, Arrival)| matches!(arrival, Arrival::Here(_));
+        let at_once =
+            arrivals.iter().take_while(is_here).take_while(|(index, _)| *index < gap_ends || gap == 0).count();
+        for (_, arrival) in arrivals.drain(..at_once) {
+            if let Arrival::Here(block) = arrival {
+                conversation.device.sealed.push(block);
+            }
+        }
+        let back_is_here =
+            gap > 0 && arrivals.iter().filter(|(index, _)| *index >= gap_ends).all(|found| is_here(&found));
+        if back_is_here {
+            let places = arrivals.partition_point(|(index, _)| *index < gap_ends);
+            let sealed = arrivals.drain(places..).filter_map(|(_, arrival)| match arrival {
+                Arrival::Here(block) => Some(block),
+                Arrival::Coming(..) | Arrival::Loading(..) => None,
+            });
+            conversation.device.back = Some(Back { first: gap_ends, sealed: sealed.collect() });
+        }
+        if arrivals.is_empty() && gap == 0 {
+            running.open = open;
+        } else {
+            running.later = open.map(|open| (end, open));
+        }
         let (mut pairs, mut loads, mut labels) = (Vec::new(), Vec::new(), Vec::new());
-        for (index, arrival) in (conversation.device.sealed.len()..).zip(&arrivals) {
+        for (index, arrival) in &arrivals {
             match arrival {
                 Arrival::Here(_) => {}
                 Arrival::Coming(from, to) => pairs.push((from.id().0, to.place().0)),
                 Arrival::Loading(from, to) => {
                     loads.push((from.id().0, to.place().0));
-                    labels.push((conversation.label_of(index, from), Some(from.proof().0)));
+                    labels.push((conversation.label_of(*index, from), Some(from.proof().0)));
                 }
             }
         }
         pairs.extend(arriving_tail.iter().map(|tail| (tail.from.id().0, tail.to.place().0)));
-        if pairs.is_empty() && loads.is_empty() {
-            let here = arrivals.into_iter().map(|arrival| match arrival {
-                Arrival::Here(block) => block,
-                Arrival::Coming(..) | Arrival::Loading(..) => unreachable!("nothing is to be copied"),
-            });
-            conversation.device.sealed.extend(here);
-            running.list(conversation.device.sealed.iter().map(|block| block.id()));
-            conversation.activity = Activity::Running(running);
-            return Admission::Ready(found);
-        }
-        conversation.in_flight += 1;
+        let first_arriving =
+            arrivals.first().map(|(index, _)| *index).or(arriving_tail.as_ref().map(|tail| tail.index));
+        running.list(conversation.device.sealed.iter().map(|block| block.id()));
         conversation.activity = Activity::Running(running);
+        let Some(first_arriving) = first_arriving else { return Admission::Ready(found) };
+        conversation.in_flight += 1;
         self.loading_places += loads.len() as u64;
         let (host, disk) = (Part::of(pairs.len()), Part::of(loads.len()));
         let reload = InFlight::Reload { key, started: now, blocks: arrivals, tail: arriving_tail, host, disk };
@@ -331,8 +368,9 @@ impl Manager {
             }
             ticket
         };
-        self.running_mut(key).arriving = Some(ticket);
-        Admission::Reloading(ticket, found)
+        let running = self.running_mut(key);
+        running.arriving = Some(Arriving { ticket, first: first_arriving, waited_for: true });
+        if gap > 0 && first_arriving >= gap_ends { Admission::Ready(found) } else { Admission::Reloading(found) }
     }
 
     /// Makes sure that a running sequence has places for `tokens` tokens in all.
@@ -350,20 +388,24 @@ impl Manager {
             let running = self.running_mut(key);
             running.ids.push(slot.place());
             running.spare.insert(0, slot);
+            running.places = running.places.max(running.ids.len());
         }
         Ok(())
     }
 
     /// The blocks of a running sequence, for a step.
     ///
-    /// Panics if it doesn't run, or still waits for a reload: there is no proof of what isn't so.
+    /// Panics if it doesn't run.
     pub fn resident(&self, key: KvKey) -> Resident<'_> {
         let conversation = self.conversation(key);
         let running = self.running(key);
-        assert!(running.arriving.is_none(), "a sequence that waits for a reload is in no batch");
-        let open = running.open.as_ref().map_or(0, |open| open.tokens().len());
-        let context = conversation.device.sealed.len() * self.settings.block_size.0 as usize + open;
-        Resident::new(&running.ids, TokenCount(u32::try_from(context).expect("a window bounds a table")))
+        let size = self.settings.block_size;
+        let tokens = |blocks: usize| BlockCount(u32::try_from(blocks).expect("a window bounds a table")).tokens(size);
+        let open = running.open.as_ref().map_or(0, |open| TokenCount::of(open.tokens()).0);
+        let context = TokenCount(tokens(conversation.device.sealed.len()).0 + open);
+        let waits_at = running.arriving.filter(|arriving| arriving.waited_for).map(|arriving| arriving.first);
+        let gap_ends = conversation.device.back.as_ref().map(|back| back.first).into_iter().chain(waits_at).min();
+        Resident::new(&running.ids, context, gap_ends.map(tokens))
     }
 
     /// Notes that the KV of a running sequence's next tokens was written. Blocks that fill up are sealed and shared.
@@ -387,6 +429,10 @@ impl Manager {
                     conversation.device.sealed.push(block);
                 }
             }
+        }
+        if conversation.device.close() {
+            running.reach(conversation.device.sealed.len());
+            running.list(conversation.device.sealed.iter().map(|block| block.id()));
         }
     }
 
@@ -441,7 +487,7 @@ impl Manager {
 
     /// Device blocks of a running sequence.
     pub fn blocks(&self, key: KvKey) -> u64 {
-        self.running(key).ids.len() as u64
+        self.running(key).places as u64
     }
 
     /// Whether a conversation runs.

@@ -82,7 +82,7 @@ impl Conversation {
     /// Device blocks that it has, or would have with all that the host has of it. A pin counts one at least, so that a
     /// budget bounds their number.
     fn size(&self) -> BlockCount {
-        let running = self.running().map_or(0, |running| running.ids.len());
+        let running = self.running().map_or(0, |running| running.places);
         let running = BlockCount(u32::try_from(running).expect("a window bounds a table"));
         running.max(self.device.blocks()).max(self.host.blocks()).max(BlockCount(1))
     }

@@ -3,14 +3,14 @@
 //! A turn of a tenant at its ceiling displaces only its own conversations. Others' turns take from tenants over their
 //! ceiling first, down to it, then from those above their floor, down to that. The evictor names the victim; its blocks go
 //! from the tail, only as many as are needed. A device block that has a copy below goes at once; one that has none is
-//! copied first, and the requester waits for that.
+//! copied first, and the requester waits for that. Where the last copy of a long conversation goes, its own first blocks go
+//! before its last ones.
 
-use super::block::Place;
 use super::evictor::{Judge, Standing, Victim};
 use super::journal::{Entry, Rule};
 use super::manager::Manager;
+use super::residency::Conversation;
 use super::return_rate::Class;
-use super::table::BlockTable;
 use crate::types::{BlockCount, Grant, KvKey, TenantId, Tick, Tier};
 
 /// What came of asking for room.
@@ -21,20 +21,6 @@ pub(super) enum Room {
     Coming,
     /// Running turns and others' floors hold the rest.
     None,
-}
-
-/// What taking one block off a table's end did.
-struct Taken {
-    freed: bool,
-}
-
-/// Gives up a table's last block: its tail, else its last full block.
-fn take_end<P: Place>(table: &mut BlockTable<P>) -> Option<Taken> {
-    if let Some(tail) = table.tail.take() {
-        return Some(Taken { freed: std::sync::Arc::strong_count(&tail) == 1 });
-    }
-    let block = table.sealed.pop()?;
-    Some(Taken { freed: std::sync::Arc::strong_count(&block) == 1 })
 }
 
 impl Manager {
@@ -133,7 +119,7 @@ impl Manager {
         self.host.total().0 > 0 && !conversation.end_is_clean()
     }
 
-    /// Takes device blocks off a conversation's tail until `need` places are free, its tenant has come down to its ceiling
+    /// Takes device blocks off a conversation until `need` places are free, its tenant has come down to its ceiling
     /// or floor, or what is left has a copy while what went had none. Writes one journal entry.
     fn evict(&mut self, now: Tick, victim: Victim, need: BlockCount, for_tenant: TenantId) {
         let Victim { key, rule, reason, .. } = victim;
@@ -144,15 +130,19 @@ impl Manager {
         let keeps = if self.device.held(tenant) > ceiling { ceiling } else { floor };
         let for_one_at_its_ceiling = self.device.held(for_tenant).0 + need.0 > self.device_budget.ceiling(for_tenant).0;
         let starts_clean = conversation.end_is_clean();
+        let front = conversation.front_to_lose(self.settings.front_first_from, self.settings.block_size);
+        let front = front.filter(|_| !starts_clean);
         let (mut freed, mut lost) = (BlockCount(0), BlockCount(0));
         while self.device.free() < need && conversation.exposes_device() && conversation.end_is_clean() == starts_clean
         {
             if tenant != for_tenant && self.device.held(tenant) <= keeps {
                 break;
             }
-            let Some(taken) = take_end(&mut conversation.device) else { break };
+            let from_front = front.and_then(|from| conversation.device.take_front(from));
+            let Some(taken) = from_front.or_else(|| conversation.device.take_end()) else { break };
             freed.0 += u32::from(taken.freed);
-            lost.0 += u32::from(taken.freed && !starts_clean);
+            let is_lost = if from_front.is_some() { !conversation.is_below(taken.index) } else { !starts_clean };
+            lost.0 += u32::from(taken.freed && is_lost);
             // What conversations share is worth more than what was its own: its turn comes later.
             if reason.class != Some(Class::SHARED) && conversation.device.last_of_shared().is_some() {
                 break;
@@ -193,7 +183,7 @@ impl Manager {
         }
     }
 
-    /// Takes host blocks off a conversation's tail until `need` places are free. Journalled where copies were the last.
+    /// Takes host blocks off a conversation until `need` places are free. Journalled where copies were the last.
     fn drop_host_end(&mut self, now: Tick, victim: Victim, need: BlockCount, for_tenant: TenantId) {
         let Victim { key, rule, reason, .. } = victim;
         let conversation = self.conversations.get_mut(&key).expect("a conversation in line is known");
@@ -201,12 +191,20 @@ impl Manager {
         let floor = self.host_budget.floor(tenant);
         let (mut freed, mut lost) = (BlockCount(0), BlockCount(0));
         let may_lose = |held: BlockCount| tenant == for_tenant || held > floor;
+        let is_last_copy = |conversation: &Conversation| {
+            let elsewhere = conversation.device.end_with_tail().max(conversation.disk.end_with_tail());
+            conversation.host.end_with_tail() > elsewhere
+        };
+        let front = conversation.front_to_lose(self.settings.front_first_from, self.settings.block_size);
+        let front = front.filter(|_| is_last_copy(conversation));
         while self.host.free() < need && conversation.exposes_host() && may_lose(self.host.held(tenant)) {
-            let elsewhere = conversation.device.blocks().max(conversation.disk.blocks());
-            let is_last_copy = conversation.host.blocks() > elsewhere;
-            let Some(taken) = take_end(&mut conversation.host) else { break };
+            let is_last_copy = is_last_copy(conversation);
+            let from_front = front.and_then(|from| conversation.host.take_front(from));
+            let Some(taken) = from_front.or_else(|| conversation.host.take_end()) else { break };
             freed.0 += u32::from(taken.freed);
-            lost.0 += u32::from(taken.freed && is_last_copy);
+            let elsewhere = |index| conversation.device.get(index).is_some() || conversation.disk.get(index).is_some();
+            let is_lost = if from_front.is_some() { !elsewhere(taken.index) } else { is_last_copy };
+            lost.0 += u32::from(taken.freed && is_lost);
             if reason.class != Some(Class::SHARED) && conversation.host.last_of_shared().is_some() {
                 break;
             }
@@ -272,6 +270,7 @@ mod tests {
                 background_offload: false,
                 policy: Policy::ReturnRate,
                 doubles_at: None,
+                front_first_from: None,
                 journal_entries: 16,
                 reuse: true,
             };
@@ -296,8 +295,7 @@ mod tests {
         fn turn_of(&mut self, tenant: TenantId, key: KvKey, tokens: &[TokenId]) {
             let tenant_key = TenantKey([tenant.0 as u8; 32]);
             let hashes = PrefixHash::chain(&tenant_key, tokens, BlockSize(4));
-            let admit =
-                Admit { key, tenant, tenant_key, tokens, hashes: &hashes, prefill_per_s: 0, avoids_disk: false };
+            let admit = Admit { key, tenant, tenant_key, tokens, hashes: &hashes, prefill_per_s: 0 };
             let now = Tick(u64::try_from(self.conversations).unwrap());
             assert!(matches!(self.manager.admit(now, admit), Admission::Ready(_)), "there is room");
             let found = self.manager.resident(key).context().get();

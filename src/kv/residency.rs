@@ -14,8 +14,8 @@ use crate::types::{
 
 /// What the manager knows of one conversation.
 ///
-/// The host table is always a copy of a prefix of what the device table holds or held, and so is the disk's, which has no
-/// tail: where two reach, their hashes are equal.
+/// The host table is always a copy of what the device table holds or held, and so is the disk's, which has no tail: where
+/// two have a block of the same index, their hashes are equal.
 #[derive(Debug)]
 pub(super) struct Conversation {
     pub key: KvKey,
@@ -67,11 +67,42 @@ pub(super) struct Running {
     pub spare: Vec<Slot<BlockId>>,
     /// Ids of sealed, open and spare blocks in order: the sequence's block table.
     pub ids: Vec<BlockId>,
-    /// The reload that it waits for.
-    pub arriving: Option<Ticket>,
+    /// An open block behind full blocks that are not there yet, and its index in the sequence.
+    pub later: Option<(usize, OpenBlock)>,
+    /// Blocks that it has been given places for, those on their way included.
+    pub places: usize,
+    /// The reload that brings some of its blocks.
+    pub arriving: Option<Arriving>,
+}
+
+/// A reload, as the sequence sees it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Arriving {
+    pub ticket: Ticket,
+    /// Index of the first block that it brings.
+    pub first: usize,
+    /// The sequence encodes nothing from there on until it is back.
+    pub waited_for: bool,
 }
 
 impl Running {
+    /// Told how many full blocks are there from the first one on: the block that was open behind them goes on, unless what
+    /// was encoded meanwhile is longer.
+    pub fn reach(&mut self, full: usize) {
+        let Some((index, later)) = self.later.take_if(|(index, _)| *index <= full) else { return };
+        let encoded = self.open.as_ref().map_or(0, |open| open.tokens().len());
+        let unused =
+            if index < full || encoded >= later.tokens().len() { Some(later) } else { self.open.replace(later) };
+        self.spare.extend(unused.map(OpenBlock::into_slot));
+    }
+
+    /// Gives back the spare places that it needs no longer, now that so many full blocks have come to it.
+    pub fn return_spare(&mut self, full: usize) {
+        let open = usize::from(self.open.is_some()) + usize::from(self.later.is_some());
+        let needed = self.places.saturating_sub(full + open);
+        self.spare.drain(..self.spare.len().saturating_sub(needed));
+    }
+
     /// Writes the block table anew: after `sealed` come the open block and the spare places.
     pub fn list(&mut self, sealed: impl Iterator<Item = BlockId>) {
         self.ids.clear();
@@ -116,7 +147,8 @@ impl Conversation {
     /// How long it is where it is longest: what a return saves, and the same in every tier's line, so that of two
     /// conversations at most one displaces the other's copies.
     pub fn length(&self, size: BlockSize) -> TokenCount {
-        self.device.blocks().max(self.host.blocks()).max(self.disk.blocks()).tokens(size)
+        let blocks = self.device.end_with_tail().max(self.host.end_with_tail()).max(self.disk.end_with_tail());
+        BlockCount(u32::try_from(blocks).expect("a window bounds a table")).tokens(size)
     }
 
     /// Where it stands in line, while it doesn't run.
@@ -156,11 +188,23 @@ impl Conversation {
     pub fn end_is_clean(&self) -> bool {
         match &self.device.tail {
             Some(tail) => {
-                self.host.sealed.len() == self.device.sealed.len()
+                self.host.end() == self.device.end()
                     && self.host.tail.as_ref().is_some_and(|copy| copy.tokens() == tail.tokens())
             }
-            None => self.host.sealed.len().max(self.disk.sealed.len()) >= self.device.sealed.len(),
+            None => self.device.end().checked_sub(1).is_none_or(|last| self.is_below(last)),
         }
+    }
+
+    /// From which block on it loses its first ones rather than its last when its last copy goes: none that others share,
+    /// and none of one that is pinned or shorter than `from`.
+    pub fn front_to_lose(&self, from: Option<TokenCount>, size: BlockSize) -> Option<usize> {
+        let is_long = from.is_some_and(|from| self.length(size) >= from);
+        (is_long && self.pin.is_none()).then_some(self.shared)
+    }
+
+    /// Whether host or disk have its full block of this index.
+    pub fn is_below(&self, index: usize) -> bool {
+        self.host.get(index).is_some() || self.disk.get(index).is_some()
     }
 }
 

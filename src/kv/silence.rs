@@ -32,9 +32,11 @@ impl Manager {
         let Activity::Running(running) = std::mem::replace(&mut conversation.activity, Activity::Idle) else {
             panic!("the conversation runs")
         };
-        conversation.device.tail = running.open.and_then(OpenBlock::rest).map(Arc::new);
+        let later = running.later.filter(|(index, _)| *index == conversation.device.end()).map(|(_, open)| open);
+        let end = if conversation.device.back.is_some() { later } else { running.open.or(later) };
+        conversation.device.tail = end.and_then(OpenBlock::rest).map(Arc::new);
         // It stopped in the middle of a block that it encoded anew although the host has the whole of it.
-        if conversation.host.sealed.len() > conversation.device.sealed.len() {
+        if conversation.host.end() > conversation.device.end() {
             conversation.device.tail = None;
         }
         conversation.last_used = now;

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::block::{Checksum, PrefixHash, SealedBlock, Slot, TailBlock};
+use super::block::{Checksum, OpenBlock, PrefixHash, SealedBlock, Slot, TailBlock};
 use super::disk::Above;
 use super::evictor::Reason;
 use super::journal::{Entry, Rule};
@@ -41,7 +41,8 @@ pub(super) enum InFlight {
     Reload {
         key: KvKey,
         started: Tick,
-        blocks: Vec<Arrival>,
+        /// With their indices in the sequence, which rise.
+        blocks: Vec<(usize, Arrival)>,
         tail: Option<ArrivingTail>,
         host: Part,
         disk: Part,
@@ -99,6 +100,8 @@ pub(super) enum Arrival {
 /// A tail that a reload brings, its place, and how many of its tokens are wanted.
 #[derive(Debug)]
 pub(super) struct ArrivingTail {
+    /// Of the block in the sequence.
+    pub index: usize,
     pub from: Arc<TailBlock<HostBlockId>>,
     pub to: Slot<BlockId>,
     pub keep: TokenCount,
@@ -154,8 +157,7 @@ impl Manager {
         let conversation = self.conversations.get_mut(&key).expect("the caller knows the conversation");
         while let Some(block) = conversation.device.sealed.get(conversation.host.sealed.len()) {
             let Some(copy) = self.host_index.get(&block.hash()) else { break };
-            conversation.host.tail = None;
-            conversation.host.sealed.push(copy);
+            conversation.host.add(copy);
         }
         self.in_host_line(key);
     }
@@ -182,21 +184,24 @@ impl Manager {
         let first = conversation.host.sealed.len();
         // A host tail is older than what is copied now, or the same block: the device has all of it.
         conversation.host.tail = None;
-        let missing = conversation.device.sealed.len().saturating_sub(first);
-        let wanted = (missing + usize::from(conversation.device.tail.is_some())).min(OFFLOAD_BLOCKS);
+        // Only what follows the front: a gap is copied once it is closed.
+        let reach = conversation.host.back.as_ref().map_or(usize::MAX, |back| back.first);
+        let missing = conversation.device.sealed.len().min(reach).saturating_sub(first);
+        let is_end = conversation.device.back.is_none() && conversation.host.back.is_none();
+        let wanted = (missing + usize::from(is_end && conversation.device.tail.is_some())).min(OFFLOAD_BLOCKS);
         let wanted = BlockCount(u32::try_from(wanted).expect("bounded above"));
         self.make_host_room(now, wanted, key);
         let conversation = self.conversations.get(&key).expect("making host room keeps a conversation on the device");
         let mut end = conversation.host.sealed.last().map_or(PrefixHash::ROOT, |block| block.hash());
         let mut sealed = Vec::new();
         let mut pairs = Vec::new();
-        for block in conversation.device.sealed.iter().skip(first).take(OFFLOAD_BLOCKS) {
+        for block in conversation.device.sealed.iter().skip(first).take(missing.min(OFFLOAD_BLOCKS)) {
             let Some(slot) = self.host.take::<HostBlockId>(tenant) else { break };
             pairs.push((block.id().0, slot.place().0));
             end = block.hash();
             sealed.push((Arc::clone(block), slot));
         }
-        let reaches_tail = sealed.len() == missing && pairs.len() < OFFLOAD_BLOCKS;
+        let reaches_tail = is_end && sealed.len() == missing && pairs.len() < OFFLOAD_BLOCKS;
         let tail = conversation.device.tail.as_ref().filter(|_| reaches_tail);
         let tail = tail.and_then(|tail| Some((Arc::clone(tail), self.host.take::<HostBlockId>(tenant)?)));
         pairs.extend(tail.iter().map(|(block, slot)| (block.id().0, slot.place().0)));
@@ -317,14 +322,13 @@ impl Manager {
             if let Some(conversation) = conversation.as_deref_mut() {
                 let end = conversation.host.sealed.last().map_or(PrefixHash::ROOT, |block| block.hash());
                 if conversation.host.sealed.len() == index && end == copy.parent() {
-                    conversation.host.tail = None;
-                    conversation.host.sealed.push(copy);
+                    conversation.host.add(copy);
                 }
             }
         }
         let last = sums.last().copied().flatten();
         if let (Some(conversation), Some((of, slot)), Some(sum)) = (conversation.as_deref_mut(), tail, last)
-            && conversation.host.sealed.len() == full
+            && conversation.host.end() == full
         {
             conversation.host.tail = Some(Arc::new(TailBlock::copied(&of, slot, Checksum(sum))));
         }
@@ -363,7 +367,7 @@ impl Manager {
         key: KvKey,
         ticket: Ticket,
         started: Tick,
-        (blocks, tail): (Vec<Arrival>, Option<ArrivingTail>),
+        (blocks, tail): (Vec<(usize, Arrival)>, Option<ArrivingTail>),
         (mut host_sums, mut disk_sums): (std::vec::IntoIter<Option<u32>>, std::vec::IntoIter<Option<u32>>),
     ) -> Option<Reloaded> {
         let conversation = self.conversations.get_mut(&key)?;
@@ -373,81 +377,72 @@ impl Manager {
             self.finish_forgetting(key);
             return None;
         }
-        let waits = conversation.running().is_some_and(|running| running.arriving == Some(ticket));
-        if !waits {
+        let Activity::Running(running) = &mut conversation.activity else {
             drop((blocks, tail));
             self.drop_if_empty(key);
             return None;
-        }
-        let mut damaged = false;
-        let (mut unused, mut bad) = (Vec::new(), None);
-        for block in blocks {
-            let arrived = match block {
-                Arrival::Here(block) => {
-                    if !damaged {
-                        conversation.device.sealed.push(block);
-                    }
-                    continue;
-                }
+        };
+        running.arriving.take_if(|arriving| arriving.ticket == ticket)?;
+        let device = &mut conversation.device;
+        let mut bad: Vec<Arc<SealedBlock<DiskBlockId>>> = Vec::new();
+        let mut damaged = 0;
+        for (index, block) in blocks {
+            let (arrived, slot) = match block {
+                Arrival::Here(block) => (Some(block), None),
                 Arrival::Coming(of, slot) => {
-                    let whole = host_sums.next().flatten().map(Checksum) == Some(of.proof());
-                    if !whole && !damaged {
+                    if host_sums.next().flatten().map(Checksum) == Some(of.proof()) {
+                        (Some(self.device_index.insert(SealedBlock::copied(&of, slot, ()))), None)
+                    } else {
                         tracing::warn!(block = of.id().0, "a reloaded block does not match its checksum: re-encoding");
+                        damaged += 1;
                         self.host_index.remove(&of.hash());
-                        conversation.host.truncate(conversation.device.sealed.len());
+                        conversation.host.truncate(index);
+                        (None, Some(slot))
                     }
-                    if whole && !damaged { Ok(SealedBlock::copied(&of, slot, ())) } else { Err((slot, whole)) }
                 }
                 Arrival::Loading(of, slot) => {
-                    let whole = disk_sums.next().flatten().map(Checksum) == Some(of.proof());
-                    if !whole && !damaged {
-                        tracing::warn!(slot = of.id().0, "a block on disk is not what it should be: re-encoding");
-                        conversation.disk.truncate(conversation.device.sealed.len());
-                        bad = Some(Arc::clone(&of));
+                    if disk_sums.next().flatten().map(Checksum) == Some(of.proof()) {
+                        (Some(self.device_index.insert(SealedBlock::copied(&of, slot, ()))), None)
+                    } else {
+                        if bad.is_empty() {
+                            tracing::warn!(slot = of.id().0, "a block on disk is not what it should be: re-encoding");
+                        }
+                        damaged += 1;
+                        conversation.disk.truncate(index);
+                        bad.push(of);
+                        (None, Some(slot))
                     }
-                    if whole && !damaged { Ok(SealedBlock::copied(&of, slot, ())) } else { Err((slot, whole)) }
                 }
             };
-            match arrived {
-                Ok(block) => conversation.device.sealed.push(self.device_index.insert(block)),
-                Err((slot, whole)) => {
-                    if !whole && !damaged {
-                        damaged = true;
-                        self.counters.verification_failures += 1;
-                    }
-                    unused.push(slot);
-                }
+            running.spare.extend(slot);
+            // The sequence may have encoded it meanwhile, or be in the middle of it.
+            if let Some(block) = arrived
+                && device.arrive(index, block)
+            {
+                running.spare.extend(running.open.take().map(OpenBlock::into_slot));
             }
         }
-        let size = self.settings.block_size;
-        let full = conversation.device.sealed.len();
-        let mut open = None;
-        if let Some(ArrivingTail { from, to, keep }) = tail {
-            if !damaged && host_sums.next().flatten().map(Checksum) == Some(from.proof()) {
-                open = Some(super::block::OpenBlock::with_tokens(to, from.tokens()[..keep.get()].to_vec()));
+        if let Some(ArrivingTail { index, from, to, keep }) = tail {
+            if host_sums.next().flatten().map(Checksum) != Some(from.proof()) {
+                tracing::warn!(block = from.id().0, "a reloaded tail does not match its checksum: re-encoding");
+                damaged += 1;
+                conversation.host.tail = None;
+                running.spare.push(to);
             } else {
-                if !damaged {
-                    self.counters.verification_failures += 1;
-                    tracing::warn!(block = from.id().0, "a reloaded tail does not match its checksum: re-encoding");
-                    conversation.host.tail = None;
-                }
-                unused.push(to);
+                let open = OpenBlock::with_tokens(to, from.tokens()[..keep.get()].to_vec());
+                running.later = Some((index, open));
             }
         }
-        let context = TokenCount(u32::try_from(full).expect("a window bounds a table") * size.0)
-            .0
-            .saturating_add(open.as_ref().map_or(0, |open| TokenCount::of(open.tokens()).0));
-        let sealed: Vec<BlockId> = conversation.device.sealed.iter().map(|block| block.id()).collect();
-        let running = conversation.running_mut().expect("checked above");
-        running.arriving = None;
-        running.open = open;
-        running.spare.extend(unused);
-        running.list(sealed.into_iter());
-        if let Some(bad) = bad {
-            self.give_up_slot(&bad);
+        running.reach(device.sealed.len());
+        running.later.take_if(|(index, _)| *index != device.end());
+        running.return_spare(device.blocks().get());
+        running.list(device.sealed.iter().map(|block| block.id()));
+        self.counters.verification_failures += damaged;
+        for block in bad {
+            self.give_up_slot(&block);
         }
         self.touch(key);
-        Some(Reloaded { key, context: TokenCount(context), took_ms: now.ms_since(started) })
+        Some(Reloaded { key, took_ms: now.ms_since(started) })
     }
 
     /// Starts taking an idle conversation down to a tier, and off those above it: what has no copy there is copied first.
@@ -476,16 +471,14 @@ impl Manager {
         let tenant = conversation.tenant;
         let before = self.device.free();
         let on_disk = conversation.disk.sealed.len();
-        if to_disk && on_disk >= conversation.device.sealed.len().max(conversation.host.sealed.len()) {
+        if to_disk && on_disk >= conversation.device.end().max(conversation.host.end()) {
             // Full blocks alone are kept on disk: a part-full last one is encoded again.
             conversation.device.tail = None;
             conversation.host = BlockTable::default();
         }
         // Only what has a copy goes: an offload loses nothing.
         while !conversation.device.is_empty() && conversation.end_is_clean() {
-            if conversation.device.tail.take().is_none() {
-                conversation.device.sealed.pop();
-            }
+            conversation.device.take_end();
         }
         let (no_device, no_host) = (conversation.device.is_empty(), conversation.host.is_empty());
         if no_device {

@@ -155,6 +155,7 @@ impl Decoder {
             vocab,
             context_length: TokenCount(sizes.context_length),
             kv: KvShape { layers: sizes.layers, kv_heads: sizes.kv_heads, head_dim: sizes.head_dim },
+            doubles_at: sizes.doubles_at(),
             fingerprint: hash,
         };
         let weights = Weights { spec, family, sizes, isa: compute.isa, embedding, layers, final_norm, head };

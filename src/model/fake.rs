@@ -21,6 +21,8 @@ type Kv = [u8; KV_BYTES];
 
 /// How many earlier positions a row reads, besides the one before it, unless told otherwise.
 const READS: usize = 3;
+/// It reads a few positions wherever it is; this is for those who plan by it.
+const DOUBLES_AT: u32 = 1000;
 
 /// A deterministic model without weights.
 #[derive(Debug)]
@@ -32,7 +34,8 @@ pub struct FakeModel {
 impl FakeModel {
     /// A model with `vocab` tokens whose longest sequence is `context_length`. A row reads 4 earlier positions.
     pub fn new(vocab: usize, context_length: TokenCount) -> Self {
-        let spec = ModelSpec { name: "fake".to_owned(), vocab, context_length, kv: SHAPE, fingerprint: [0xfa; 32] };
+        let (name, doubles_at) = ("fake".to_owned(), TokenCount(DOUBLES_AT));
+        let spec = ModelSpec { name, vocab, context_length, kv: SHAPE, doubles_at, fingerprint: [0xfa; 32] };
         Self { spec, reads: READS }
     }
 

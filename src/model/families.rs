@@ -6,6 +6,7 @@
 
 use super::weights::gguf::{Metadata, MetadataError};
 use crate::kernels::elementwise::RopePairs;
+use crate::types::TokenCount;
 
 /// The widest head that can be run.
 pub const MAX_HEAD_DIM: usize = 512;
@@ -48,6 +49,12 @@ impl Sizes {
     pub fn multiply_adds_a_row(&self) -> usize {
         let attention = self.hidden * (2 * self.heads + 2 * self.kv_heads) * self.head_dim;
         self.layers * (attention + 3 * self.hidden * self.feed_forward)
+    }
+
+    /// Position at which attending costs a row as many multiply-adds as all layers' weights.
+    pub fn doubles_at(&self) -> TokenCount {
+        let for_each_before = self.layers * 2 * self.heads * self.head_dim;
+        TokenCount(u32::try_from(self.multiply_adds_a_row() / for_each_before.max(1)).unwrap_or(u32::MAX))
     }
 }
 

@@ -30,6 +30,8 @@ pub struct ModelSpec {
     pub context_length: TokenCount,
     /// Shape of the KV of one token.
     pub kv: KvShape,
+    /// Position at which a token costs the model twice what the first one does, since it attends to all before it.
+    pub doubles_at: TokenCount,
     /// BLAKE3 over what the KV's bytes depend on: weights, tokenizer, KV layout.
     pub fingerprint: [u8; 32],
 }

@@ -51,6 +51,7 @@ fn every_answer_is_the_one_that_the_conversation_alone_would_get() {
         ("stores to disk", seen.stores),
         ("stores that were refused", seen.stores_refused),
         ("tokens loaded from disk", seen.loaded_tokens),
+        ("chunks encoded in gaps", seen.gaps),
         ("forgotten conversations", seen.forgotten),
         ("offloads that were asked for", seen.left),
         ("pins", seen.pins),

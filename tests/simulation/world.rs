@@ -58,6 +58,7 @@ pub struct Scenario {
     pub device_blocks: u32,
     pub host_blocks: u32,
     pub disk_blocks: u32,
+    pub front_first_from: Option<TokenCount>,
     pub background_offload: bool,
     pub policy: Policy,
     pub doubles_at: Option<TokenCount>,
@@ -99,6 +100,7 @@ impl Scenario {
             slowness: luck.of(&[0, 30, 80, 95]),
             damage: luck.of(&[Damage::None, Damage::Host, Damage::Host]),
             disk_blocks: luck.of(&[0, device_blocks, 4 * device_blocks, 20 * device_blocks]) as u32,
+            front_first_from: (!luck.once_in(3)).then_some(TokenCount(32)),
         }
     }
 
@@ -126,6 +128,8 @@ pub struct Seen {
     pub shared_tokens: u64,
     pub reloaded_tokens: u64,
     pub loaded_tokens: u64,
+    /// Chunks encoded before what was there already, or came meanwhile.
+    pub gaps: u64,
     pub encoded_tokens: u64,
     pub forgotten: u64,
     pub left: u64,
@@ -154,6 +158,7 @@ impl Seen {
             shared_tokens: self.shared_tokens + other.shared_tokens,
             reloaded_tokens: self.reloaded_tokens + other.reloaded_tokens,
             loaded_tokens: self.loaded_tokens + other.loaded_tokens,
+            gaps: self.gaps + other.gaps,
             encoded_tokens: self.encoded_tokens + other.encoded_tokens,
             forgotten: self.forgotten + other.forgotten,
             left: self.left + other.left,
@@ -219,6 +224,7 @@ impl World {
             background_offload: scenario.background_offload,
             policy: scenario.policy,
             doubles_at: scenario.doubles_at,
+            front_first_from: scenario.front_first_from,
             journal_entries: 64,
             reuse: scenario.reuse,
         };
@@ -546,6 +552,9 @@ impl World {
         self.check_forgotten(&told, &plan);
         told.into_iter().for_each(|event| self.hear(event));
         self.copy();
+        let manager = self.core.manager();
+        let in_gap = plan.spans.iter().filter(|span| manager.resident(span.key).gap_ends().is_some());
+        self.seen.gaps += in_gap.count() as u64;
         if !plan.is_empty() {
             let mut events = Vec::new();
             let outcome = if self.luck.once_in(400) {
