@@ -171,6 +171,7 @@ pub struct WebSocket {
     pub lane_depth: usize,
     pub max_age_s: u64,
     pub idle_s: u64,
+    pub done_after_s: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -305,6 +306,7 @@ impl Layers {
         self.range("ws.lane_depth", ws.lane_depth, 0..=64)?;
         self.range("ws.max_age_s", ws.max_age_s, 1..=86_400)?;
         self.range("ws.idle_s", ws.idle_s, 1..=86_400)?;
+        self.range("ws.done_after_s", ws.done_after_s, 0..=86_400)?;
         crate::telemetry::log::parse_filter(&log.level)
             .map_err(|error| self.impossible("log.level", &error.to_string()))?;
         Ok(())

@@ -315,6 +315,7 @@ fn session_settings(config: &Config) -> SessionSettings {
         max_items: config.api.limits.conversation_items,
         response_ttl_s: i64::try_from(config.store.response_ttl_s).unwrap_or(i64::MAX),
         recalled_tokens: config.sessions.recalled_tokens,
+        done_after: Some(Duration::from_secs(config.ws.done_after_s)).filter(|time| !time.is_zero()),
     }
 }
 

@@ -46,6 +46,7 @@ enum Op {
     Forget(usize),
     Leave(usize, Tier),
     End(usize),
+    Reopen(usize),
     Expect(usize),
     AwaitTool(usize),
     /// The oldest copy on its way is made, and told.
@@ -82,6 +83,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (conversation.clone(), prop_oneof![Just(Tier::Host), Just(Tier::Disk)])
             .prop_map(|(conversation, to)| Op::Leave(conversation, to)),
         1 => conversation.clone().prop_map(Op::End),
+        1 => conversation.clone().prop_map(Op::Reopen),
         1 => conversation.clone().prop_map(Op::Expect),
         1 => conversation.clone().prop_map(Op::AwaitTool),
         2 => (conversation.clone(), 1..40u64).prop_map(|(conversation, ticks)| Op::Pin { conversation, ticks }),
@@ -228,6 +230,7 @@ impl World {
                 }
             }
             Op::End(conversation) => self.manager.end(key(conversation)),
+            Op::Reopen(conversation) => self.manager.reopen(self.now, key(conversation)),
             Op::Expect(conversation) => self.manager.expect_soon(self.now, key(conversation)),
             Op::AwaitTool(conversation) => self.manager.await_tool(key(conversation)),
             Op::Copy { damage } => self.copy(damage)?,

@@ -106,6 +106,17 @@ pub async fn warm(
     Ok(body::answer_naming(response.json(object), ignored))
 }
 
+/// POST `/v1/conversations/{id}/done`: nobody will go on with it, so its KV is the first to go. Nothing is dropped.
+pub async fn done(
+    path: web::Path<String>,
+    state: web::Data<ApiState>,
+    caller: Caller,
+) -> Result<HttpResponse, ApiError> {
+    let id = id_or_tip(&state, &caller, &path).await?;
+    state.sessions.end(&caller, id).await?;
+    Ok(HttpResponse::Ok().json(json!({"object": "conversation.done", "conversation": ids::conversation(id)})))
+}
+
 /// POST `/v1/conversations/{id}/fork`: a branch, with the history up to an item or all of it.
 pub async fn fork(
     request: HttpRequest,

@@ -11,7 +11,7 @@ use actix_web::{HttpRequest, HttpResponse};
 use super::error::ApiError;
 use super::openapi::events::{ChatEvent, ResponseEvent};
 use super::openapi::objects::{
-    self, ChatCompletion, Conversation, ConversationList, DeletedConversation, DeletedResponse, Fork, Health,
+    self, ChatCompletion, Conversation, ConversationList, DeletedConversation, DeletedResponse, Done, Fork, Health,
     InputTokens, Item, ItemList, Model, ModelList, Offload, Pin, Readiness, Residency, Warm,
 };
 use super::openapi::operation::{Doc, doc};
@@ -156,6 +156,10 @@ table! {
             .refuses(CONVERSATION).refuses(&["pin_budget_exceeded"]),
         DELETE pinning::unpin => doc("Gives a conversation's KV back to the evictor")
             .gives::<Pin>().stored().refuses(CONVERSATION),
+    }
+    Tenant "/v1/conversations/{id}/done" {
+        POST residency::done => doc("Says that a conversation is over: its KV is the first to go, and nothing is dropped")
+            .gives::<Done>().stored().refuses(CONVERSATION),
     }
     Tenant "/v1/conversations/{id}/fork" {
         POST residency::fork => doc("Branches a conversation; no KV is copied")

@@ -24,6 +24,16 @@ pub enum Wanted {
     },
 }
 
+impl Wanted {
+    /// The conversation that this is; an error if the tenant has none such.
+    pub async fn find(self, state: &ApiState, tenant: &Tenant) -> Result<ConversationId, ApiError> {
+        match self {
+            Wanted::Conversation(id) => Ok(id),
+            Wanted::Chain { tip, sees_unkept } => Ok(state.sessions.chain_of(tenant, tip, sees_unkept).await?),
+        }
+    }
+}
+
 /// Most steps that one warming tells.
 pub const STATES: usize = 2;
 
@@ -70,12 +80,11 @@ pub async fn warm(
     instructions: Option<String>,
     told: impl Fn(Step),
 ) -> Result<(), ApiError> {
-    let id = match wanted {
-        Wanted::Conversation(id) => id,
-        Wanted::Chain { tip, sees_unkept } => state.sessions.chain_of(tenant, tip, sees_unkept).await?,
-    };
+    let id = wanted.find(state, tenant).await?;
     let started = Instant::now();
     let before = state.sessions.residency(tenant, id).await?;
+    // Even if there is nothing to bring.
+    state.sessions.reopen(tenant, id).await?;
     let predicted = Cost::predicted(&before);
     let tell = |state, cost, reason| told(Step { id, state, cost, reason });
     let nothing_to_do = before.predicted.is_some_and(|predicted| predicted.choice == ReturnPath::Resident);

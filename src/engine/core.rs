@@ -50,6 +50,8 @@ pub enum Command {
     LetGo(KvKey),
     /// The conversation is over.
     End(KvKey),
+    /// It is not, whatever was said before.
+    Reopen(KvKey),
     /// The turn that has just ended called a tool, whose answer will come.
     AwaitTool(KvKey),
     /// Keep a conversation's blocks from the evictor for so many microseconds; `None`: no longer.
@@ -374,6 +376,10 @@ impl Core {
                 }
             }
             Command::End(key) => self.manager.end(key),
+            Command::Reopen(key) => {
+                self.ending.retain(|ending| *ending != key);
+                self.manager.reopen(now, key);
+            }
             Command::AwaitTool(key) => self.manager.await_tool(key),
             Command::Pin { key, tenant, tenant_key, for_us: Some(for_us) } => {
                 let until = Tick(now.0.saturating_add(for_us));

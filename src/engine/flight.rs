@@ -151,6 +151,7 @@ mod command {
     pub const TRANSFERRED: u8 = 10;
     pub const GRANT: u8 = 11;
     pub const GO_ON_FROM: u8 = 12;
+    pub const REOPEN: u8 = 13;
 }
 
 /// How the outcome of one block's transfer is written.

@@ -110,6 +110,7 @@ pub(super) enum Message {
     Forget(KvKey, oneshot::Sender<Forgotten>),
     Offload(KvKey, OffloadTo, oneshot::Sender<Result<Offloaded, SubmitError>>),
     End(KvKey),
+    Reopen(KvKey),
     Pin {
         key: KvKey,
         tenant: TenantId,
@@ -278,6 +279,17 @@ impl EngineHandle {
         }
     }
 
+    /// Says that a conversation is over: its blocks are the first to go, and serve as shared prefixes until then. One that
+    /// runs is over after its turn.
+    pub fn end(&self, key: KvKey) -> Result<(), SubmitError> {
+        self.send(Message::End(key))
+    }
+
+    /// Says that a conversation is not over after all: it goes back in line with those like it.
+    pub fn reopen(&self, key: KvKey) -> Result<(), SubmitError> {
+        self.send(Message::Reopen(key))
+    }
+
     /// Asks the engine to end its running turns as cancelled and stop. Returns at once.
     pub fn shut_down(&self) {
         // A full mailbox is drained each step and a closed one means that it has stopped: a blocking send is short.
@@ -355,9 +367,9 @@ impl KvHandle {
         answer.await.map_err(|_| SubmitError::Gone)?
     }
 
-    /// Says that the conversation is over: its blocks are the first to go, and serve as shared prefixes until then.
+    /// Says that the conversation is over.
     pub fn end(self) {
-        if let Err(error) = self.engine.send(Message::End(self.key)) {
+        if let Err(error) = self.engine.end(self.key) {
             tracing::debug!(%error, "the end of a conversation was not told to the engine");
         }
     }

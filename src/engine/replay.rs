@@ -361,6 +361,7 @@ impl<'a> Driver<'a> {
         let one_tenant = self.settings.one_tenant;
         let command = match &notice.told {
             Told::Over(key) => Command::End(*key),
+            Told::NotOver(key) => Command::Reopen(*key),
             Told::Forget(key) => Command::Forget(*key),
             Told::Leave(key, to) => Command::Leave(*key, *to),
             // What tenants are given means nothing where there is one.

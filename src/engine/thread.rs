@@ -330,6 +330,7 @@ impl Driver {
                 });
             }
             Message::End(key) => self.commands.push(Command::End(key)),
+            Message::Reopen(key) => self.commands.push(Command::Reopen(key)),
             Message::Pin { key, tenant, tenant_key, for_us, reply } => {
                 self.pin_replies.push_back(reply);
                 self.commands.push(Command::Pin { key, tenant, tenant_key, for_us });

@@ -106,7 +106,8 @@ impl Manager {
         }
     }
 
-    /// Puts a conversation last of those like it, as if it had been used just now: its pin has ended.
+    /// Puts a conversation last of those like it, as if it had been used just now: its pin has ended, or it is
+    /// not over after all.
     pub(super) fn freshen(&mut self, now: Tick, key: KvKey) {
         if let Some(conversation) = self.conversations.get_mut(&key).filter(|conversation| conversation.is_idle()) {
             conversation.silent_since = now;
@@ -132,5 +133,14 @@ impl Manager {
         };
         conversation.activity = Activity::Ended;
         self.back_in_line(key);
+    }
+
+    /// Told that it is not over after all: it goes in line with those like it, as if it had been used just now.
+    pub fn reopen(&mut self, now: Tick, key: KvKey) {
+        let Some(conversation) = self.conversations.get_mut(&key) else { return };
+        if matches!(conversation.activity, Activity::Ended) {
+            conversation.activity = Activity::Idle;
+            self.freshen(now, key);
+        }
     }
 }

@@ -11,7 +11,7 @@ use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler,
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::command::{Command, Description, Follows, Passivate, QueuedTurn, Refusal, Reply, Taken, answer};
+use super::command::{Command, Description, Follows, Outlook, Passivate, QueuedTurn, Refusal, Reply, Taken, answer};
 use super::kept::Kept;
 use super::live::Running;
 use super::messages::{
@@ -117,10 +117,15 @@ impl Handler<Command> for Session {
                     Command::Fork { after_item: None, reply } if turns + self.turns_waiting() > 0 => {
                         answer(reply, Err(SessionError::Busy));
                     }
+                    // The turns that wait were asked for before.
+                    Command::Expect { outlook: Outlook::Over, .. } if self.turns_waiting() > 0 => {
+                        self.enqueue(command, turns, context);
+                    }
                     Command::Items { .. }
                     | Command::Copy { .. }
                     | Command::Fork { .. }
                     | Command::Describe { .. }
+                    | Command::Expect { .. }
                     | Command::Pin { .. } => self.tell(command),
                     Command::Respond(queued) if queued.follows.tip().is_some() && turns + self.turns_waiting() > 0 => {
                         answer(queued.reply, Ok(Taken::NotTip));
@@ -241,6 +246,7 @@ impl Session {
             | Command::Copy { .. }
             | Command::Fork { .. }
             | Command::Describe { .. }
+            | Command::Expect { .. }
             | Command::Pin { .. } => {
                 self.tell(command);
                 self.rest(kv, context);
@@ -264,6 +270,14 @@ impl Session {
                 let Transcript { log, last_used_at, .. } = &*self.transcript;
                 let turns = self.transcript.turns();
                 answer(reply, Ok(Description { tokens: log.len(), turns, last_used_at: *last_used_at }));
+            }
+            Command::Expect { outlook, reply } => {
+                let key = KvKey(self.who.id.0);
+                let told = match outlook {
+                    Outlook::Over => self.shared.engine.end(key),
+                    Outlook::Open => self.shared.engine.reopen(key),
+                };
+                answer(reply, told.map_err(SessionError::from));
             }
             // Asked of the engine now, so that a deletion comes after it there too.
             Command::Pin { time, reply } => {
@@ -369,7 +383,8 @@ impl Session {
                 let item_id = new_item_id();
                 let (writer, stream) = turn_stream(item_id.clone(), audience);
                 let (id, about) = (response.id(), response.body.about.as_str().into());
-                let alive = Running { id, about, log: writer.log(), kept: response.is_kept() };
+                let (conversation, kept) = (Some(self.who.id), response.is_kept());
+                let alive = Running { id, conversation, about, log: writer.log(), kept };
                 let turn = alive.turn(stream);
                 let presence = self.shared.live.enter(self.who.tenant.id, alive);
                 // A caller that has gone away drops the stream here, which cancels the turn.

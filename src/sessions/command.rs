@@ -64,9 +64,23 @@ pub(super) enum Command {
         time: Option<Duration>,
         reply: Reply<Pinned, SessionError>,
     },
+    /// Tell the engine what is to be expected of the conversation.
+    Expect {
+        outlook: Outlook,
+        reply: Reply<(), SessionError>,
+    },
     Delete {
         reply: Reply<Deleted, SessionError>,
     },
+}
+
+/// What is to be expected of a conversation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Outlook {
+    /// It is over.
+    Over,
+    /// It isn't, whatever was said before.
+    Open,
 }
 
 /// Asks an idle session to give up its actor. One that works stays.
@@ -139,7 +153,7 @@ impl Command {
         match self {
             Command::Respond(queued) => refuse(queued.reply, refusal),
             Command::Append { reply, .. } | Command::Items { reply } => refuse(reply, refusal),
-            Command::DeleteItem { reply, .. } => refuse(reply, refusal),
+            Command::DeleteItem { reply, .. } | Command::Expect { reply, .. } => refuse(reply, refusal),
             Command::Copy { reply, .. } => refuse(reply, refusal),
             Command::Fork { reply, .. } => refuse(reply, refusal),
             Command::Describe { reply } => refuse(reply, refusal),
@@ -155,7 +169,7 @@ impl Command {
         match self {
             Command::Respond(queued) => queued.reply.is_closed(),
             Command::Append { reply, .. } | Command::Items { reply } => reply.is_closed(),
-            Command::DeleteItem { reply, .. } => reply.is_closed(),
+            Command::DeleteItem { reply, .. } | Command::Expect { reply, .. } => reply.is_closed(),
             Command::Copy { reply, .. } => reply.is_closed(),
             Command::Fork { reply, .. } => reply.is_closed(),
             Command::Describe { reply } => reply.is_closed(),

@@ -43,7 +43,7 @@ pub(super) async fn respond(shared: &Arc<Shared>, tenant: &Tenant, mut turn: Res
     let item_id = super::new_item_id();
     let (writer, stream) = turn_stream(item_id.clone(), turn.audience);
     let NewResponse { id, about, .. } = turn.response;
-    let alive = Running { id, about: about.into(), log: writer.log(), kept: false };
+    let alive = Running { id, conversation: None, about: about.into(), log: writer.log(), kept: false };
     let turn = alive.turn(stream);
     let presence = shared.live.enter(tenant.id, alive);
     let begun = asked.begin()?;

@@ -7,13 +7,15 @@ use std::sync::Arc;
 
 use dashmap::DashMap;
 
-use super::messages::ResponseId;
+use super::messages::{ConversationId, ResponseId};
 use super::stream::{TurnLog, TurnStream};
 use crate::types::TenantId;
 
 /// A turn as its client sees it: what it was asked with, and what it says.
 pub struct Turn {
     pub id: ResponseId,
+    /// The conversation or chain that it is a turn of; `None`: it stands alone.
+    pub conversation: Option<ConversationId>,
     /// As it was given when the turn was asked for.
     pub about: Arc<str>,
     pub stream: TurnStream,
@@ -23,6 +25,7 @@ pub struct Turn {
 #[derive(Clone)]
 pub(super) struct Running {
     pub id: ResponseId,
+    pub conversation: Option<ConversationId>,
     pub about: Arc<str>,
     pub log: TurnLog,
     /// Whether it can be retrieved.
@@ -37,7 +40,7 @@ impl Running {
 
     /// The turn, as this reader sees it.
     pub fn turn(&self, stream: TurnStream) -> Turn {
-        Turn { id: self.id, about: Arc::clone(&self.about), stream }
+        Turn { id: self.id, conversation: self.conversation, about: Arc::clone(&self.about), stream }
     }
 }
 

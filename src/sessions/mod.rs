@@ -3,6 +3,7 @@
 //! One actor per live conversation. What is seen from outside is `Sessions`, plain and cheap to clone; actix stays inside.
 
 mod actor;
+mod attendance;
 mod command;
 mod completion;
 pub mod digests;
@@ -40,6 +41,8 @@ use std::time::{Duration, SystemTime};
 use actix::System;
 use tokio::sync::oneshot;
 
+pub use attendance::Attendance;
+use attendance::Attended;
 use command::{Command, Refusal, Reply};
 use gate::Gate;
 use live::Live;
@@ -75,6 +78,8 @@ pub struct SessionSettings {
     pub response_ttl_s: i64,
     /// Tokens that are remembered for each tenant's clients that send their history as text.
     pub recalled_tokens: usize,
+    /// How long after its last socket a conversation is over; `None`: never because of that.
+    pub done_after: Option<Duration>,
 }
 
 /// What all sessions use.
@@ -85,6 +90,7 @@ struct Shared {
     settings: SessionSettings,
     gate: Arc<Gate>,
     registry: Registry,
+    attended: Arc<Attended>,
     live: Arc<Live>,
     recall: Recall,
     once: Arc<once::Running>,
@@ -117,12 +123,16 @@ impl Sessions {
             settings,
             gate: Gate::open(),
             registry,
+            attended: Attended::new(settings.done_after),
             live: Arc::default(),
             recall: Recall::new(settings.recalled_tokens),
             once: Arc::default(),
             goes_on: AtomicBool::new(false),
         });
         if !thread.system.arbiter().spawn(registry::tick(Arc::downgrade(&shared), settings.idle)) {
+            tracing::error!("the sessions' thread ended at its start");
+        }
+        if !thread.system.arbiter().spawn(attendance::tick(Arc::downgrade(&shared))) {
             tracing::error!("the sessions' thread ended at its start");
         }
         if !thread.system.arbiter().spawn(sweep::sweep(Arc::downgrade(&shared))) {

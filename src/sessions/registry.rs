@@ -32,7 +32,8 @@ pub(super) struct Identity {
     pub id: ConversationId,
 }
 
-type Key = (TenantId, ConversationId);
+/// A conversation among all tenants'.
+pub(super) type Key = (TenantId, ConversationId);
 
 impl Identity {
     fn key(&self) -> Key {
@@ -82,6 +83,7 @@ impl Registry {
     ///
     /// It is in the mailbox before the map's lock is given back: what was sent to a session came before its retirement.
     pub fn deliver(&self, shared: &Arc<Shared>, who: &Identity, command: Command) {
+        shared.attended.hear_of(&who.key());
         let session = self.session(shared, who);
         let sent = session.try_send(command);
         drop(session);

@@ -333,7 +333,8 @@ impl Sessions {
         }
         let (item_id, end, cuts) = found.kept.told(text);
         let about = found.kept.body.about.as_str().into();
-        Ok(Turn { id: found.kept.id(), about, stream: told_stream(item_id, end, cuts) })
+        let (id, conversation) = (found.kept.id(), Some(found.conversation));
+        Ok(Turn { id, conversation, about, stream: told_stream(item_id, end, cuts) })
     }
 }
 

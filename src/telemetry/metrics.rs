@@ -113,6 +113,8 @@ table! {
         "From a turn's arrival at the engine to its first token, by how it found its history: fresh, hot, reloaded or reencoded.", &LATENCY_S;
     Histogram QUEUE_SECONDS, "rekindle_turn_queue_seconds", Seconds, "A turn's wait for its place.", &LATENCY_S;
     Gauge LIVE_SESSIONS, "rekindle_live_sessions", Count, "Conversations that have an actor.";
+    Counter CONVERSATIONS_ENDED, "rekindle_conversations_ended_total", Count,
+        "Conversations that were over, so that their KV goes first, by what said so: left (all sockets) or done (a client).";
 
     Gauge SOCKETS, "rekindle_websocket_connections", Count, "WebSockets that are open.";
 

@@ -173,6 +173,7 @@ async fn every_field_of_real_answers_is_in_the_document() {
     document.holds("Residency", &get(&format!("/v1/conversations/{id}/residency")).await);
     let pin = format!("/v1/conversations/{id}/pin");
     document.holds("Pin", &client.json(client.delete(&pin)).await);
+    document.holds("Done", &post(&format!("/v1/conversations/{id}/done"), json!({})).await);
     document.holds("Offload", &client.offload(id, "none").await);
     document.holds("DeletedConversation", &client.json(client.delete(&format!("/v1/conversations/{id}"))).await);
     let refused = client.get(&format!("/v1/conversations/{id}")).send().await.unwrap();

@@ -21,6 +21,8 @@ mod disk;
 #[cfg(test)]
 mod dtypes;
 #[cfg(test)]
+mod ends;
+#[cfg(test)]
 mod flight;
 #[cfg(test)]
 mod habits;

@@ -259,6 +259,13 @@ pub struct Offload {
 }
 
 #[derive(Serialize, ToSchema)]
+pub struct Done {
+    #[schema(pattern = "^conversation.done$")]
+    pub object: String,
+    pub conversation: String,
+}
+
+#[derive(Serialize, ToSchema)]
 pub struct Warm {
     #[schema(pattern = "^conversation.warm$")]
     pub object: String,

@@ -23,10 +23,11 @@ use super::super::fields::Fields;
 use super::super::responses::events::Events;
 use super::super::responses::request::{self, Sent};
 use super::super::warming::{self, Wanted};
-use super::super::{ApiState, auth, body, unix_now};
+use super::super::{ApiState, auth, body, ids, unix_now};
 use super::lanes::{Bounds, Full, Lanes, Name};
 use super::outbox::{Close, Outbox};
 use super::requests::{self, Ask, Refused, error_event, in_lane};
+use crate::sessions::Attendance;
 use crate::sessions::messages::{ConversationId, Place, ResponseId};
 use crate::telemetry::metrics::SOCKETS;
 use crate::tenants::Tenant;
@@ -46,6 +47,9 @@ const TYPING_EVERY: Duration = Duration::from_secs(5);
 /// Cancels and warmings that are under way at once.
 const MOST_ERRANDS: usize = 32;
 
+/// Conversations that one socket attends; of more than these its end says nothing.
+const MOST_ATTENDED: usize = 1024;
+
 /// What a socket's lanes and errands share.
 struct On {
     state: web::Data<ApiState>,
@@ -53,6 +57,8 @@ struct On {
     outbox: Outbox,
     /// The last response of each lane that was not to be stored: it can be continued here, and nowhere else.
     unstored: RefCell<HashMap<Name, ResponseId>>,
+    /// What was talked about here.
+    attends: RefCell<HashMap<ConversationId, Attendance>>,
     /// With which the socket was opened: it must stay good.
     key: Option<String>,
     /// Given back when the socket has ended.
@@ -86,6 +92,13 @@ enum End {
     CloseAtOnce(Close),
 }
 
+impl End {
+    /// Whether a client that did nothing wrong was sent away, and asked to come again.
+    fn is_the_servers_wish(&self) -> bool {
+        matches!(self, End::Close(Close { code: CloseCode::Away | CloseCode::Restart, .. }))
+    }
+}
+
 fn close(code: CloseCode, reason: &'static str) -> End {
     End::Close(Close { code, reason })
 }
@@ -94,7 +107,8 @@ impl Connection {
     pub fn new(state: web::Data<ApiState>, tenant: Tenant, key: Option<String>, permit: SocketPermit) -> Self {
         let now = Instant::now();
         let bounds = state.settings.sockets.bounds;
-        let on = On { state, tenant, outbox: Outbox::default(), unstored: RefCell::default(), key, _permit: permit };
+        let (unstored, attends) = (RefCell::default(), RefCell::default());
+        let on = On { state, tenant, outbox: Outbox::default(), unstored, attends, key, _permit: permit };
         Self {
             on: Rc::new(on),
             lanes: Lanes::new(bounds),
@@ -121,6 +135,7 @@ impl Connection {
         let end = self.serve(frames).await;
         // Before the goodbye: nothing of a turn comes after it.
         drop(self);
+        on.leave(&end);
         match end {
             End::Gone => writer.abort(),
             End::Close(close) => on.outbox.close(close),
@@ -230,17 +245,29 @@ impl Connection {
                 }
                 self.warm(lane.clone(), wanted, instructions)
             }
+            Ask::Done(wanted) => {
+                // Whoever types then is back.
+                self.typed.remove(&wanted);
+                let (on, lane) = (Rc::clone(&self.on), lane.clone());
+                self.errand(async move {
+                    let told = match on.end(wanted).await {
+                        Ok(id) => {
+                            in_lane(json!({"type": "session.done", "conversation": ids::conversation(id)}), &lane)
+                        }
+                        Err(error) => error_event(&error, &lane),
+                    };
+                    on.outbox.push(told);
+                })
+            }
         }
     }
 
     fn warm(&mut self, lane: Name, wanted: Wanted, instructions: Option<String>) -> Result<(), ApiError> {
         let on = Rc::clone(&self.on);
-        let wanted = match wanted {
-            Wanted::Chain { tip, .. } => Wanted::Chain { tip, sees_unkept: on.has_unstored(tip) },
-            Wanted::Conversation(_) => wanted,
-        };
+        let wanted = on.as_seen_here(wanted);
         self.errand(async move {
             let told = |step: warming::Step| {
+                on.attend(step.id);
                 let mut event = step.object();
                 if let Value::Object(event) = &mut event {
                     event.insert("type".into(), json!("session.warm"));
@@ -357,7 +384,42 @@ impl On {
         if !kept {
             self.unstored.borrow_mut().insert(lane.clone(), id);
         }
+        if let Some(conversation) = turn.conversation {
+            self.attend(conversation);
+        }
         Events::of(turn, None)
+    }
+
+    fn attend(&self, id: ConversationId) {
+        let mut attends = self.attends.borrow_mut();
+        if attends.len() < MOST_ATTENDED {
+            attends.entry(id).or_insert_with(|| self.state.sessions.attend(&self.tenant, id));
+        }
+    }
+
+    /// Ends a conversation, and attends it no more.
+    async fn end(&self, wanted: Wanted) -> Result<ConversationId, ApiError> {
+        let id = self.as_seen_here(wanted).find(&self.state, &self.tenant).await?;
+        self.state.sessions.end(&self.tenant, id).await?;
+        if let Some(attendance) = self.attends.borrow_mut().remove(&id) {
+            attendance.release();
+        }
+        Ok(id)
+    }
+
+    /// Attends nothing any more.
+    fn leave(&self, end: &End) {
+        for (_, attendance) in self.attends.borrow_mut().drain() {
+            if end.is_the_servers_wish() { attendance.release() } else { drop(attendance) }
+        }
+    }
+
+    /// Chains that were not to be stored can be named here.
+    fn as_seen_here(&self, wanted: Wanted) -> Wanted {
+        match wanted {
+            Wanted::Chain { tip, .. } => Wanted::Chain { tip, sees_unkept: self.has_unstored(tip) },
+            Wanted::Conversation(_) => wanted,
+        }
     }
 
     /// Whether this response is one that only this socket may continue.

@@ -25,6 +25,8 @@ pub enum Ask {
         instructions: Option<String>,
         typing: bool,
     },
+    /// The conversation is over.
+    Done(Wanted),
 }
 
 /// Why a frame is refused, and in which lane.
@@ -87,9 +89,10 @@ fn ask(object: &mut Map<String, Value>) -> Result<Ask, ApiError> {
             warming::check_tier(&mut fields)?;
             Ok(Ask::Warm { wanted: wanted(&mut fields)?, instructions, typing: kind == "session.typing" })
         }
+        "session.done" => wanted(&mut Fields::of(object)).map(Ask::Done),
         _ => {
-            let message =
-                "`type` must be response.create, response.cancel, response.steer, session.typing or session.warm";
+            let message = "`type` must be response.create, response.cancel, response.steer, session.typing, \
+                           session.warm or session.done";
             Err(ApiError::invalid_value("type", message))
         }
     }
@@ -169,6 +172,13 @@ mod tests {
             (r#"{"type":"response.cancel"}"#, "missing_required_parameter", "response_id", None),
             (r#"{"type":"response.cancel","response_id":"resp_x"}"#, "response_not_found", "", None),
             (r#"{"type":"session.warm"}"#, "missing_required_parameter", "conversation", None),
+            (r#"{"type":"session.done","stream_id":"a"}"#, "missing_required_parameter", "conversation", Some("a")),
+            (
+                r#"{"type":"session.done","previous_response_id":"resp_x"}"#,
+                "response_not_found",
+                "previous_response_id",
+                None,
+            ),
             (r#"{"type":"session.typing","conversation":"conv_x"}"#, "conversation_not_found", "conversation", None),
         ];
         for (frame, code, param, lane) in table {

@@ -256,6 +256,7 @@ impl Reader {
             command::LEAVE_TO_DISK => Command::Leave(self.key(cursor)?, Tier::Disk),
             command::LET_GO => Command::LetGo(self.key(cursor)?),
             command::END => Command::End(self.key(cursor)?),
+            command::REOPEN => Command::Reopen(self.key(cursor)?),
             command::AWAIT_TOOL => Command::AwaitTool(self.key(cursor)?),
             which @ (command::PIN | command::UNPIN) => {
                 let (key, tenant) = (self.key(cursor)?, settings::tenant(cursor)?);

@@ -181,6 +181,7 @@ impl Writer {
             Command::Leave(key, Tier::Host | Tier::Device) => of_key(self, command::LEAVE_TO_HOST, *key),
             Command::LetGo(key) => of_key(self, command::LET_GO, *key),
             Command::End(key) => of_key(self, command::END, *key),
+            Command::Reopen(key) => of_key(self, command::REOPEN, *key),
             Command::AwaitTool(key) => of_key(self, command::AWAIT_TOOL, *key),
             Command::Pin { key, tenant, for_us, .. } => {
                 of_key(self, if for_us.is_some() { command::PIN } else { command::UNPIN }, *key);

@@ -289,6 +289,7 @@ impl Survey {
             Command::Forget(key) | Command::LetGo(key) => Told::Forget(*key),
             Command::Leave(key, to) => Told::Leave(*key, *to),
             Command::End(key) => Told::Over(*key),
+            Command::Reopen(key) => Told::NotOver(*key),
             Command::Pin { key, tenant, for_us, .. } => {
                 Told::Pin { conversation: *key, tenant: *tenant, for_us: *for_us }
             }

@@ -184,6 +184,7 @@ impl<'a> Driver<'a> {
             | Command::Leave(..)
             | Command::LetGo(_)
             | Command::End(_)
+            | Command::Reopen(_)
             | Command::AwaitTool(_)
             | Command::Grant(_)
             | Command::GoOnFrom(_) => None,

@@ -67,6 +67,8 @@ impl Request {
 #[derive(Clone, Debug)]
 pub enum Told {
     Over(KvKey),
+    /// It was taken for over, and isn't.
+    NotOver(KvKey),
     Forget(KvKey),
     Leave(KvKey, Tier),
     /// `None`: no longer.

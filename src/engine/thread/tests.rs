@@ -172,6 +172,33 @@ async fn many_conversations_share_a_pool_that_holds_few_and_nothing_is_encoded_t
 }
 
 #[tokio::test]
+async fn what_is_over_goes_first_unless_it_is_reopened_or_goes_on() {
+    for (then, victim, rule) in [("nothing", 2, "ended"), ("reopen", 1, "lru"), ("turn", 1, "lru")] {
+        let engine = engine(settings(16, 0));
+        let (mut first, mut second, mut third) = (kv(&engine, 1), kv(&engine, 2), kv(&engine, 3));
+        let log = tokens(2, 60);
+        turn(&mut first, &tokens(1, 60), 4).await;
+        // Told while it runs: it is over after its turn, unless that is taken back before.
+        let (_turn, events) = second.start_turn(ask(&log, 4)).unwrap();
+        engine.handle.end(KvKey(2)).unwrap();
+        let (said, _) = listen(events).await;
+        match then {
+            "reopen" => engine.handle.reopen(KvKey(2)).unwrap(),
+            "turn" => drop(turn(&mut second, &[log, said, tokens(3, 1)].concat(), 1).await),
+            _ => {}
+        }
+        // The pool has room for this and one of the two.
+        turn(&mut third, &tokens(9, 160), 1).await;
+        for key in [1, 2] {
+            let eviction = engine.handle.residency(KvKey(key)).unwrap().last_eviction;
+            let found = eviction.map(|eviction| eviction.rule);
+            assert_eq!(found, (key == victim).then_some(rule), "conversation {key} after its end and then: {then}");
+        }
+        stop(engine);
+    }
+}
+
+#[tokio::test]
 async fn a_listener_that_goes_away_cancels_its_turn() {
     let engine = engine(settings(4000, 0));
     let mut kv = kv(&engine, 1);
