@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
@@ -290,15 +290,19 @@ impl Driver {
         if !may_sleep || self.ran {
             return Ok(None);
         }
-        if self.is_at_rest() && !self.accounts_are_old {
+        if self.is_at_rest() {
+            // Whoever asks while nothing happens sees what is so.
+            if self.accounts_are_old {
+                match self.inbox.try_recv() {
+                    Ok(message) => return Ok(Some(message)),
+                    Err(TryRecvError::Empty) => self.publish_accounts(self.now()),
+                    Err(TryRecvError::Disconnected) => return Err(Goes::Down),
+                }
+            }
             return self.inbox.recv().map(Some).map_err(|_| Goes::Down);
         }
         match self.inbox.recv_timeout(NAP) {
             Ok(message) => Ok(Some(message)),
-            Err(RecvTimeoutError::Timeout) if self.is_at_rest() => {
-                self.publish_accounts(self.now());
-                Ok(None)
-            }
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(Goes::Down),
         }

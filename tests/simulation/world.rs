@@ -282,7 +282,7 @@ impl World {
     /// The same, which keeps a flight record.
     pub fn recorded(scenario: Scenario, flight: &FlightSettings) -> Self {
         let (core, kv) = settings(&scenario);
-        let beginning = Beginning { version: "a simulation's".to_owned(), tick_zero_us: 1, core, kv };
+        let beginning = Beginning { version: env!("CARGO_PKG_VERSION").to_owned(), tick_zero_us: 1, core, kv };
         let scribe = Scribe::begin(flight, beginning, Some(&DiskBefore::default())).expect("a folder of the test's");
         let mut world = Self::new(scenario);
         world.scribe = Some(scribe);
@@ -306,7 +306,7 @@ impl World {
         let lives = self.conversations.iter().skip(1).map(|conversation| conversation.key).collect();
         let before = DiskBefore { found, tenants: tenants.collect(), lives };
         let (core, kv) = settings(&self.scenario);
-        let beginning = Beginning { version: "a simulation's".to_owned(), tick_zero_us: 2, core, kv };
+        let beginning = Beginning { version: env!("CARGO_PKG_VERSION").to_owned(), tick_zero_us: 2, core, kv };
         next.scribe = Some(Scribe::begin(flight, beginning, Some(&before)).expect("a folder of the test's"));
         let mut manager = Manager::new(kv);
         manager.recover(before.found, &before.tenants, |key| before.lives.contains(&key));

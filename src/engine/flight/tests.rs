@@ -33,7 +33,7 @@ fn beginning() -> Beginning {
         reuse: true,
     };
     let core = CoreSettings { max_running: 8, step_tokens: 4096 };
-    Beginning { version: "1.2.3".to_owned(), tick_zero_us: 5, core, kv }
+    Beginning { version: env!("CARGO_PKG_VERSION").to_owned(), tick_zero_us: 5, core, kv }
 }
 
 /// A server whose model says the same token again and again.

@@ -133,6 +133,13 @@ async fn what_two_conversations_share_is_split_and_their_tenant_holds_it_once() 
     // A block and a part of one of its own, and half of four.
     assert_eq!((device.bytes, host.bytes), ((2 + 4 / 2) * BLOCK, 0));
     let [others, ..] = engine.handle.holding(other.key()).await.unwrap();
+    let shown = || engine.handle.accounts().0.tenants.first().map(|tenant| tenant.tiers[0].held.bytes);
+    for _ in 0..1000 {
+        if shown() == Some(8 * BLOCK) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     let (accounts, now) = engine.handle.accounts();
     let held = accounts.tenants[0].tiers[0].held;
     assert_eq!((held.bytes, held.bytes), (device.bytes + others.bytes, 8 * BLOCK));
