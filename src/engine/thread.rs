@@ -201,7 +201,7 @@ fn record(settings: &FlightSettings, core: CoreSettings, kv: KvSettings, before:
     let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let version = env!("CARGO_PKG_VERSION").to_owned();
     let beginning = Beginning { version, tick_zero_us: micros(since_1970), core, kv };
-    let disk = Some(before).filter(|before| settings.can_write_down(before));
+    let disk = Some(before).filter(|before| settings.has_room_for_disk(before.found.blocks.len()));
     Recorder::start(settings, beginning, disk)
 }
 

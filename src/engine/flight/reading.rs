@@ -62,39 +62,26 @@ pub struct HeldDisk {
     unfinished: Vec<u32>,
 }
 
-/// Tokens of blocks that the disk held, as far as prompts told.
-pub type HeldTokens = HashMap<u64, Vec<TokenId>>;
+/// Prefix hashes of blocks that the disk held, by name, as far as prompts told: of a replay, whose tokens are pseudonyms.
+pub type HeldHashes = HashMap<u64, PrefixHash>;
 
 impl HeldDisk {
     /// What the tier held in the terms of a replay, and which conversations there were.
-    pub fn contents(&self, tokens: &HeldTokens) -> (Contents, std::collections::HashSet<KvKey>) {
-        let by_name: HashMap<u64, &Held> = self.blocks.iter().map(|held| (held.name, held)).collect();
-        let mut hashes = HashMap::from([(0, PrefixHash::ROOT)]);
-        for held in &self.blocks {
-            // From the first of the chain that has no hash yet. A chain that ends nowhere is as good as any name.
-            let mut chain = Vec::new();
-            let mut name = held.name;
-            while !hashes.contains_key(&name) && chain.len() <= self.blocks.len() {
-                chain.push(name);
-                name = by_name.get(&name).map_or(0, |held| held.parent);
-            }
-            for name in chain.into_iter().rev() {
-                let known = by_name.get(&name).zip(tokens.get(&name));
-                let known = known.and_then(|(held, tokens)| {
-                    Some(hashes.get(&held.parent)?.child(&tenant_key(held.tenant?), tokens))
-                });
-                hashes.insert(name, known.unwrap_or_else(|| PrefixHash(*blake3::hash(&name.to_le_bytes()).as_bytes())));
-            }
-        }
-        let hash = |name: &u64| hashes.get(name).unwrap_or(&PrefixHash::ROOT).0;
+    pub fn contents(&self, hashes: &HeldHashes) -> (Contents, std::collections::HashSet<KvKey>) {
+        // What no prompt has told of is never looked for: any hash will do that is the same for its children.
+        let unknown = |name: u64| PrefixHash(*blake3::hash(&name.to_le_bytes()).as_bytes());
+        let hash = |name: u64| match name {
+            0 => PrefixHash::ROOT.0,
+            name => hashes.get(&name).copied().unwrap_or_else(|| unknown(name)).0,
+        };
         let blocks = self.blocks.iter().map(|held| FoundSlot {
             slot: held.slot,
             label: Label {
                 tenant: held.tenant.map_or([0; 16], |tenant| tenant_mark(&tenant_key(tenant))),
                 conversation: held.key.0,
                 index: held.index,
-                parent: hash(&held.parent),
-                hash: hash(&held.name),
+                parent: hash(held.parent),
+                hash: hash(held.name),
                 used: held.used,
                 ended: held.ended,
             },
@@ -122,8 +109,6 @@ impl HeldDisk {
 struct Block {
     parent: Option<u32>,
     hash: PrefixHash,
-    /// Its name, if the disk held it.
-    held: Option<u64>,
 }
 
 /// Where the answer of a turn is.
@@ -143,9 +128,9 @@ pub struct Reader {
     turns: HashMap<TurnId, Saying>,
     at: Tick,
     last_turn: u64,
-    /// By parent's name and last token, the name of a block that the disk held.
-    held: HashMap<(u64, u32), u64>,
-    held_tokens: HeldTokens,
+    /// By the last tokens of its parent and of itself, the names of both, of each block that the disk held.
+    held: HashMap<(u32, u32), (u64, u64)>,
+    held_hashes: HeldHashes,
 }
 
 impl Reader {
@@ -159,7 +144,7 @@ impl Reader {
             at: Tick(0),
             last_turn: 0,
             held: HashMap::new(),
-            held_tokens: HashMap::new(),
+            held_hashes: HashMap::new(),
         }
     }
 
@@ -172,9 +157,9 @@ impl Reader {
         self.last_turn = 0;
     }
 
-    /// Tokens of blocks that the disk held, as far as was told by now.
-    pub fn into_held_tokens(self) -> HeldTokens {
-        self.held_tokens
+    /// Prefix hashes of blocks that the disk held, as far as was told by now.
+    pub fn into_held_hashes(self) -> HeldHashes {
+        self.held_hashes
     }
 
     /// The next entry; `None` if the bytes mean none.
@@ -219,7 +204,7 @@ impl Reader {
             let (parent, name) = (u64::from_le_bytes(cursor.array()?), u64::from_le_bytes(cursor.array()?));
             let (used, sum) = (cursor.number()?, self.sum(cursor)??);
             let (lives, ended) = (flags & 1 != 0, flags & 2 != 0);
-            self.held.insert((parent, last_token(name)), name);
+            self.held.insert((last_token(parent), last_token(name)), (parent, name));
             held.blocks.push(Held { slot, tenant, key, lives, ended, index, parent, name, used, sum });
         }
         held.unfinished = (0..cursor.count()?).map(|_| cursor.small()).collect::<Option<_>>()?;
@@ -340,18 +325,21 @@ impl Reader {
 
     /// Gives a full block the next number.
     fn number(&mut self, tenant: TenantId, parent: Option<u32>, tokens: &[TokenId]) -> Option<u32> {
-        let (before, held_before) = match parent {
-            None => (PrefixHash::ROOT, Some(0)),
+        let (before, last_before) = match parent {
+            None => (PrefixHash::ROOT, last_token(0)),
             Some(number) => {
-                let block = self.blocks.get(usize::try_from(number).ok()?)?;
-                (block.hash, block.held)
+                let index = usize::try_from(number).ok()?;
+                let last = self.tokens.get(index * self.size + self.size - 1)?;
+                (self.blocks.get(index)?.hash, last.0)
             }
         };
-        let held = held_before.and_then(|name| self.held.get(&(name, tokens.last()?.0))).copied();
-        if let Some(name) = held {
-            self.held_tokens.entry(name).or_insert_with(|| tokens.to_vec());
+        let hash = before.child(&tenant_key(tenant), tokens);
+        // What lies before it need not be on disk: its place in the chain is told by the last tokens of both.
+        if let Some((parent, name)) = self.held.get(&(last_before, tokens.last()?.0)).copied() {
+            self.held_hashes.entry(parent).or_insert(before);
+            self.held_hashes.entry(name).or_insert(hash);
         }
-        self.blocks.push(Block { parent, hash: before.child(&tenant_key(tenant), tokens), held });
+        self.blocks.push(Block { parent, hash });
         self.tokens.extend_from_slice(tokens);
         u32::try_from(self.blocks.len() - 1).ok()
     }

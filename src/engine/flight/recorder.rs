@@ -5,7 +5,6 @@
 //! room is lost, which is counted and written down: the loop never waits. A disk that takes no write costs the record, never
 //! a turn.
 
-use std::collections::HashSet;
 use std::io;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
@@ -15,7 +14,6 @@ use super::ring::{Head, Ring};
 use super::writing::Writer;
 use super::{Beginning, DiskBefore, FlightSettings, Step};
 use crate::engine::core::{Command, Event};
-use crate::kv::block::PrefixHash;
 use crate::telemetry::metrics;
 use crate::types::Tick;
 
@@ -30,14 +28,9 @@ const SLOT_BYTES: u64 = 64;
 const DISK_PART: u64 = 16;
 
 impl FlightSettings {
-    /// Whether what the disk tier held can be written down: there is room, and no block lies behind a gap, whose place in
-    /// the chain the record has no word for.
-    pub fn can_write_down(&self, before: &DiskBefore) -> bool {
-        let blocks = &before.found.blocks;
-        let known: HashSet<[u8; 32]> = blocks.iter().map(|found| found.label.hash).collect();
-        let follows = |parent| parent == PrefixHash::ROOT.0 || known.contains(&parent);
-        let has_room = blocks.len() as u64 * SLOT_BYTES <= self.bytes / DISK_PART;
-        has_room && blocks.iter().all(|found| follows(found.label.parent))
+    /// Whether there is room to write down a disk tier of so many blocks.
+    pub fn has_room_for_disk(&self, blocks: usize) -> bool {
+        blocks as u64 * SLOT_BYTES <= self.bytes / DISK_PART
     }
 }
 

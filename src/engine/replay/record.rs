@@ -13,7 +13,7 @@ use super::trace::{self, Notice, Request, Told, Trace};
 use super::{Outcome, Policy, ReplayError, ReplaySettings, replay};
 use crate::engine::core::{Command, StartTurn};
 use crate::engine::flight::bytes::Cursor;
-use crate::engine::flight::reading::{Entry, HeldTokens, Reader, tenant_key};
+use crate::engine::flight::reading::{Entry, HeldHashes, Reader, tenant_key};
 use crate::engine::flight::ring::{self, Part, ReadError};
 use crate::engine::flight::{Beginning, Outcome as Answers, Said, Step};
 use crate::kv::block::PrefixHash;
@@ -32,7 +32,7 @@ pub enum RecordError {
 pub(super) struct Run {
     pub beginning: Beginning,
     pub parts: Vec<Part>,
-    pub held_tokens: HeldTokens,
+    pub held_hashes: HeldHashes,
     /// Its first step is there, and what the disk held.
     pub has_beginning: bool,
     /// The turns that it started.
@@ -120,7 +120,7 @@ impl Record {
         }
         faults.iter().for_each(|fault| tell(&fault.to_string()));
         let requests = survey.trace.requests.len() - before;
-        self.runs.push(Run { beginning, parts, held_tokens: reader.into_held_tokens(), has_beginning, requests });
+        self.runs.push(Run { beginning, parts, held_hashes: reader.into_held_hashes(), has_beginning, requests });
     }
 
     /// The settings of the newest run. Nothing is left out, and no ends are told but those that were.

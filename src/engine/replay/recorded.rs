@@ -108,7 +108,7 @@ impl<'a> Driver<'a> {
     /// What the disk held when the run began.
     fn take_over(&mut self, held: &HeldDisk) {
         let mut manager = Manager::new(kv(self.run, self.settings));
-        let (contents, lives) = held.contents(&self.run.held_tokens);
+        let (contents, lives) = held.contents(&self.run.held_hashes);
         self.tenants.extend(held.owners());
         manager.recover(contents, &held.tenants(), |key| lives.contains(&key));
         self.core = Core::over(self.run.beginning.core, manager);
