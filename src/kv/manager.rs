@@ -336,6 +336,8 @@ impl Manager {
         }
         // So is what is here behind the last that is on its way: whatever becomes of the turn, it stays.
         let last = arrivals.iter().rposition(|found| !is_here(&found)).map_or(0, |last| last + 1);
+        // What lies before the gap is not followed by what lies behind it.
+        let last = if gap > 0 { last.max(arrivals.partition_point(|(index, _)| *index < gap_ends)) } else { last };
         if let Some(&(index, _)) = arrivals.get(last) {
             let sealed = arrivals.drain(last..).filter_map(|(_, arrival)| match arrival {
                 Arrival::Here(block) => Some(block),
