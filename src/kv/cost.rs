@@ -13,8 +13,11 @@ use crate::types::{KvKey, Tick, TokenCount};
 const HANGS_AT: u64 = 4;
 /// The shortest time after which a load hangs, in microseconds: a disk may sleep, or be busy for a moment.
 const LEAST_HANG_US: u64 = 1_000_000;
-/// How much longer than foretold a load is waited for at the least before its sequence encodes, in microseconds.
-const GRACE_US: u64 = 5_000;
+/// How much longer than foretold a load is waited for at the least before its sequence encodes, in microseconds: a step of
+/// encoding can't be broken off when the load comes after all.
+const GRACE_US: u64 = 20_000;
+/// What encoding the front of a load meanwhile must save, in microseconds: it takes steps from others.
+const SPLIT_SAVES_US: u64 = 50_000;
 
 /// Microseconds for so many units at so many a second; 0 where the speed is not known.
 fn time_us(units: u64, per_s: u64) -> u64 {
@@ -103,12 +106,12 @@ impl Manager {
         choices.retain(|split| may_load(*split));
         // Nothing before the first block on disk is on disk, so that one is left.
         let mut split = choices.into_iter().min_by_key(|split| cost(*split)).unwrap_or(until(here));
-        // Where encoding the front meanwhile saves a tenth at least: it takes steps from others.
+        // Where encoding the front meanwhile saves a tenth at least, and some steps.
         let first_back = if gap > 0 { gap_ends } else { here + 1 };
         let meanwhile = (first_back..end).map(|back| Split { front: here, back }).filter(|s| may_load(*s));
         if admit.prefill_per_s > 0
             && let Some(quickest) = meanwhile.min_by_key(|split| cost(*split))
-            && cost(quickest) < cost(split) / 10 * 9
+            && cost(quickest) < (cost(split) / 10 * 9).min(cost(split).saturating_sub(SPLIT_SAVES_US))
         {
             split = quickest;
         }
