@@ -61,6 +61,7 @@ pub struct Config {
     pub ws: WebSocket,
     pub tenants: Tenants,
     pub log: Log,
+    pub telemetry: Telemetry,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -212,6 +213,15 @@ pub struct Log {
     pub level: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Telemetry {
+    /// `None`: no traces.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub otlp_endpoint: Option<String>,
+    pub trace_ratio: f64,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LogFormat {
@@ -243,7 +253,7 @@ impl Layers {
     }
 
     fn check(&self, config: &Config) -> Result<(), ConfigError> {
-        let Config { server, model, kv, engine, sessions, store, api, ws, tenants, log } = config;
+        let Config { server, model, kv, engine, sessions, store, api, ws, tenants, log, telemetry } = config;
         if !server.listen.ip().is_loopback() && tenants.file.is_none() {
             let reason = format!(
                 "{} can be reached from other machines, and without API keys anyone there could use the server; give \
@@ -309,6 +319,18 @@ impl Layers {
         self.range("ws.done_after_s", ws.done_after_s, 0..=86_400)?;
         crate::telemetry::log::parse_filter(&log.level)
             .map_err(|error| self.impossible("log.level", &error.to_string()))?;
+        if let Some(endpoint) = &telemetry.otlp_endpoint {
+            let host = ["http://", "https://"].iter().find_map(|scheme| endpoint.strip_prefix(scheme));
+            if host.is_none_or(|host| host.is_empty() || host.starts_with('/') || host.contains(['?', '#', ' '])) {
+                let reason = format!("`{endpoint}` is no address; write for example http://127.0.0.1:4318");
+                return Err(self.impossible("telemetry.otlp_endpoint", &reason));
+            }
+            if !cfg!(feature = "otel") {
+                let reason = "this program was built without the feature `otel`";
+                return Err(self.impossible("telemetry.otlp_endpoint", reason));
+            }
+        }
+        self.range("telemetry.trace_ratio", telemetry.trace_ratio, 0.0..=1.0)?;
         Ok(())
     }
 

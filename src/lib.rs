@@ -10,6 +10,6 @@ pub mod model; // weights, tokenizer, chat template, forward over a flat batch
 pub mod server; // builds everything once, runs it, drains it
 pub mod sessions; // one actix actor per conversation: transcript, order, durability
 pub mod store; // history that survives: embedded SQLite
-pub mod telemetry; // metrics and logs
+pub mod telemetry; // metrics, logs and traces
 pub mod tenants; // who a request belongs to
 pub mod types; // ids and units

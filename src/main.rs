@@ -10,7 +10,8 @@ use rekindle::cli::key::{self, KeyArgs};
 use rekindle::cli::pull::{self, PullArgs};
 use rekindle::cli::replay::{self, ReplayArgs};
 use rekindle::config::{Config, Layers, LogFormat};
-use rekindle::telemetry::log;
+use rekindle::telemetry::trace::{TraceSettings, Traces};
+use rekindle::telemetry::{log, metrics};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -39,6 +40,8 @@ enum Command {
     Key(KeyArgs),
     /// Repeat what the server decided, or say what other settings would have cost
     Replay(ReplayArgs),
+    /// Print what the server's metrics are called and mean, as Markdown
+    Metrics,
 }
 
 /// Every key of config/default.toml can be set by --set, by a file or by the environment: `kv.device_bytes` is
@@ -110,12 +113,21 @@ async fn run(command: Command) -> anyhow::Result<()> {
                 LogFormat::Text => log::Format::Text,
                 LogFormat::Json => log::Format::Json,
             };
-            log::init(format, &config.log.level)?;
-            Ok(rekindle::server::run(config).await?)
+            let collector = config.telemetry.otlp_endpoint.clone();
+            let collector = collector.map(|endpoint| TraceSettings { endpoint, ratio: config.telemetry.trace_ratio });
+            let traces = collector.as_ref().map(Traces::start).transpose()?;
+            log::init(format, &config.log.level, traces.as_ref())?;
+            let served = rekindle::server::run(config).await;
+            traces.into_iter().for_each(Traces::end);
+            Ok(served?)
         }
         Command::Chat(arguments) => chat::run(arguments).await,
         Command::Pull(arguments) => pull::run(arguments).await,
         Command::Key(arguments) => Ok(key::run(&arguments)?),
         Command::Replay(arguments) => replay::run(&arguments),
+        Command::Metrics => {
+            print!("{}", metrics::page());
+            Ok(())
+        }
     }
 }

@@ -33,7 +33,8 @@ use crate::model::{KvShape, Model, ModelSpec};
 use crate::sessions::{SessionSettings, Sessions};
 use crate::store::embedded::Embedded;
 use crate::store::{Store, StoreError};
-use crate::telemetry::metrics::{LIVE_SESSIONS, Metrics};
+use crate::telemetry::metrics::{DISK_CONFIGURED, LIVE_SESSIONS, Metrics};
+use crate::telemetry::process;
 use crate::tenants::admin_key::{self, AdminKeyError};
 use crate::tenants::directory::Directory;
 use crate::tenants::key::KeyHash;
@@ -105,12 +106,14 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
         listener.local_addr().map_err(|source| ServeError::Listen { address: config.server.listen, source })?;
     let mut signals = Signals::new().map_err(ServeError::Signals)?;
     let metrics = Metrics::install().map_err(|error| ServeError::Metrics(error.to_string()))?;
+    process::raise_file_limit();
     let store = Arc::new(Embedded::open(&config.server.data_dir)?);
 
     let (model, language) = load(&config)?;
     let spec = model.spec().clone();
     let (tenants, followed) = tenants(&config)?;
     let disk = disk_settings(&config, tenants.hash_keys(), &store).await?;
+    DISK_CONFIGURED.set(f64::from(u8::from(disk.is_some())), &[]);
     let engine = crate::engine::thread::start(Box::new(model), engine_settings(&config, disk))?;
     let tick_zero_us = unix_us();
     let (engine, engine_ended) = watch(engine);

@@ -44,6 +44,7 @@ const WORDS: &[(&str, &[&str], &str)] = &[
     ("actix::", &["sessions"], "actix is passively maintained: only sessions/ knows it"),
     ("serde::", &["api", "dashboard", "cluster", "store", "config", "sessions", "cli"], "serde lives at the edges"),
     ("serde_json::", &["api", "dashboard", "cluster", "store", "sessions", "cli"], "JSON lives at the edges"),
+    ("opentelemetry", &["telemetry"], "traces have one way out: telemetry/trace.rs"),
     ("rusqlite::", &["store"], "SQLite is the embedded store's own business"),
 ];
 

@@ -1,6 +1,6 @@
 //! What does every request and every answer have, whatever its route?
 //!
-//! An `x-request-id`, the time it took, a span for the log, and an answer in JSON even if a handler panics.
+//! An `x-request-id`, the time it took, a span for log and trace, and an answer in JSON even if a handler panics.
 #![cfg_attr(not(test), deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 use std::panic::AssertUnwindSafe;
@@ -10,20 +10,43 @@ use std::time::Instant;
 use actix_web::body::{BoxBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::error::InternalError;
+use actix_web::http::StatusCode;
 use actix_web::http::header::{HeaderMap, HeaderName, HeaderValue};
 use actix_web::middleware::Next;
-use actix_web::{Error, HttpResponse, ResponseError, web};
+use actix_web::{Error, HttpMessage, HttpResponse, ResponseError, web};
 use futures_util::FutureExt;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use super::cors::Cors;
 use super::error::ApiError;
+use super::timing::{Timed, Timer};
 use super::{ApiState, ids};
+use crate::telemetry::trace;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const CLIENT_REQUEST_ID: HeaderName = HeaderName::from_static("x-client-request-id");
 const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
 const CLIENT_REQUEST_ID_MAX: usize = 512;
+
+/// What a request is known by in log and trace, for what goes on after its answer.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Trail {
+    pub request: String,
+    traceparent: Option<String>,
+    tracestate: Option<String>,
+}
+
+impl Trail {
+    fn of(request: String, headers: &HeaderMap) -> Self {
+        let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok()).map(str::to_owned);
+        Self { request, traceparent: text("traceparent"), tracestate: text("tracestate") }
+    }
+
+    /// Makes a span part of the client's trace, if the client told of one.
+    pub fn claims(&self, span: &Span) {
+        trace::continue_from(span, self.traceparent.as_deref(), self.tracestate.as_deref());
+    }
+}
 
 /// The outermost layer, around every route.
 pub async fn edge<B: MessageBody + 'static>(
@@ -43,25 +66,39 @@ pub async fn edge<B: MessageBody + 'static>(
         path = request.path(),
         client_request = about.client_id.as_ref().and_then(|value| value.to_str().ok()),
     );
+    let trail = Trail::of(about.id.clone(), request.headers());
+    trail.claims(&span);
+    request.extensions_mut().insert(trail);
+    let method = request.method().clone();
+    let timer = |route, status| Timer::new(started, span.clone(), &method, route, status);
     let header_bytes: usize = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
     if header_bytes > state.settings.limits.header_bytes {
         let error = ApiError::headers_too_large(state.settings.limits.header_bytes);
+        drop(timer(None, error.status_code()));
         return Ok(request.into_response(about.mark(error.error_response())));
     }
     if let Some(response) = state.settings.cors.preflight(request.method(), request.headers()) {
+        drop(timer(None, response.status()));
         return Ok(request.into_response(about.mark(response)));
     }
     let answered = AssertUnwindSafe(next.call(request)).catch_unwind().instrument(span.clone()).await;
-    let _entered = span.entered();
+    let _entered = span.enter();
     match answered {
         Ok(Ok(mut response)) => {
             about.mark_headers(response.headers_mut());
             let (status, ms) = (response.status().as_u16(), about.started.elapsed().as_millis());
             tracing::debug!(status, ms, "answered");
+            let timer = timer(response.request().match_pattern(), response.status());
+            // A socket lives on, and is no answer that takes long.
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                return Ok(response.map_into_boxed_body());
+            }
+            let response = response.map_body(|_, body| Timed { body: body.boxed(), timer });
             Ok(response.map_into_boxed_body())
         }
         Ok(Err(error)) => {
             let response = about.mark(error.error_response());
+            drop(timer(None, response.status()));
             Err(InternalError::from_response(error, response).into())
         }
         Err(panic) => {
@@ -70,6 +107,7 @@ pub async fn edge<B: MessageBody + 'static>(
             tracing::error!(reason, "a handler panicked");
             let error = ApiError::internal();
             let response = about.mark(error.error_response());
+            drop(timer(None, response.status()));
             Err(InternalError::from_response(error, response).into())
         }
     }

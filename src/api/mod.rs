@@ -22,6 +22,7 @@ pub mod residency;
 pub mod responses;
 pub mod routes;
 pub mod sse;
+mod timing;
 pub mod usage;
 pub mod warming;
 pub mod websocket;

@@ -112,6 +112,14 @@ fn an_impossible_value_is_refused_with_its_key_its_source_and_the_reason() {
     says(set("server.listen=here"), &["`server.listen`"]);
     says(set("server.data_dir="), &["`server.data_dir`", "empty"]);
     says(set("log.level=loud"), &["`log.level`", "loud"]);
+    for address in ["collector:4318", "http://", "ftp://collector", "http:///v1/traces", "http://collector?x=1"] {
+        says(
+            set(&format!("telemetry.otlp_endpoint={address}")),
+            &["`telemetry.otlp_endpoint`", "http://127.0.0.1:4318"],
+        );
+    }
+    says(set("telemetry.trace_ratio=1.5"), &["`telemetry.trace_ratio`", "0 to 1"]);
+    says(set("telemetry.trace_ratio=nan"), &["`telemetry.trace_ratio`"]);
 }
 
 #[test]

@@ -381,6 +381,13 @@ pub struct TurnHandle {
     engine: EngineHandle,
 }
 
+impl TurnHandle {
+    /// As the engine's own events name it.
+    pub fn id(&self) -> TurnId {
+        self.turn
+    }
+}
+
 impl Drop for TurnHandle {
     fn drop(&mut self) {
         self.engine.shared.cancels.lock().push(self.turn);

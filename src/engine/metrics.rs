@@ -8,9 +8,31 @@ use std::collections::HashMap;
 use super::Path;
 use super::status::accounts::{Accounts, TIERS, TenantAccount};
 use super::status::{EngineStatus, PoolStatus};
+use crate::kv::displacement::Displaced;
 use crate::kv::journal::Rule;
-use crate::telemetry::metrics;
+use crate::telemetry::metrics::{self, Recorder};
 use crate::types::{TenantId, Tick, Tier};
+
+/// Where the loop records its steps: it allocates nothing there.
+pub(super) struct Steps {
+    prefill: Recorder,
+    decode: Recorder,
+    rows: Recorder,
+}
+
+impl Steps {
+    pub fn new() -> Self {
+        let of = |kind| metrics::STEP_SECONDS.recorder(&[("kind", kind)]);
+        Self { prefill: of("prefill"), decode: of("decode"), rows: metrics::STEP_ROWS.recorder(&[]) }
+    }
+
+    /// A step is over. `prefills`: it encoded part of a prompt.
+    pub fn note(&self, (began, ended): (Tick, Tick), rows: usize, prefills: bool) {
+        let recorder = if prefills { &self.prefill } else { &self.decode };
+        recorder.record(ended.0.saturating_sub(began.0) as f64 / 1e6);
+        self.rows.record(rows as f64);
+    }
+}
 
 impl EngineStatus {
     /// Brings the engine's metrics up to this snapshot.
@@ -60,19 +82,26 @@ impl EngineStatus {
 }
 
 impl Accounts {
-    /// Brings tenants' metrics up to this snapshot, and times to now. Tenants of which nothing is known have none.
+    /// Brings tenants' metrics up to this snapshot, and times to now. Tenants of whom nothing happened yet are at 0.
     pub fn publish(&self, now: Tick, names: &HashMap<TenantId, String>) {
-        for (id, account) in (0..).map(TenantId).zip(&self.tenants) {
-            if let Some(name) = names.get(&id).filter(|_| *account != TenantAccount::default()) {
-                account.publish(self.at, now, name);
-            }
+        // Pairs of tenants would be too many series: whose turn it was is told as far as a tenant can do something about it.
+        let mut displaced: HashMap<TenantId, [Displaced; 2]> = HashMap::new();
+        for (whose, for_tenant, of_pair) in &self.displaced {
+            let both = displaced.entry(*whose).or_default();
+            let sum = &mut both[usize::from(whose != for_tenant)];
+            sum.evictions += of_pair.evictions;
+            sum.freed_bytes += of_pair.freed_bytes;
+            sum.lost_bytes += of_pair.lost_bytes;
         }
-        for (whose, for_tenant, displaced) in &self.displaced {
-            if let (Some(whose), Some(for_tenant)) = (names.get(whose), names.get(for_tenant)) {
-                let labels = [("tenant", whose.as_str()), ("for_tenant", for_tenant.as_str())];
-                metrics::DISPLACED.set_total(displaced.evictions, &labels);
-                metrics::DISPLACED_BYTES.set_total(displaced.freed_bytes, &labels);
-                metrics::LOST_BYTES.set_total(displaced.lost_bytes, &labels);
+        for (id, name) in names {
+            let account = self.tenants.get(id.0 as usize).copied().unwrap_or_default();
+            account.publish(self.at, now, name);
+            metrics::begin_tenant(name);
+            for (whose, sum) in ["own", "other"].into_iter().zip(displaced.remove(id).unwrap_or_default()) {
+                let labels = [("tenant", name.as_str()), ("for_tenant", whose)];
+                metrics::DISPLACED.set_total(sum.evictions, &labels);
+                metrics::DISPLACED_BYTES.set_total(sum.freed_bytes, &labels);
+                metrics::LOST_BYTES.set_total(sum.lost_bytes, &labels);
             }
         }
         for (tier, bytes) in TIERS.iter().zip(self.waiting_bytes) {
@@ -92,6 +121,7 @@ impl TenantAccount {
         for (rule, evictions) in Rule::EVICTIONS.iter().zip(self.evictions) {
             metrics::TENANT_EVICTIONS.set_total(evictions, &[tenant, ("rule", rule.name())]);
         }
+        metrics::CAUSED_EVICTIONS.set_total(self.caused, &[tenant]);
         metrics::EVICTED_SILENCES.set_total(self.early.evicted, &[tenant]);
         metrics::EARLY_RETURNS.set_total(self.early.returned, &[tenant]);
         for (path, totals) in Path::ALL.iter().zip(&self.gains.paths) {
@@ -142,6 +172,29 @@ mod tests {
             "rekindle_pool_free_bytes{tier=\"device\"} 14745600",
             "rekindle_pool_pinned_bytes{tier=\"device\"} 737280",
             "rekindle_isolation_faults_total 0",
+        ] {
+            assert!(text.lines().any(|l| l == line), "`{line}` is not in:\n{text}");
+        }
+    }
+
+    #[test]
+    fn whom_a_tenant_gave_way_to_is_told_as_its_own_turns_or_others() {
+        let metrics = Metrics::install().unwrap();
+        let [a, b, c] = [TenantId(0), TenantId(1), TenantId(2)];
+        let evictions = |evictions| Displaced { evictions, freed_bytes: 10 * evictions, lost_bytes: 0 };
+        let displaced = vec![(a, a, evictions(1)), (a, b, evictions(2)), (a, c, evictions(4))];
+        let accounts = Accounts { displaced, ..Accounts::default() };
+        let names = [(a, "given".to_owned()), (b, "quiet".to_owned())].into_iter().collect();
+        accounts.publish(Tick(0), &names);
+        let text = metrics.render();
+        for line in [
+            "rekindle_displaced_evictions_total{tenant=\"given\",for_tenant=\"own\"} 1",
+            "rekindle_displaced_evictions_total{tenant=\"given\",for_tenant=\"other\"} 6",
+            "rekindle_displaced_bytes_total{tenant=\"given\",for_tenant=\"other\"} 60",
+            "rekindle_displaced_evictions_total{tenant=\"quiet\",for_tenant=\"other\"} 0",
+            "rekindle_caused_evictions_total{tenant=\"quiet\"} 0",
+            "rekindle_path_turns_total{tenant=\"quiet\",path=\"reloaded\"} 0",
+            "rekindle_limited_total{tenant=\"quiet\",limit=\"sockets\"} 0",
         ] {
             assert!(text.lines().any(|l| l == line), "`{line}` is not in:\n{text}");
         }

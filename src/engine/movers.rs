@@ -16,6 +16,7 @@ use crate::kernels::cold::ColdForm;
 use crate::kernels::files::{Contents, Slots};
 use crate::kernels::memory::Arena;
 use crate::kv::transfer::{self, Buffers, Direction, TransferDone, TransferOrder};
+use crate::telemetry::metrics::TRANSFER_SECONDS;
 use crate::types::{KvKey, TenantId, TenantKey};
 
 /// Transfers handed to a thread ahead of time.
@@ -182,7 +183,9 @@ impl Mover {
                 None => transfer::execute(&order, device, host, *cold),
                 Some((slots, buffers)) => transfer::execute_on_disk(&order, slots, device, host, *cold, buffers),
             };
-            let done = TransferDone { ticket: order.ticket, sums, took_us: micros(started.elapsed()) };
+            let took = started.elapsed();
+            TRANSFER_SECONDS.record(took.as_secs_f64(), &[("direction", order.direction.name())]);
+            let done = TransferDone { ticket: order.ticket, sums, took_us: micros(took) };
             if self.mailbox.send(Message::Transferred(done)).is_err() {
                 return;
             }

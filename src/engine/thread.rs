@@ -15,12 +15,13 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::TurnEvent;
 use super::core::{Command, Core, CoreSettings, Event};
 use super::flight::recorder::Recorder;
 use super::flight::{Beginning, DiskBefore, FlightSettings};
 use super::handle::{EngineHandle, Forgotten, Message, OffloadTo, Offloaded, PinError, Pinned, Shared, SubmitError};
+use super::metrics::Steps;
 use super::movers::{Movers, OpenDisk, open_disk};
-use super::{TurnEvent, TurnFailure};
 use crate::kernels::cold::ColdForm;
 use crate::kernels::memory::{Arena, ArenaError};
 use crate::kv::evictor::Policy;
@@ -187,6 +188,7 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
             left_queue: 0,
             ran: false,
             logits: Logits::default(),
+            steps: Steps::new(),
         };
         // The inbox is gone then, so that whoever waits to report gives up.
         let (movers, flight) = driver.run();
@@ -248,6 +250,7 @@ struct Driver {
     /// The last step had rows.
     ran: bool,
     logits: Logits,
+    steps: Steps,
 }
 
 impl Driver {
@@ -354,9 +357,9 @@ impl Driver {
     /// One step: plan, copy, run, commit, tell.
     fn step(&mut self) {
         let mut commands = std::mem::take(&mut self.commands);
-        let now = self.now();
-        self.note(|flight| flight.begin(now, &commands));
-        let mut plan = self.core.plan(now, &mut commands);
+        let began = self.now();
+        self.note(|flight| flight.begin(began, &commands));
+        let mut plan = self.core.plan(began, &mut commands);
         self.note(|flight| flight.planned(&plan.events));
         self.commands = commands;
         std::mem::take(&mut plan.chores).execute(&self.device, &self.host);
@@ -376,6 +379,8 @@ impl Driver {
                 tracing::error!(%error, turns = plan.spans.len(), "a step failed, and its turns with it");
             }
             let now = self.now();
+            let prefills = plan.spans.iter().any(|span| span.rows > 1);
+            self.steps.note((began, now), plan.tokens.len(), prefills);
             let failed = ran.is_err();
             self.core.commit(now, &plan, ran.map(|()| &mut self.logits), &mut events);
             self.note(|flight| flight.committed(now, failed, &events));
@@ -480,9 +485,6 @@ impl Driver {
 
     fn tell_turn(&mut self, turn: TurnId, event: TurnEvent) {
         let last = matches!(event, TurnEvent::Finished { .. } | TurnEvent::Failed(_));
-        if let TurnEvent::Failed(failure @ TurnFailure::Model(_)) = &event {
-            tracing::error!(%turn, %failure, "a turn failed");
-        }
         let Some(listener) = self.listeners.get(&turn) else { return };
         // The channel has room for all that a turn may say: an error means that nobody listens any more.
         let gone = listener.try_send(event).is_err();

@@ -28,6 +28,17 @@ pub enum Direction {
 }
 
 impl Direction {
+    /// Its word in the metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Direction::Offload => "offload",
+            Direction::Reload => "reload",
+            Direction::Store { .. } => "store",
+            Direction::Load => "load",
+            Direction::Erase => "erase",
+        }
+    }
+
     /// Whether it is between memories.
     pub fn is_copy(self) -> bool {
         match self {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, WrapFuture};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tracing::{Instrument, Span};
 
 use super::command::{Command, Description, Follows, Outlook, Passivate, QueuedTurn, Refusal, Reply, Taken, answer};
 use super::kept::Kept;
@@ -21,6 +22,7 @@ use super::messages::{
 use super::prompt::PromptRules;
 use super::registry::Identity;
 use super::stream::turn_stream;
+use super::traced;
 use super::transcript::Transcript;
 use super::turn::start;
 use super::warm::warm;
@@ -295,7 +297,8 @@ impl Session {
     }
 
     fn respond(&mut self, queued: QueuedTurn, kv: KvHandle, context: &mut Context<Self>) {
-        let QueuedTurn { mut turn, previous, follows, deadline, reply } = queued;
+        let QueuedTurn { mut turn, previous, follows, deadline, span, reply } = queued;
+        traced::belongs_to(&span, self.who.id);
         if deadline <= Instant::now() {
             answer(reply, Err(waited_too_long()));
             return self.settle(kv, context);
@@ -331,12 +334,15 @@ impl Session {
             }
         };
         let opening = open(self.work(), Opening { transcript, input, rules, replaces, response });
+        let (opening, of_close) = (opening.instrument(span.clone()), span.clone());
         let (limits, goal, audience) = (turn.limits, turn.goal, turn.audience);
-        let starting = Starting { kv, limits, goal, audience, deadline, reply, cancelled };
+        let starting = Starting { kv, limits, goal, audience, deadline, span, reply, cancelled };
         let whole = opening
             .into_actor(self)
             .map(move |opened, session, _| session.start(opened, starting))
-            .then(|(kv, outcome), session, _| close(session.work(), kv, outcome).into_actor(session))
+            .then(move |(kv, outcome), session, _| {
+                close(session.work(), kv, outcome).instrument(of_close).into_actor(session)
+            })
             .map(move |(kv, closing), session, context| {
                 if let Some(closing) = closing {
                     session.close(closing);
@@ -364,10 +370,12 @@ impl Session {
 
     /// Keeps the input, which is durable by now, gives the engine the turn, and answers whoever asked for it.
     fn start(&mut self, opened: Result<Opened, TurnError>, starting: Starting) -> (KvHandle, Outcome) {
-        let Starting { mut kv, limits, goal, audience, deadline, reply, cancelled } = starting;
+        let Starting { mut kv, limits, goal, audience, deadline, span, reply, cancelled } = starting;
+        let _entered = span.entered();
         let Opened { input, replaces, prompt, response } = match opened {
             Ok(opened) => opened,
             Err(error) => {
+                traced::failed(&Span::current(), &error);
                 answer(reply, Err(error));
                 return (kv, Outcome::Refused);
             }
@@ -393,6 +401,7 @@ impl Session {
                 (kv, Outcome::Started(Box::new(started)))
             }
             Err(error) => {
+                traced::failed(&Span::current(), &error);
                 answer(reply, Err(error.clone()));
                 (kv, Outcome::Unstarted(Box::new(response), error))
             }
@@ -453,7 +462,9 @@ impl Session {
         context: &mut Context<Self>,
     ) {
         let (cancel, cancelled) = watch::channel(false);
-        let warming = warm(self.work(), Arc::clone(&self.transcript), kv, instructions, cancelled);
+        let (tenant, session) = (&self.who.tenant.name, self.who.id);
+        let span = tracing::info_span!(parent: None, "warm", tenant, %session, turn = tracing::field::Empty);
+        let warming = warm(self.work(), Arc::clone(&self.transcript), kv, instructions, cancelled).instrument(span);
         let warming = async move {
             tokio::pin!(warming);
             tokio::select! {
@@ -516,6 +527,7 @@ struct Starting {
     goal: Goal,
     audience: Audience,
     deadline: Instant,
+    span: Span,
     reply: Reply<Taken, TurnError>,
     cancelled: watch::Receiver<bool>,
 }

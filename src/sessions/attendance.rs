@@ -91,7 +91,6 @@ struct Books {
 
 impl Attended {
     pub fn new(patience: Option<Duration>) -> Arc<Self> {
-        [LEFT, DONE].iter().for_each(|by| CONVERSATIONS_ENDED.add(0, &[("by", by)]));
         Arc::new(Self { patience, books: Mutex::default() })
     }
 

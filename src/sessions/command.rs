@@ -9,6 +9,7 @@ use std::time::Duration;
 use actix::Message;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+use tracing::Span;
 
 use super::live::Turn;
 use super::messages::{
@@ -96,6 +97,8 @@ pub(super) struct QueuedTurn {
     pub follows: Follows,
     /// When it must have started.
     pub deadline: Instant,
+    /// Whatever is done for it is done there.
+    pub span: Span,
     pub reply: Reply<Taken, TurnError>,
 }
 

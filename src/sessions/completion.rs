@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tracing::{Instrument, Span};
 
 use super::Shared;
 use super::gate::Pass;
@@ -17,6 +18,7 @@ use super::messages::{
 };
 use super::prompt::{Prompt, PromptRules};
 use super::stream::{TurnStream, TurnWriter, turn_stream};
+use super::traced::{self, turn_span};
 use super::turn::{Ended, RunningTurn, prepare, start};
 use super::work::answer_message;
 use crate::engine::KvHandle;
@@ -32,6 +34,7 @@ struct Asked {
     limits: TurnLimits,
     goal: Goal,
     deadline: Instant,
+    span: Span,
     pass: Arc<Pass>,
 }
 
@@ -39,7 +42,7 @@ struct Asked {
 pub(super) async fn respond(shared: &Arc<Shared>, tenant: &Tenant, mut turn: Respond) -> Result<Turn, TurnError> {
     let rules = PromptRules::of(shared, &mut turn);
     let messages: Vec<Message> = turn.input.into_iter().map(|item| item.message).collect();
-    let asked = ask(shared, tenant, messages, rules, turn.limits).await?;
+    let asked = ask(shared, tenant, messages, rules, turn.limits, turn_span(Some(turn.response.id))).await?;
     let item_id = super::new_item_id();
     let (writer, stream) = turn_stream(item_id.clone(), turn.audience);
     let NewResponse { id, about, .. } = turn.response;
@@ -47,7 +50,7 @@ pub(super) async fn respond(shared: &Arc<Shared>, tenant: &Tenant, mut turn: Res
     let turn = alive.turn(stream);
     let presence = shared.live.enter(tenant.id, alive);
     let begun = asked.begin()?;
-    tokio::spawn(asked.run(begun, writer, item_id, Some(presence)));
+    asked.spawn(begun, writer, item_id, Some(presence));
     Ok(turn)
 }
 
@@ -64,7 +67,7 @@ pub(super) async fn complete(
         answer: turn.limits.max_tokens.unwrap_or(shared.settings.default_max_tokens),
         arguments: std::mem::take(&mut turn.limits.arguments),
     };
-    let asked = ask(shared, tenant, turn.messages, rules, turn.limits).await?;
+    let asked = ask(shared, tenant, turn.messages, rules, turn.limits, turn_span(None)).await?;
     let item_id = super::new_item_id();
     let (writer, first) = turn_stream(item_id.clone(), Audience::Readers);
     let log = writer.log();
@@ -83,13 +86,13 @@ pub(super) async fn complete(
             drop(first);
             for (asked, writer) in others {
                 match asked.begin() {
-                    Ok(begun) => drop(tokio::spawn(asked.run(begun, writer, item_id.clone(), None))),
+                    Ok(begun) => asked.spawn(begun, writer, item_id.clone(), None),
                     Err(error) => writer.end(TurnUpdate::Failed(error)),
                 }
             }
         });
     }
-    tokio::spawn(asked.run(begun, writer, item_id, None));
+    asked.spawn(begun, writer, item_id, None);
     Ok(streams)
 }
 
@@ -99,19 +102,23 @@ async fn ask(
     messages: Vec<Message>,
     rules: PromptRules,
     limits: TurnLimits,
+    span: Span,
 ) -> Result<Asked, TurnError> {
     let deadline = Instant::now() + limits.queue_deadline;
     let pass = Arc::new(shared.gate.enter(tenant)?);
     let goal = rules.goal;
-    let prompt = Arc::new(prepare(shared, tenant, Arc::default(), messages.into(), rules).await?);
-    Ok(Asked { shared: Arc::clone(shared), tenant: tenant.clone(), prompt, limits, goal, deadline, pass })
+    let prompt = prepare(shared, tenant, Arc::default(), messages.into(), rules).instrument(span.clone()).await;
+    let prompt = Arc::new(prompt.inspect_err(|error| traced::failed(&span, error))?);
+    Ok(Asked { shared: Arc::clone(shared), tenant: tenant.clone(), prompt, limits, goal, deadline, span, pass })
 }
 
 impl Asked {
     /// Gives the engine the turn.
     fn begin(&self) -> Result<(KvHandle, RunningTurn), TurnError> {
+        let _entered = self.span.enter();
         let mut kv = self.shared.engine.kv(self.tenant.id, self.tenant.key, KvKey(rand::random()));
-        let running = start(&self.shared, &mut kv, &self.prompt, self.limits.clone(), self.goal, self.deadline)?;
+        let started = start(&self.shared, &mut kv, &self.prompt, self.limits.clone(), self.goal, self.deadline);
+        let running = started.inspect_err(|error| traced::failed(&self.span, error))?;
         Ok((kv, running))
     }
 
@@ -119,10 +126,16 @@ impl Asked {
     fn other(&self, choice: u8) -> Self {
         let mut other = self.clone();
         other.limits.sampling.seed = other.limits.sampling.seed.wrapping_add(u64::from(choice));
+        other.span = turn_span(None);
         other
     }
 
     /// Follows the turn to its end, as a task of its own.
+    fn spawn(self, begun: (KvHandle, RunningTurn), writer: TurnWriter, item_id: String, presence: Option<Presence>) {
+        let span = self.span.clone();
+        drop(tokio::spawn(self.run(begun, writer, item_id, presence).instrument(span)));
+    }
+
     async fn run(
         self,
         (kv, running): (KvHandle, RunningTurn),

@@ -27,6 +27,7 @@ mod stored;
 mod stream;
 mod sweep;
 pub mod token_log;
+mod traced;
 pub mod transcript;
 mod turn;
 mod warm;

@@ -18,6 +18,7 @@ use super::messages::{ConversationId, Item, Place, Respond, ResponseId, SessionE
 use super::prompt::PromptRules;
 use super::registry::Identity;
 use super::stream::told_stream;
+use super::traced::turn_span;
 use super::transcript::{Transcript, text_of};
 use super::turn::prepare;
 use super::{Sessions, completion, stored, unix_now};
@@ -352,7 +353,8 @@ fn queued(
     deadline: Instant,
     reply: Reply<Taken, TurnError>,
 ) -> Command {
-    Command::Respond(Box::new(QueuedTurn { turn, previous, follows, deadline, reply }))
+    let span = turn_span(Some(turn.response.id));
+    Command::Respond(Box::new(QueuedTurn { turn, previous, follows, deadline, span, reply }))
 }
 
 impl From<SessionError> for TurnError {

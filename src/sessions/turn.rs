@@ -5,14 +5,17 @@
 //! takes a step at most.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tracing::Span;
 
 use super::messages::{Goal, Message, Respond, TurnDone, TurnError, TurnLimits};
 use super::prompt::{Draft, Prompt, PromptRules};
 use super::speech::{Said, Speech};
 use super::stream::{Stop, TurnWriter};
+use super::traced::{self, Begun};
 use super::transcript::Transcript;
 use super::{Shared, unix_now};
 use crate::engine::{
@@ -49,7 +52,9 @@ pub(super) async fn prepare(
         return Err(TurnError::NothingToAnswer);
     }
     let (asker, id, tenant_key) = (Arc::clone(shared), tenant.id, tenant.key);
+    let span = Span::current();
     let make = move || -> Result<Prompt, TurnError> {
+        let _entered = span.entered();
         let (empty, window) = (asker.engine.empty_prompt(tenant_key), asker.engine.window());
         let draft = Draft { language: &asker.language, tenant_key, empty, window, transcript, input, rules };
         draft.make(|conversation| asker.recall.find(id, conversation))
@@ -68,8 +73,7 @@ pub(super) struct RunningTurn {
     handle: TurnHandle,
     events: TurnEvents,
     speech: Speech,
-    /// The conversation's which turn it is.
-    number: u32,
+    begun: Begun,
     prompt_tokens: TokenCount,
     dropped_items: usize,
     goal: Goal,
@@ -100,16 +104,25 @@ pub(super) fn start(
         queue_deadline: deadline.saturating_duration_since(Instant::now()),
         logprobs: limits.logprobs,
     };
+    let begun = Begun { at: SystemTime::now(), number: prompt.turn };
     let (handle, events) = kv.start_hashed(prompt.hashed(), request)?;
+    traced::given(handle.id(), prompt.len().0);
     let speech = Speech::new(limits.stop);
     let (prompt_tokens, dropped_items) = (prompt.len(), prompt.dropped_items);
-    Ok(RunningTurn { handle, events, speech, number: prompt.turn, prompt_tokens, dropped_items, goal })
+    Ok(RunningTurn { handle, events, speech, begun, prompt_tokens, dropped_items, goal })
 }
 
 /// How a turn ended.
 pub(super) enum Ended {
     Answered(Answered),
     Failed(TurnError),
+}
+
+impl Ended {
+    fn lost(error: TurnError) -> Self {
+        traced::failed(&Span::current(), &error);
+        Self::Failed(error)
+    }
 }
 
 /// A turn's answer, whole or cut off.
@@ -159,11 +172,12 @@ impl RunningTurn {
     /// Follows the engine's events to the last, telling the client what is said. `cancelled`: one flag turning true ends
     /// the turn, as do its readers' going away and their asking.
     pub async fn follow(self, shared: &Shared, writer: &mut TurnWriter, cancelled: watch::Receiver<bool>) -> Ended {
-        let Self { handle, mut events, mut speech, number, prompt_tokens, dropped_items, goal } = self;
+        let Self { handle, mut events, mut speech, begun, prompt_tokens, dropped_items, goal } = self;
         let mut draining = shared.gate.cancelled();
         let mut handle = Some(handle);
         let (mut cut, mut encoded) = (None, false);
         let mut cancelled = cancelled;
+        let (gaps, mut last_token) = (metrics::TOKEN_GAP_SECONDS.recorder(&[]), None::<Instant>);
         let (reason, usage) = loop {
             let event = tokio::select! {
                 biased;
@@ -182,6 +196,10 @@ impl RunningTurn {
                 Some(TurnEvent::Token(token)) if cut.is_none() && goal == Goal::Answer => {
                     let delta = speech.push(&shared.language, token);
                     writer.text(&delta.text, delta.logprobs);
+                    let now = Instant::now();
+                    if let Some(before) = last_token.replace(now) {
+                        gaps.record((now - before).as_secs_f64());
+                    }
                     if delta.stopped {
                         cut = Some(Cut::StopString);
                         handle = None;
@@ -191,13 +209,18 @@ impl RunningTurn {
                 Some(TurnEvent::Token(_)) => {}
                 Some(TurnEvent::Finished { reason, usage }) => break (reason, usage),
                 Some(TurnEvent::Failed(_)) if cut.is_some() => break (FinishReason::Cancelled, TurnUsage::default()),
-                Some(TurnEvent::Failed(failure)) => return Ended::Failed(failure.into()),
-                None => return Ended::Failed(SubmitError::Gone.into()),
+                Some(TurnEvent::Failed(failure)) => {
+                    if let TurnFailure::Model(_) = &failure {
+                        tracing::error!(%failure, "a turn failed");
+                    }
+                    return Ended::lost(failure.into());
+                }
+                None => return Ended::lost(SubmitError::Gone.into()),
             }
         };
         if encoded {
             metrics::QUEUE_SECONDS.record(usage.prompt.queue_ms as f64 / 1e3, &[]);
-            let path = Path::of(usage.prompt.decision(), number);
+            let path = Path::of(usage.prompt.decision(), begun.number);
             metrics::TTFT_SECONDS.record(usage.ttft_ms as f64 / 1e3, &[("path", path.name())]);
         }
         drop(handle);
@@ -216,7 +239,9 @@ impl RunningTurn {
             Some(Cut::Cancelled(stop)) => Some(stop),
             Some(Cut::StopString) | None => None,
         };
-        Ended::Answered(Answered { said, finish, usage, prompt_tokens, dropped_items, goal, stopped, encoded })
+        let answered = Answered { said, finish, usage, prompt_tokens, dropped_items, goal, stopped, encoded };
+        traced::answered(begun, &answered, &shared.engine.spec().name);
+        Ended::Answered(answered)
     }
 }
 

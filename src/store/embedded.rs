@@ -356,6 +356,7 @@ impl Writer {
         let outcome = outcome.and_then(|()| self.connection.execute_batch("COMMIT"));
         let outcome = outcome.map_err(|error| {
             tracing::error!(%error, requests = group.len(), "a group of writes was not committed");
+            metrics::STORE_FAILED_COMMITS.add(1, &[]);
             // SQLite has rolled back by itself after some errors.
             if !self.connection.is_autocommit()
                 && let Err(error) = self.connection.execute_batch("ROLLBACK")

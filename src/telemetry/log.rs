@@ -4,8 +4,12 @@
 
 use std::io::IsTerminal;
 
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, fmt};
+
+use super::trace::Traces;
 
 /// The HTTP library reports what clients send wrong as errors of ours. Clients hear of it; whoever names it here hears too.
 const QUIET: &str = "actix_http::h1::dispatcher=off";
@@ -25,13 +29,21 @@ pub enum LogError {
     Started,
 }
 
-/// Starts logging for the whole process. `filter`: a level, or `target=level` pairs, comma separated.
-pub fn init(format: Format, filter: &str) -> Result<(), LogError> {
+/// Starts logging for the whole process. `filter`: a level, or `target=level` pairs, comma separated. `traces`: where the
+/// spans go besides. A line of JSON has the fields of all the spans that it is in.
+pub fn init(format: Format, filter: &str, traces: Option<&Traces>) -> Result<(), LogError> {
     let filter = parse_filter(filter)?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let registry = tracing_subscriber::registry().with(traces.map(Traces::layer));
+    let log = fmt::layer().with_writer(std::io::stderr);
     let started = match format {
-        Format::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).try_init(),
-        Format::Json => log.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init(),
+        Format::Text => {
+            let log = log.with_ansi(std::io::stderr().is_terminal()).with_target(false);
+            registry.with(log.with_filter(filter)).try_init()
+        }
+        Format::Json => {
+            let log = log.json().flatten_event(true).with_current_span(false).with_span_list(true);
+            registry.with(log.with_filter(filter)).try_init()
+        }
     };
     started.map_err(|_| LogError::Started)
 }

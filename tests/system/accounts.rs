@@ -15,9 +15,9 @@ fn device_bytes(metrics: &Metrics, tenant: &str) -> u64 {
     metrics.count(&format!("rekindle_tenant_bytes{{tenant=\"{tenant}\",tier=\"device\"}}"))
 }
 
-fn displaced(metrics: &Metrics, what: &str, pair: (&str, &str)) -> u64 {
-    let (tenant, for_tenant) = pair;
-    metrics.count(&format!("rekindle_displaced_{what}_total{{tenant=\"{tenant}\",for_tenant=\"{for_tenant}\"}}"))
+/// What a tenant's conversations lost to turns of its `own`, or of an `other` tenant.
+fn displaced(metrics: &Metrics, what: &str, (tenant, whose): (&str, &str)) -> u64 {
+    metrics.count(&format!("rekindle_displaced_{what}_total{{tenant=\"{tenant}\",for_tenant=\"{whose}\"}}"))
 }
 
 fn of(metrics: &Metrics, name: &str, tenant: &str) -> u64 {
@@ -25,7 +25,7 @@ fn of(metrics: &Metrics, name: &str, tenant: &str) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_forced_eviction_is_told_of_by_pair_by_path_and_as_an_early_return() {
+async fn a_forced_eviction_is_told_of_by_whose_turn_it_was_by_path_and_as_an_early_return() {
     let _alone = machine().await;
     let home = Home::new();
     let tenants = Tenants::new(&home);
@@ -49,9 +49,12 @@ async fn a_forced_eviction_is_told_of_by_pair_by_path_and_as_an_early_return() {
     assert_eq!(left + taken, metrics.pool_bytes("device") - metrics.free_bytes("device"));
     let evictions = metrics.count("rekindle_evictions_total");
     assert!(evictions > 0 && left < held, "{left} of {held} bytes are left");
-    assert_eq!(displaced(&metrics, "evictions", ("a", "b")), evictions);
-    assert_eq!(displaced(&metrics, "bytes", ("a", "b")), held - left);
-    assert_eq!(displaced(&metrics, "lost_bytes", ("a", "b")), held - left, "there is no tier below");
+    assert_eq!(displaced(&metrics, "evictions", ("a", "other")), evictions);
+    assert_eq!(displaced(&metrics, "bytes", ("a", "other")), held - left);
+    assert_eq!(displaced(&metrics, "lost_bytes", ("a", "other")), held - left, "there is no tier below");
+    let nothing = [("a", "own"), ("b", "own"), ("b", "other")].map(|whose| displaced(&metrics, "evictions", whose));
+    assert_eq!(nothing, [0; 3]);
+    assert_eq!(["a", "b"].map(|tenant| of(&metrics, "caused_evictions_total", tenant)), [0, evictions]);
     let by_rule: u64 = ["ended", "lru", "return_rate", "over_ceiling"]
         .map(|rule| metrics.count(&format!("rekindle_tenant_evictions_total{{tenant=\"a\",rule=\"{rule}\"}}")))
         .iter()

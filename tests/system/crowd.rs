@@ -126,7 +126,7 @@ async fn slow_readers_slow_nobody_and_all_that_500_clients_took_is_given_back() 
     let client = Client::of(&server.url);
     let models = client.json(client.get("/v1/models")).await;
     let model = models["data"][0]["id"].as_str().unwrap();
-    let resident = async || client.metrics().await.count("rekindle_process_resident_bytes");
+    let resident = async || client.metrics().await.count("process_resident_memory_bytes");
 
     let before = resident().await;
     let all_read = crowd(&client, &server.url, model, false).await;

@@ -11,6 +11,8 @@ mod answers;
 #[cfg(test)]
 mod client;
 #[cfg(test)]
+mod collector;
+#[cfg(test)]
 mod commands;
 #[cfg(test)]
 mod contract;
@@ -47,7 +49,11 @@ mod socket;
 #[cfg(test)]
 mod sockets;
 #[cfg(test)]
+mod telemetry;
+#[cfg(test)]
 mod tenants;
+#[cfg(test)]
+mod traces;
 #[cfg(test)]
 mod turns;
 #[cfg(test)]

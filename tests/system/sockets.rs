@@ -310,7 +310,7 @@ async fn a_client_that_asks_without_end_and_never_reads_is_dropped_and_holds_up_
     let client = Client::of(&server.url);
     let mut deaf = Socket::open(&server.url).await;
     let mut other = Socket::open(&server.url).await;
-    let before = client.metrics().await.count("rekindle_process_resident_bytes");
+    let before = client.metrics().await.count("process_resident_memory_bytes");
     let question = json!({"type": "nonsense", "padding": "x".repeat(100)});
     let mut asked = 0;
     while client.metrics().await.count("rekindle_websocket_connections") > 1 {
@@ -322,7 +322,7 @@ async fn a_client_that_asks_without_end_and_never_reads_is_dropped_and_holds_up_
         other.send(&json!({"type": "response.steer", "input": asked})).await;
         assert_eq!(other.event().await["input"], asked);
     }
-    let grown = client.metrics().await.count("rekindle_process_resident_bytes").saturating_sub(before);
+    let grown = client.metrics().await.count("process_resident_memory_bytes").saturating_sub(before);
     assert!(grown < 32 << 20, "{} MiB more than before", grown >> 20);
     // The kernel holds what is written, and lets go of it too.
     let port = deaf.port();

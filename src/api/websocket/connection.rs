@@ -17,7 +17,9 @@ use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use serde_json::{Map, Value, json};
+use tracing::{Instrument, Span};
 
+use super::super::edge::Trail;
 use super::super::error::ApiError;
 use super::super::fields::Fields;
 use super::super::responses::events::Events;
@@ -30,6 +32,7 @@ use super::requests::{self, Ask, Refused, error_event, in_lane};
 use crate::sessions::Attendance;
 use crate::sessions::messages::{ConversationId, Place, ResponseId};
 use crate::telemetry::metrics::SOCKETS;
+use crate::telemetry::trace;
 use crate::tenants::Tenant;
 use crate::tenants::quota::SocketPermit;
 
@@ -61,6 +64,8 @@ struct On {
     attends: RefCell<HashMap<ConversationId, Attendance>>,
     /// With which the socket was opened: it must stay good.
     key: Option<String>,
+    /// The upgrade's.
+    trail: Trail,
     /// Given back when the socket has ended.
     _permit: SocketPermit,
 }
@@ -104,11 +109,17 @@ fn close(code: CloseCode, reason: &'static str) -> End {
 }
 
 impl Connection {
-    pub fn new(state: web::Data<ApiState>, tenant: Tenant, key: Option<String>, permit: SocketPermit) -> Self {
+    pub fn new(
+        state: web::Data<ApiState>,
+        tenant: Tenant,
+        key: Option<String>,
+        trail: Trail,
+        permit: SocketPermit,
+    ) -> Self {
         let now = Instant::now();
         let bounds = state.settings.sockets.bounds;
         let (unstored, attends) = (RefCell::default(), RefCell::default());
-        let on = On { state, tenant, outbox: Outbox::default(), unstored, attends, key, _permit: permit };
+        let on = On { state, tenant, outbox: Outbox::default(), unstored, attends, key, trail, _permit: permit };
         Self {
             on: Rc::new(on),
             lanes: Lanes::new(bounds),
@@ -204,8 +215,8 @@ impl Connection {
             Ask::Create(fields) => {
                 let on = Rc::clone(&self.on);
                 let run = Rc::new(move |lane, fields| {
-                    let on = Rc::clone(&on);
-                    async move { on.run(&lane, &fields).await }
+                    let (on, span) = (Rc::clone(&on), on.create_span());
+                    async move { on.run(&lane, &fields).await }.instrument(span)
                 });
                 let Bounds { lanes, depth } = self.on.state.settings.sockets.bounds;
                 self.lanes.submit(lane, fields, &run).map_err(|full| match full {
@@ -350,6 +361,15 @@ fn broken(error: &ProtocolError) -> End {
 }
 
 impl On {
+    /// The span of one create: a request of its own, that bears the upgrade's id.
+    fn create_span(&self) -> Span {
+        let (request, tenant) = (self.trail.request.as_str(), self.tenant.name.as_str());
+        let span = tracing::info_span!(parent: None, "request", request, tenant, event = "response.create");
+        self.trail.claims(&span);
+        trace::rename(&span, "response.create".to_owned());
+        span
+    }
+
     /// Runs one create to its last event.
     async fn run(&self, lane: &Name, fields: &Map<String, Value>) {
         let mut events = match self.create(lane, fields).await {

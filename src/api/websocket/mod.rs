@@ -12,10 +12,11 @@ mod requests;
 use std::time::Duration;
 
 use actix_web::http::header::{CONNECTION, HeaderMap, ORIGIN, UPGRADE};
-use actix_web::{HttpRequest, HttpResponse, rt, web};
+use actix_web::{HttpMessage, HttpRequest, HttpResponse, rt, web};
 
 use super::ApiState;
 use super::auth::{self, Caller};
+use super::edge::Trail;
 use super::error::ApiError;
 use crate::telemetry::metrics::LIMITED;
 use crate::tenants::quota;
@@ -68,7 +69,8 @@ pub async fn upgrade(
     let key = auth::key_of(request.headers()).map(str::to_owned);
     let opened = actix_ws::handle_with_protocols(&request, payload, &[PROTOCOL]);
     let (response, session, frames) = opened.map_err(|error| ApiError::bad_handshake(&error.to_string()))?;
-    let connection = Connection::new(state, tenant.into_inner(), key, permit);
+    let trail = request.extensions().get::<Trail>().cloned().unwrap_or_default();
+    let connection = Connection::new(state, tenant.into_inner(), key, trail, permit);
     rt::spawn(connection.run(session, frames, warms));
     Ok(response)
 }

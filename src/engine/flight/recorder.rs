@@ -51,8 +51,6 @@ impl Scribe {
         let mut writer = Writer::new(beginning.kv.block_size);
         let head = Head { run: rand::random(), part: 0, beginning };
         ring.begin_part(&head)?;
-        // So that the page has it before anything is lost.
-        metrics::FLIGHT_RECORD_LOST.add(0, &[]);
         match disk {
             Some(disk) => writer.disk(disk),
             None => writer.disk_left_out(),

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::engine::status::ResidencyState;
-use crate::engine::{FinishReason, KvHandle, Sampling, TurnEvents, TurnHandle, TurnRequest, TurnShape, TurnUsage};
+use crate::engine::{
+    FinishReason, KvHandle, Sampling, TurnEvents, TurnFailure, TurnHandle, TurnRequest, TurnShape, TurnUsage,
+};
 use crate::model::fake::FakeModel;
 use crate::types::{TenantId, TenantKey, TokenId};
 
