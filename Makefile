@@ -17,7 +17,7 @@ help: ## This list
 
 # What the program is made of: where none of it is newer than the program, not even cargo is asked.
 program := $(target_dir)/release/rekindle
-sources := Cargo.toml Cargo.lock $(shell find src load-tests config -name '*.rs' -o -name '*.toml')
+sources := Cargo.toml Cargo.lock $(shell find src load-tests config -name '*.rs' -o -name '*.toml' -o -path 'src/dashboard/page/*' -type f)
 
 $(program): $(sources)
 	cargo build --release --workspace --locked

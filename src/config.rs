@@ -60,6 +60,7 @@ pub struct Config {
     pub api: Api,
     pub ws: WebSocket,
     pub tenants: Tenants,
+    pub admin: Admin,
     pub log: Log,
     pub telemetry: Telemetry,
 }
@@ -184,6 +185,15 @@ pub struct Tenants {
     pub max_pin_ttl_s: u64,
 }
 
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Admin {
+    /// `None`: the host's.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub node: Option<String>,
+    pub read_only: bool,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum UnknownFields {
@@ -253,7 +263,7 @@ impl Layers {
     }
 
     fn check(&self, config: &Config) -> Result<(), ConfigError> {
-        let Config { server, model, kv, engine, sessions, store, api, ws, tenants, log, telemetry } = config;
+        let Config { server, model, kv, engine, sessions, store, api, ws, tenants, admin: _, log, telemetry } = config;
         if !server.listen.ip().is_loopback() && tenants.file.is_none() {
             let reason = format!(
                 "{} can be reached from other machines, and without API keys anyone there could use the server; give \

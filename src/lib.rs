@@ -3,6 +3,7 @@
 pub mod api; // REST and SSE: parse, map errors; no policy
 pub mod cli; // commands beside the server: pull a model, chat with one
 pub mod config; // typed settings from file, environment and flags
+pub mod dashboard; // what an operator sees and may do: the page at /admin and its API
 pub mod engine; // handle | thread | core: scheduler, fairness, sampling
 pub mod kernels; // attention, linear layers, arenas: the only unsafe
 pub mod kv; // pools, tables, prefix index, evictor, journal: logic over ids

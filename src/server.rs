@@ -4,6 +4,9 @@
 //! running, then the engine, then the store. If the engine's thread panics the process ends: half an engine is worse than
 //! a restart, and sessions recover from the store.
 
+mod dashboard;
+
+use std::collections::HashSet;
 use std::io::{IsTerminal, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -22,6 +25,7 @@ use crate::api::websocket::{Bounds, SocketSettings};
 use crate::api::{self, ApiSettings, ApiState, Limits, UnknownFields};
 use crate::config::tenants::TenantsError;
 use crate::config::{self, Config};
+use crate::dashboard::{Dashboard, Known};
 use crate::engine::flight::{FLIGHT_FOLDER, FlightSettings};
 use crate::engine::status::EngineStatus;
 use crate::engine::thread::{ColdDtype, DiskSettings, Engine, EngineSettings, StartError};
@@ -112,7 +116,9 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     let (model, language) = load(&config)?;
     let spec = model.spec().clone();
     let (tenants, followed) = tenants(&config)?;
-    let disk = disk_settings(&config, tenants.hash_keys(), &store).await?;
+    let census = store.census().await?;
+    let lives = census.iter().map(|counted| KvKey(counted.id)).collect();
+    let disk = disk_settings(&config, tenants.hash_keys(), lives);
     DISK_CONFIGURED.set(f64::from(u8::from(disk.is_some())), &[]);
     let engine = crate::engine::thread::start(Box::new(model), engine_settings(&config, disk))?;
     let tick_zero_us = unix_us();
@@ -130,17 +136,26 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
         Arc::clone(&store) as Arc<dyn Store>,
         session_settings(&config),
     );
+    let known = census.into_iter().map(|counted| Known {
+        key: KvKey(counted.id),
+        tenant: counted.tenant.to_string(),
+        tokens: counted.log_tokens,
+        created_at: counted.created_at,
+    });
+    let shown = dashboard::settings(&config, &spec, tick_zero_us);
+    let dashboard = Dashboard::start(engine.clone(), sessions.clone(), Arc::clone(&tenants), known, shown);
     let readiness = Arc::new(Readiness::new(engine.clone(), Arc::clone(&store) as Arc<dyn Store>));
     let settings = api_settings(&config, &spec, engine.window(), longest_token_bytes, tick_zero_us);
     let state = web::Data::new(api_state(settings, tenants, &engine, &sessions, &readiness, &metrics));
     tokio::spawn(keep_up(metrics));
 
-    let bare_paths = config.api.bare_paths;
+    let (bare_paths, pages) = (config.api.bare_paths, dashboard.clone());
     let app = move || {
         App::new()
             .app_data(state.clone())
             .wrap(NormalizePath::new(TrailingSlash::Trim))
             .wrap(from_fn(api::edge::edge::<actix_web::body::BoxBody>))
+            .configure(|app| crate::dashboard::routes::routes(app, &pages))
             .configure(|app| api::routes::routes(app, bare_paths))
     };
     // A client that goes away ends its request at once, which cancels its turn; a half-closed connection counts as that.
@@ -165,6 +180,7 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     readiness.draining.store(true, Ordering::Relaxed);
     let deadline = Duration::from_secs(config.server.drain_deadline_s);
     tracing::info!(deadline_s = deadline.as_secs(), live_sessions = sessions.live(), "draining");
+    dashboard.end();
     let down = async {
         sessions.drain(deadline).await;
         http.stop(true).await;
@@ -267,17 +283,10 @@ impl<'a> Progress<'a> {
 }
 
 /// The disk tier, if there is to be one.
-async fn disk_settings(
-    config: &Config,
-    tenants: Vec<(TenantId, TenantKey)>,
-    store: &Embedded,
-) -> Result<Option<DiskSettings>, ServeError> {
-    if config.kv.disk_bytes.0 == 0 {
-        return Ok(None);
-    }
-    let lives = store.ids().await?.into_iter().map(KvKey).collect();
+fn disk_settings(config: &Config, tenants: Vec<(TenantId, TenantKey)>, lives: HashSet<KvKey>) -> Option<DiskSettings> {
     let folder = config.kv.disk_dir.clone().unwrap_or_else(|| config.server.data_dir.join("kv"));
-    Ok(Some(DiskSettings { folder, bytes: config.kv.disk_bytes.0, tenants, lives }))
+    let disk = DiskSettings { folder, bytes: config.kv.disk_bytes.0, tenants, lives };
+    Some(disk).filter(|disk| disk.bytes > 0)
 }
 
 fn engine_settings(config: &Config, disk: Option<DiskSettings>) -> EngineSettings {

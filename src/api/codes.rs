@@ -35,6 +35,10 @@ codes! {
     400 "conversation_locked" "a turn of the conversation runs, and enough wait behind it";
     400 "duplicate_item" "the conversation holds an item of this id already";
     401 "invalid_api_key" "no key, or one that is not known or has expired";
+    401 "login_required" "the dashboard: neither an admin key nor the cookie of a login";
+    401 "invalid_admin_key" "the dashboard: a login with a key that is no admin's";
+    403 "csrf_failed" "the dashboard: a change that does not come from the page";
+    403 "read_only" "the dashboard: nothing may be changed from it";
     403 "tenant_suspended" "the tenant may do nothing for now";
     403 "model_not_allowed" "the tenant may not use this model";
     403 "origin_not_allowed" "a page of this origin may not open sockets";
@@ -43,17 +47,24 @@ codes! {
     404 "response_not_found" "the response never was, was not stored, or is gone";
     404 "conversation_not_found" "the conversation never was, or is gone";
     404 "item_not_found" "the conversation holds no such item";
+    404 "undo_expired" "the dashboard: what was done can't be taken back any more";
+    404 "nothing_recorded" "the dashboard: there is no flight record to replay, or it can't be read";
     404 "unknown_url" "there is no such route";
     405 "method_not_allowed" "the route has other methods; `Allow` names them";
     408 "request_timeout" "the body did not arrive in time";
     409 "idempotency_in_progress" "the request with this `Idempotency-Key` runs still";
     409 "conversation_busy" "a turn of the conversation runs or waits";
+    409 "session_changed" "the dashboard: the conversation is not as it was when it was shown";
+    409 "not_possible" "the dashboard: there is nothing that could be done so";
+    409 "replay_running" "the dashboard: one replay at a time";
     409 "pin_budget_exceeded" "the tenant's pins would keep more than its budget";
     413 "request_too_large" "the body is too large";
     415 "unsupported_media_type" "the body is not plain JSON";
     426 "upgrade_required" "this is the route of the WebSocket mode, which is off";
     429 "rate_limit_exceeded" "the tenant's requests of this minute are spent";
     429 "concurrency_limit_exceeded" "enough turns of the tenant run, or enough of its sockets are open";
+    429 "too_many_tries" "the dashboard: enough wrong keys from this address";
+    429 "too_many_streams" "the dashboard: enough tabs of this login follow the server";
     429 "too_many_pending" "on a socket: enough waits already";
     431 "headers_too_large" "the request's headers are too large";
     500 "internal_error" "the server's own fault; the log has the request's id";
@@ -99,6 +110,18 @@ pub const TURN: &[&str] = &[
 ];
 /// Where history is read or written.
 pub const STORE: &[&str] = &["store_unavailable", "engine_overloaded"];
+
+impl Code {
+    /// Whether only the dashboard's API has it, which the document is not about.
+    pub fn is_the_dashboards(&self) -> bool {
+        self.when.starts_with("the dashboard: ")
+    }
+}
+
+/// Those that the document is about.
+pub fn documented() -> impl Iterator<Item = &'static Code> {
+    CODES.iter().filter(|code| !code.is_the_dashboards())
+}
 
 /// A code's row.
 pub fn find(name: &str) -> Option<&'static Code> {

@@ -147,6 +147,59 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "permission_error", code, message)
     }
 
+    pub fn login_required() -> Self {
+        let message = "log in at /admin, or send an admin key as `Authorization: Bearer <key>`";
+        Self::new(StatusCode::UNAUTHORIZED, INVALID_REQUEST, "login_required", message)
+    }
+
+    pub fn invalid_admin_key() -> Self {
+        let message = "this is no admin key: that of the tenants file, or the one in `admin.key` of the data folder";
+        Self::new(StatusCode::UNAUTHORIZED, INVALID_REQUEST, "invalid_admin_key", message)
+    }
+
+    pub fn too_many_tries(wait: Duration) -> Self {
+        let message = "too many wrong keys from this address; wait a little";
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "too_many_tries", message);
+        Self { retry_after: Some(wait), ..error }
+    }
+
+    pub fn too_many_streams() -> Self {
+        let message = "this login follows the server in enough tabs already; close one";
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "too_many_streams", message);
+        Self { retry_after: Some(Duration::from_secs(5)), ..error }
+    }
+
+    pub fn csrf_failed(message: &str) -> Self {
+        Self::forbidden("csrf_failed", message.to_owned())
+    }
+
+    pub fn read_only() -> Self {
+        Self::forbidden("read_only", "the dashboard is read-only here: `admin.read_only` is set".to_owned())
+    }
+
+    pub fn session_changed() -> Self {
+        let message = "the conversation has changed since it was shown; look again, and then decide";
+        Self::new(StatusCode::CONFLICT, "conflict_error", "session_changed", message)
+    }
+
+    pub fn not_possible(message: &str) -> Self {
+        Self::new(StatusCode::CONFLICT, "conflict_error", "not_possible", message)
+    }
+
+    pub fn undo_expired() -> Self {
+        Self::not_found("undo_expired", None, "it can't be taken back any more")
+    }
+
+    pub fn replay_running() -> Self {
+        let message = "another replay runs; ask again when it is done";
+        let error = Self::new(StatusCode::CONFLICT, "conflict_error", "replay_running", message);
+        Self { retry_after: Some(Duration::from_secs(2)), ..error }
+    }
+
+    pub fn nothing_recorded(reason: String) -> Self {
+        Self::not_found("nothing_recorded", None, reason)
+    }
+
     pub fn model_not_allowed(model: &str) -> Self {
         let message = format!("this tenant may not use the model `{model}`; ask who runs this server");
         Self { param: Some("model".into()), ..Self::forbidden("model_not_allowed", message) }

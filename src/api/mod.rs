@@ -121,7 +121,7 @@ fn queue_deadline(headers: &HeaderMap, settings: &ApiSettings) -> Duration {
 }
 
 /// Seconds since 1970.
-fn unix_now() -> i64 {
+pub fn unix_now() -> i64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.ok().and_then(|since| i64::try_from(since.as_secs()).ok()).unwrap_or(0)
 }

@@ -232,7 +232,7 @@ fn unix_seconds(tick: Tick, settings: &ApiSettings) -> i64 {
 mod tests {
     use super::super::tests::settings;
     use super::*;
-    use crate::engine::status::{LastEviction, Why};
+    use crate::engine::status::{LastEviction, Runs, Why};
     use crate::kv::evictor::Reason;
     use crate::kv::journal::{Entry, Rule};
     use crate::types::{BlockCount, BlockSize, KvKey, Tier};
@@ -272,6 +272,7 @@ mod tests {
                 host,
                 disk: TierShare::default(),
                 below: (TokenCount(32), TokenCount(0)),
+                runs: Runs::default(),
                 last_used: Tick(1),
                 last_eviction: Some(eviction),
                 pinned_until: Some(Tick(u64::MAX / 4)),

@@ -298,6 +298,7 @@ fn object(arguments: &ReplayArgs, source: &Source, settings: &ReplaySettings, re
             "runs": runs,
             "runs_with_beginning": with_beginning,
             "turns": record.trace.requests.len(),
+            "span_s": record.trace.span_s(),
             "faults": record.faults,
         });
     }

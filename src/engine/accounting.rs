@@ -1,8 +1,12 @@
 //! What does the core know of tenants and conversations, for those who ask?
 
 use super::core::Core;
-use super::status::accounts::{Accounts, HeldBytes, TIERS, TenantAccount, TierAccount};
-use crate::types::{BlockCount, KvKey, TenantId, Tick};
+use super::status::accounts::{Accounts, DeviceBytes, HeldBytes, InLine, Learned, TIERS, TenantAccount, TierAccount};
+use crate::kv::next::DevicePart;
+use crate::types::{BlockCount, KvKey, TenantId, Tick, Tier};
+
+/// Conversations that are told of those that go next.
+const IN_LINE: usize = 24;
 
 impl Core {
     /// What each tenant holds, loses, takes and gains. Cost: O(tenants, and pairs of them that displaced each other).
@@ -21,7 +25,17 @@ impl Core {
                 TierAccount { held, nobodys_bytes: bytes(tier, line.nobodys.blocks) }
             });
             let (evictions, early, gains) = (displacements.by_rule(id), early.of_tenant(id), self.gains.of_tenant(id));
-            *account = TenantAccount { tiers, evictions, early, gains, caused: 0 };
+            let DevicePart { weight, share, floor, ceiling, pins, pinned } = manager.device_part(id);
+            let device = |blocks| bytes(Tier::Device, blocks);
+            let given = DeviceBytes {
+                weight,
+                share: device(share),
+                floor: device(floor),
+                ceiling: device(ceiling),
+                pin_budget: device(pins),
+                pinned: device(pinned),
+            };
+            *account = TenantAccount { tiers, given, evictions, early, gains, caused: 0 };
         }
         let mut displaced: Vec<_> = displacements.pairs().collect();
         displaced.sort_unstable_by_key(|(whose, for_tenant, _)| (*whose, *for_tenant));
@@ -29,7 +43,13 @@ impl Core {
             tenants[for_tenant.0 as usize].caused += displaced.evictions;
         }
         let waiting_bytes = TIERS.map(|tier| bytes(tier, manager.waiting(tier).blocks));
-        Accounts { at: now, tenants, displaced, first_tokens: self.gains.first_tokens(), waiting_bytes }
+        let line = manager
+            .next_victims(now, IN_LINE)
+            .into_iter()
+            .map(|next| InLine::new(next.victim, next.tenant, bytes(Tier::Device, next.blocks), next.is_clean));
+        let learned = Learned { silences: manager.learned().silences(), is_enough: manager.has_learned_enough() };
+        let first_tokens = self.gains.first_tokens();
+        Accounts { at: now, tenants, displaced, first_tokens, waiting_bytes, line: line.collect(), learned }
     }
 
     /// What a conversation holds of each tier, in the order of `TIERS`: of what it shares, its part. Cost: O(its blocks).

@@ -518,6 +518,7 @@ impl Core {
             host: share(Tier::Host, at.host_tokens, at.host_blocks),
             disk: share(Tier::Disk, at.disk_tokens, at.disk_blocks),
             below: at.below,
+            runs: at.runs,
             last_used: at.last_used,
             pinned_until: at.pinned_until,
             last_eviction: at.last_eviction.map(|entry| LastEviction {

@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::core::StartTurn;
 use super::prompt::HashedPrompt;
 use super::status::accounts::{Accounts, HeldBytes, TIERS};
+use super::status::happened::Happened;
 use super::status::{EngineStatus, Residency};
 use super::thread::micros;
 use super::{TurnEvent, TurnRequest};
@@ -143,6 +144,8 @@ pub(super) struct Shared {
     pub status: ArcSwap<EngineStatus>,
     pub accounts: ArcSwap<Accounts>,
     pub residency: DashMap<KvKey, Residency>,
+    /// What nobody has asked for yet; `None` as long as nobody wants to know.
+    pub happened: Mutex<Option<Happened>>,
 }
 
 impl Shared {
@@ -159,6 +162,7 @@ impl Shared {
             status: ArcSwap::default(),
             accounts: ArcSwap::default(),
             residency: DashMap::new(),
+            happened: Mutex::default(),
         }
     }
 
@@ -213,6 +217,25 @@ impl EngineHandle {
     /// Where a conversation's KV is; `None` if no tier holds any. Never waits for the engine.
     pub fn residency(&self, key: KvKey) -> Option<Residency> {
         self.shared.residency.get(&key).map(|entry| entry.value().clone())
+    }
+
+    /// What has happened since the last call; the first one asks for it. For one asker.
+    pub fn take_happened(&self) -> Happened {
+        self.shared
+            .happened
+            .lock()
+            .replace(Happened::default())
+            .unwrap_or(Happened { overflowed: true, ..Happened::default() })
+    }
+
+    /// All conversations of which some tier holds something, or that are pinned, in no order.
+    pub fn residencies(&self) -> impl Iterator<Item = (KvKey, Residency)> + '_ {
+        self.shared.residency.iter().map(|entry| (*entry.key(), entry.value().clone()))
+    }
+
+    /// What time it is in the engine.
+    pub fn now(&self) -> Tick {
+        self.shared.now()
     }
 
     /// Whether a turn with a prompt this long would be taken now. For those who must do something lasting before they start

@@ -165,6 +165,16 @@ impl Core {
         key
     }
 
+    /// Notes, once, that a turn has to wait for memory.
+    fn note_wait(&mut self, now: Tick, turn: TurnId) {
+        let need = self.sequences[&turn].tokens.len().div_ceil(self.manager.settings().block_size.0 as usize);
+        let sequence = self.sequences.get_mut(&turn).expect("a waiting turn is known");
+        if !std::mem::replace(&mut sequence.told_to_wait, true) {
+            let need = BlockCount(u32::try_from(need).expect("a window bounds a sequence"));
+            self.manager.note_wait(now, sequence.key, sequence.tenant, need);
+        }
+    }
+
     /// Lets waiting turns in, as long as the step has tokens left for them. A turn that must wait for memory holds its
     /// own tenant's later ones back, and nobody else's.
     fn admit(&mut self, now: Tick, plan: &mut Plan) {
@@ -190,7 +200,12 @@ impl Core {
             let (phase, found) = match self.manager.admit(now, admit) {
                 Admission::Ready(found) => (Phase::Prefill, found),
                 Admission::Reloading(found) => (Phase::Reloading, found),
-                Admission::Wait | Admission::NoRoom => {
+                Admission::Wait => {
+                    passed_over.push(tenant);
+                    continue;
+                }
+                Admission::NoRoom => {
+                    self.note_wait(now, turn);
                     passed_over.push(tenant);
                     continue;
                 }

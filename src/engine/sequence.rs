@@ -37,6 +37,8 @@ pub(super) struct Sequence {
     pub found: Option<Found>,
     /// Rows that it had before its first token.
     pub encoded: TokenCount,
+    /// It has been noted that it has to wait for memory.
+    pub told_to_wait: bool,
     /// How long a load for it is waited for.
     pub patience: Option<Patience>,
     /// Rises with each admission: the newest is preempted first.
@@ -60,6 +62,7 @@ impl Sequence {
             phase: Phase::Queued,
             found: None,
             encoded: TokenCount(0),
+            told_to_wait: false,
             patience: None,
             admission: 0,
             arrived: now,

@@ -4,11 +4,13 @@
 //! touch the engine's loop.
 
 pub mod accounts;
+pub mod happened;
 
 use std::fmt;
 
-use super::PromptUsage;
+pub use super::{Decision, Path, PromptUsage, TurnUsage};
 use crate::kv::journal::Entry;
+pub use crate::kv::runs::Runs;
 use crate::types::{BlockCount, BlockSize, TenantId, Tick, Tier, TokenCount};
 
 /// Counters and gauges since the start; totals only ever rise.
@@ -98,6 +100,8 @@ pub struct Residency {
     pub disk: TierShare,
     /// Of what the device lacks, what the host has, and what the disk alone has.
     pub below: (TokenCount, TokenCount),
+    /// Which tier has each block of it.
+    pub runs: Runs,
     pub last_used: Tick,
     pub last_eviction: Option<LastEviction>,
     pub pinned_until: Option<Tick>,

@@ -15,13 +15,15 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::TurnEvent;
 use super::core::{Command, Core, CoreSettings, Event};
 use super::flight::recorder::Recorder;
 use super::flight::{Beginning, DiskBefore, FlightSettings};
 use super::handle::{EngineHandle, Forgotten, Message, OffloadTo, Offloaded, PinError, Pinned, Shared, SubmitError};
 use super::metrics::Steps;
 use super::movers::{Movers, OpenDisk, open_disk};
+use super::status::Why;
+use super::status::happened::{Happened, TurnNote, TurnStep};
+use super::{Path, TurnEvent};
 use crate::kernels::cold::ColdForm;
 use crate::kernels::memory::{Arena, ArenaError};
 use crate::kv::evictor::Policy;
@@ -180,6 +182,9 @@ pub fn start(model: Box<dyn Model + Send>, settings: EngineSettings) -> Result<E
             movers,
             flight,
             listeners: HashMap::new(),
+            turns: HashMap::new(),
+            happened: Happened::default(),
+            decisions: 0,
             replies: HashMap::new(),
             pin_replies: VecDeque::new(),
             learned_asked: Vec::new(),
@@ -217,6 +222,14 @@ enum Reply {
     Offload(oneshot::Sender<Result<Offloaded, SubmitError>>, Tick),
 }
 
+/// What is told of a turn that has begun.
+struct Begun {
+    key: KvKey,
+    tenant: TenantId,
+    number: u32,
+    at: Tick,
+}
+
 /// Whether there is another round.
 #[derive(PartialEq, Eq)]
 enum Goes {
@@ -238,6 +251,12 @@ struct Driver {
     movers: Movers,
     flight: Option<Recorder>,
     listeners: HashMap<TurnId, mpsc::Sender<TurnEvent>>,
+    /// Turns that have not ended.
+    turns: HashMap<TurnId, Begun>,
+    /// What is to be told with the next publication.
+    happened: Happened,
+    /// Decisions of the journal that have been told.
+    decisions: u64,
     replies: HashMap<KvKey, Vec<Reply>>,
     /// In the order in which pins were asked for.
     pin_replies: VecDeque<oneshot::Sender<Result<Pinned, PinError>>>,
@@ -320,6 +339,8 @@ impl Driver {
         match message {
             Message::Start(start, listener) => {
                 self.started += 1;
+                let (number, at) = (start.request.shape.number, self.now());
+                self.turns.insert(start.turn, Begun { key: start.key, tenant: start.tenant, number, at });
                 self.listeners.insert(start.turn, listener);
                 self.commands.push(Command::Start(start));
             }
@@ -410,11 +431,13 @@ impl Driver {
     /// Shows the state to those who only look.
     fn publish(&mut self) {
         for (key, residency) in self.core.take_residencies() {
+            self.happened.changed.push(key);
             match residency {
                 Some(residency) => drop(self.shared.residency.insert(key, residency)),
                 None => drop(self.shared.residency.remove(&key)),
             }
         }
+        self.note_decisions();
         let status = self.core.status(self.now());
         let now = status.now;
         self.accounts_are_old = true;
@@ -428,7 +451,56 @@ impl Driver {
         self.left_queue = left_queue;
     }
 
+    /// Notes what was decided since the last time.
+    fn note_decisions(&mut self) {
+        let journal = self.core.manager().journal();
+        let fresh = usize::try_from(journal.total() - self.decisions).unwrap_or(usize::MAX);
+        if fresh > 0 {
+            let block_size = self.core.manager().settings().block_size;
+            let known = journal.entries().len();
+            let entries = journal.entries().skip(known.saturating_sub(fresh));
+            self.happened.decisions.extend(entries.map(|entry| Why { entry: *entry, block_size }));
+            self.decisions = journal.total();
+        }
+    }
+
+    /// Shows what has happened to those who keep books of it, if somebody does.
+    fn show_happened(&mut self) {
+        if self.happened.is_empty() {
+            return;
+        }
+        match &mut *self.shared.happened.lock() {
+            Some(kept) => kept.append(&mut self.happened),
+            None => self.happened = Happened::default(),
+        }
+    }
+
+    /// Notes how far a turn has come.
+    fn note_turn(&mut self, turn: TurnId, event: &TurnEvent) {
+        let Some(begun) = self.turns.get(&turn) else { return };
+        let at = self.shared.now();
+        let step = match event {
+            TurnEvent::Started(prompt) => {
+                let (number, path) = (begun.number, Path::of(prompt.decision(), begun.number));
+                TurnStep::FirstToken { number, path, prompt: *prompt, ttft_ms: at.ms_since(begun.at) }
+            }
+            TurnEvent::Token(_) => return,
+            TurnEvent::Finished { usage, .. } => TurnStep::Ended(*usage),
+            TurnEvent::Failed(_) => TurnStep::Failed,
+        };
+        self.happened.turns.push(TurnNote { turn, key: begun.key, tenant: begun.tenant, at, step });
+        if !matches!(event, TurnEvent::Started(_)) {
+            self.turns.remove(&turn);
+        }
+    }
+
     fn tell(&mut self, events: Vec<Event>) {
+        for event in &events {
+            if let Event::Turn(turn, event) = event {
+                self.note_turn(*turn, event);
+            }
+        }
+        self.show_happened();
         for event in events {
             match event {
                 Event::Turn(turn, event) => self.tell_turn(turn, event),

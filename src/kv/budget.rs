@@ -19,6 +19,7 @@ struct Account {
     budget: TierBudget,
     /// It has had a turn.
     seen: bool,
+    share: BlockCount,
     floor: BlockCount,
     ceiling: BlockCount,
     pins: BlockCount,
@@ -29,6 +30,7 @@ impl Account {
         weight: Some(Weight::ORDINARY),
         budget: TierBudget { floor: None, ceiling: None, pins: None },
         seen: false,
+        share: BlockCount(0),
         floor: BlockCount(0),
         ceiling: BlockCount(0),
         pins: BlockCount(0),
@@ -72,6 +74,16 @@ impl Budget {
         self.share_out();
     }
 
+    /// Its part of the pool by the weights of those who have had a turn.
+    pub fn share(&self, tenant: TenantId) -> BlockCount {
+        self.accounts.get(tenant.0 as usize).map_or(BlockCount(0), |account| account.share)
+    }
+
+    /// Its weight; `None`: it is gone.
+    pub fn weight(&self, tenant: TenantId) -> Option<Weight> {
+        self.accounts.get(tenant.0 as usize).map_or(Some(Weight::ORDINARY), |account| account.weight)
+    }
+
     /// Blocks that other tenants' turns leave this one.
     pub fn floor(&self, tenant: TenantId) -> BlockCount {
         self.accounts.get(tenant.0 as usize).map_or(BlockCount(0), |account| account.floor)
@@ -108,6 +120,7 @@ impl Budget {
         for account in &mut self.accounts {
             let share = (u64::from(total.0) * weight(account)).checked_div(all).unwrap_or(0);
             let share = BlockCount(u32::try_from(share).unwrap_or(total.0));
+            account.share = share;
             let usual = share.max(blocks(PoolPart::Permille(CEILING_PERMILLE)));
             account.ceiling = account.budget.ceiling.map_or(usual, blocks).max(window);
             let floor = account.budget.floor.map_or(BlockCount(share.0 / 2), blocks).min(account.ceiling);

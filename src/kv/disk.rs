@@ -389,7 +389,7 @@ impl Manager {
         for ((index, (of, slot)), sum) in (first..).zip(blocks).zip(sums) {
             let Some(sum) = *sum else { break };
             if of.sum().is_some_and(|expected| expected != sum) {
-                self.damaged_on_host(key, index, of.hash());
+                self.damaged_on_host(now, key, index, of.hash());
                 break;
             }
             let copy = self.disk.index.insert(of.copied(slot, Checksum(sum)));
@@ -476,8 +476,11 @@ impl Manager {
     }
 
     /// Gives up a host block whose bytes have changed, and what follows it there.
-    fn damaged_on_host(&mut self, key: KvKey, index: usize, hash: PrefixHash) {
+    fn damaged_on_host(&mut self, now: Tick, key: KvKey, index: usize, hash: PrefixHash) {
         self.counters.verification_failures += 1;
+        if self.conversations.contains_key(&key) {
+            self.note_damage(now, key, Tier::Host, 1);
+        }
         tracing::warn!("a block on the host does not match its checksum: it is not stored on disk, and given up");
         self.host_index.remove(&hash);
         let conversation = self.conversations.get_mut(&key);

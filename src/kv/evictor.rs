@@ -141,6 +141,24 @@ struct Node {
     list: u8,
 }
 
+impl Node {
+    /// What it would go by.
+    fn victim(&self, judge: &Judge<'_>, rank: Rank) -> Victim {
+        let class = match standing(usize::from(self.list)) {
+            Standing::Idle(class) => Some(class),
+            Standing::Ended | Standing::Expected => None,
+        };
+        let rate = class.and_then(|class| Some(judge.rates?.rate(class, self.since, judge.now)));
+        let rule = match rank.order {
+            Order::Ended => Rule::Ended,
+            Order::Idle(_) if rate.is_some() => Rule::ReturnRate,
+            Order::Idle(_) | Order::Expected => Rule::Lru,
+        };
+        let silent_ms = judge.now.ms_since(self.since);
+        Victim { key: self.key, rule, rank, reason: Reason { silent_ms, class, rate } }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Ends {
     first: u32,
@@ -286,19 +304,35 @@ impl Evictor {
             }
         }
         let First { rank, node, .. } = first?;
-        let node = &self.nodes[node as usize];
-        let class = match standing(usize::from(node.list)) {
-            Standing::Idle(class) => Some(class),
-            Standing::Ended | Standing::Expected => None,
-        };
-        let rate = class.and_then(|class| Some(judge.rates?.rate(class, node.since, judge.now)));
-        let rule = match rank.order {
-            Order::Ended => Rule::Ended,
-            Order::Idle(_) if rate.is_some() => Rule::ReturnRate,
-            Order::Idle(_) | Order::Expected => Rule::Lru,
-        };
-        let silent_ms = judge.now.ms_since(node.since);
-        Some(Victim { key: node.key, rule, rank, reason: Reason { silent_ms, class, rate } })
+        Some(self.nodes[node as usize].victim(judge, rank))
+    }
+
+    /// Tenants that have had somebody in line: ids from 0 on.
+    pub fn tenants(&self) -> usize {
+        self.tenants.len()
+    }
+
+    /// A tenant's conversations in the order in which they would go if nothing else happened. Cost: its lists, and then
+    /// those lists' number for each.
+    pub fn in_order<'a>(&'a self, judge: &Judge<'a>, tenant: TenantId) -> impl Iterator<Item = Victim> + use<'a> {
+        let lists = self.tenants.get(tenant.0 as usize);
+        let mut heads: Vec<u32> = lists.map_or(Vec::new(), |lists| {
+            lists.ends.iter().map(|ends| ends.first).filter(|node| *node != NONE).collect()
+        });
+        let judge = *judge;
+        std::iter::from_fn(move || {
+            let rank = |place: u32| {
+                let node = &self.nodes[place as usize];
+                judge.rank(standing(usize::from(node.list)), node.since, node.length)
+            };
+            let (index, place) = heads.iter().copied().enumerate().min_by_key(|(_, place)| rank(*place))?;
+            let victim = self.nodes[place as usize].victim(&judge, rank(place));
+            match self.nodes[place as usize].after {
+                NONE => drop(heads.swap_remove(index)),
+                after => heads[index] = after,
+            }
+            Some(victim)
+        })
     }
 
     /// Whether a conversation is in line.
@@ -444,6 +478,32 @@ mod tests {
         assert!(
             judge.rates.is_some() && Judge::new(Policy::ReturnRate, None, &ReturnRates::default(), now).rates.is_none()
         );
+    }
+
+    #[test]
+    fn the_order_that_is_told_is_the_one_in_which_they_go() {
+        let mut rates = ReturnRates::default();
+        let class = |number| Class::after(TurnShape { number, new_tokens: TokenCount(1) });
+        for round in 0..150u64 {
+            let (now, key) = (Tick(round * 100 * S), u128::from(round) * 2);
+            rates.begin(now, KvKey(key), class(1));
+            rates.begin(now, KvKey(key + 1), class(5));
+            rates.end(Tick(now.0 + 50 * S), KvKey(key + 1));
+        }
+        let now = Tick(20_000 * S);
+        let judge = Judge::new(Policy::ReturnRate, None, &rates, now);
+        let mut evictor = Evictor::default();
+        for key in 0..40u64 {
+            let standing = if key % 9 == 4 { Standing::Ended } else { Standing::Idle(class([1, 5][key as usize % 2])) };
+            evictor.add(A, KvKey(key.into()), Tick(key * 450 * S), standing, LENGTH);
+        }
+        let told: Vec<KvKey> = evictor.in_order(&judge, A).map(|victim| victim.key).collect();
+        let mut went = Vec::new();
+        while let Some(victim) = evictor.victim(&judge, everyone) {
+            went.push(victim.key);
+            evictor.remove(victim.key);
+        }
+        assert_eq!((told.len(), &told), (40, &went));
     }
 
     #[test]

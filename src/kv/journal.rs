@@ -23,6 +23,12 @@ pub enum Rule {
     Preempted,
     /// A client asked for it.
     Requested,
+    /// Nothing was lost: a turn of it has to wait, since its tenant has all that its ceiling leaves it.
+    AtCeiling,
+    /// Nothing was lost: a turn of it has to wait, since nobody may lose what it needs.
+    NoVictim,
+    /// What came back was not what had been stored.
+    Checksum,
 }
 
 impl Rule {
@@ -37,7 +43,15 @@ impl Rule {
             Rule::OverCeiling => "over_ceiling",
             Rule::Preempted => "preempted",
             Rule::Requested => "requested",
+            Rule::AtCeiling => "at_ceiling",
+            Rule::NoVictim => "no_victim",
+            Rule::Checksum => "checksum",
         }
+    }
+
+    /// Whether it says why a conversation lost its place: the others say what a turn met with.
+    pub fn takes(self) -> bool {
+        !matches!(self, Rule::AtCeiling | Rule::NoVictim | Rule::Checksum)
     }
 }
 
@@ -77,6 +91,19 @@ impl Entry {
                 return format!("Its turn was set back for a turn of {asked}, and goes on as soon as there is room.");
             }
             Rule::Requested => "a client asked for it".to_owned(),
+            Rule::AtCeiling => {
+                let why = "its tenant has all that its ceiling leaves it while memory is short";
+                return format!("Its turn has to wait: {why}, and its running turns hold that.");
+            }
+            Rule::NoVictim => {
+                return "Its turn has to wait: running turns and other tenants' floors hold the memory.".to_owned();
+            }
+            Rule::Checksum => {
+                let tokens = self.lost.tokens(block);
+                return format!(
+                    "What came back from the {from} tier was not what had been stored: {tokens} tokens are encoded again."
+                );
+            }
         };
         let cost = match self.lost.tokens(block).0 {
             0 => "nothing is lost by it".to_owned(),

@@ -540,6 +540,13 @@ impl Manager {
         self.note(Entry { id: 0, at, victim, tenant, for_tenant, rule, reason, from, freed, lost });
     }
 
+    /// Notes that a turn has to wait for memory. Its conversation need not be known yet.
+    pub fn note_wait(&mut self, at: Tick, victim: KvKey, tenant: TenantId, need: BlockCount) {
+        let rule = if self.is_at_ceiling(tenant, need) { Rule::AtCeiling } else { Rule::NoVictim };
+        let (reason, from, freed, lost) = (Reason::default(), Tier::Device, BlockCount(0), BlockCount(0));
+        self.note(Entry { id: 0, at, victim, tenant, for_tenant: tenant, rule, reason, from, freed, lost });
+    }
+
     pub fn settings(&self) -> &KvSettings {
         &self.settings
     }

@@ -227,7 +227,9 @@ impl Manager {
         let id = self.journal.add(entry);
         self.displacements.note(&entry, self.settings.block_bytes.of(entry.from));
         if let Some(conversation) = self.conversations.get_mut(&entry.victim) {
-            conversation.last_eviction = Some(Entry { id, ..entry });
+            if entry.rule.takes() {
+                conversation.last_eviction = Some(Entry { id, ..entry });
+            }
             let loses = Rule::EVICTIONS.contains(&entry.rule) && entry.from == Tier::Device && entry.freed.0 > 0;
             if loses && conversation.is_silent() {
                 let first = !std::mem::replace(&mut conversation.lost_in_silence, true);

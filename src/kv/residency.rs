@@ -8,6 +8,7 @@ use super::evictor::Standing;
 use super::journal::Entry;
 use super::pins::Pin;
 use super::return_rate::Class;
+use super::runs::Runs;
 use super::table::BlockTable;
 use super::transfer::Ticket;
 use crate::types::{
@@ -236,6 +237,29 @@ impl Conversation {
         (host, disk)
     }
 
+    /// Which tier has each part of it. Cost: O(its blocks).
+    fn runs(&self) -> Runs {
+        let mut runs = Runs::default();
+        let front = self.device.sealed.len();
+        runs.add(Some(Tier::Device), front);
+        for index in front..self.device.end().max(self.host.end()).max(self.disk.end()) {
+            let tier = if self.device.get(index).is_some() {
+                Some(Tier::Device)
+            } else if self.host.get(index).is_some() {
+                Some(Tier::Host)
+            } else {
+                self.disk.get(index).map(|_| Tier::Disk)
+            };
+            runs.add(tier, 1);
+        }
+        if self.device.tail.is_some() {
+            runs.add(Some(Tier::Device), 1);
+        } else if self.host.tail.is_some() && self.device.end_with_tail() <= self.host.end() {
+            runs.add(Some(Tier::Host), 1);
+        }
+        runs
+    }
+
     /// Whether host or disk have its full block of this index.
     pub fn is_below(&self, index: usize) -> bool {
         self.host.get(index).is_some() || self.disk.get(index).is_some()
@@ -257,6 +281,7 @@ pub struct Whereabouts {
     pub disk_blocks: (BlockCount, BlockCount),
     /// Of what the device lacks, what the host has, and what the disk alone has.
     pub below: (TokenCount, TokenCount),
+    pub runs: Runs,
     pub last_used: Tick,
     pub last_eviction: Option<Entry>,
     pub pinned_until: Option<Tick>,
@@ -277,6 +302,7 @@ impl Manager {
             host_blocks: conversation.host.shares(),
             disk_tokens: conversation.disk.tokens(size),
             below: conversation.below(size),
+            runs: conversation.runs(),
             disk_blocks: conversation.disk.shares(),
             last_used: conversation.last_used,
             last_eviction: conversation.last_eviction,

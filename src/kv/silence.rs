@@ -120,6 +120,11 @@ impl Manager {
         self.returns.learned()
     }
 
+    /// Whether enough was learned to go by.
+    pub fn has_learned_enough(&self) -> bool {
+        self.returns.knows_enough()
+    }
+
     /// Goes on from what was learned before a restart.
     pub fn go_on_from(&mut self, learned: Learned) {
         self.returns = ReturnRates::new(learned);

@@ -439,11 +439,23 @@ impl Manager {
         running.return_spare(device.blocks().get());
         running.list(device.sealed.iter().map(|block| block.id()));
         self.counters.verification_failures += damaged;
+        if damaged > 0 {
+            let from = if bad.is_empty() { Tier::Host } else { Tier::Disk };
+            self.note_damage(now, key, from, damaged);
+        }
         for block in bad {
             self.give_up_slot(&block);
         }
         self.touch(key);
         Some(Reloaded { key, took_ms: now.ms_since(started) })
+    }
+
+    /// Notes that blocks of a conversation were not what had been stored.
+    pub(super) fn note_damage(&mut self, at: Tick, victim: KvKey, from: Tier, blocks: u64) {
+        let tenant = self.conversation(victim).tenant;
+        let lost = BlockCount(u32::try_from(blocks).expect("a window bounds a reload"));
+        let (rule, reason, freed) = (Rule::Checksum, Reason::default(), BlockCount(0));
+        self.note(Entry { id: 0, at, victim, tenant, for_tenant: tenant, rule, reason, from, freed, lost });
     }
 
     /// Starts taking an idle conversation down to a tier, and off those above it: what has no copy there is copied first.

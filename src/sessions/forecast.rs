@@ -7,7 +7,7 @@ use crate::engine::status::{EngineStatus, Residency, TierShare};
 use crate::types::TokenCount;
 
 /// `tokens`: the history as the KV has it. `None` until the engine has measured what the forecast needs.
-pub(super) fn predict(tokens: TokenCount, residency: Option<&Residency>, status: &EngineStatus) -> Option<Predicted> {
+pub fn predict(tokens: TokenCount, residency: Option<&Residency>, status: &EngineStatus) -> Option<Predicted> {
     let (device, host, disk) = residency.map(|found| (found.device, found.host, found.disk)).unwrap_or_default();
     let (on_host, on_disk) = residency.map(|found| found.below).unwrap_or_default();
     let missing = u64::from(tokens.0.saturating_sub(device.tokens.0));
@@ -40,7 +40,7 @@ pub(super) fn predict(tokens: TokenCount, residency: Option<&Residency>, status:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::status::ResidencyState;
+    use crate::engine::status::{ResidencyState, Runs};
     use crate::types::{TenantId, Tick};
 
     fn residency(device: u32, host: u32) -> Residency {
@@ -56,6 +56,7 @@ mod tests {
             host: share(host),
             disk: TierShare::default(),
             below: (TokenCount(host.saturating_sub(device)), TokenCount(0)),
+            runs: Runs::default(),
             last_used: Tick(0),
             last_eviction: None,
             pinned_until: None,

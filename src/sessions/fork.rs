@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::command::Command;
 use super::messages::{Conversation, ConversationId, SessionError};
+use super::news::News;
 use super::transcript::Transcript;
 use super::work::rows;
 use super::{Sessions, unix_now};
@@ -56,7 +57,9 @@ impl Sessions {
             ..Commit::default()
         };
         self.shared.store.begin(record, commit).await?;
-        let conversation = Conversation { id: ConversationId(fork), created_at: now, metadata };
+        let (fork, tokens) = (ConversationId(fork), log.len());
+        self.shared.unread.add(News::Forked { tenant: tenant.id, of: id, fork, tokens });
+        let conversation = Conversation { id: fork, created_at: now, metadata };
         Ok(Forked { conversation, shared: held.min(log.len()), items: items.len() })
     }
 

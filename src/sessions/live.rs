@@ -63,6 +63,13 @@ impl Live {
         Presence { live: Arc::clone(self), key }
     }
 
+    /// A conversation's turn, if one runs.
+    pub fn of_conversation(&self, tenant: TenantId, id: ConversationId) -> Option<Running> {
+        let mut turns = self.turns.iter();
+        let found = turns.find(|turn| turn.key().0 == tenant && turn.value().conversation == Some(id));
+        found.map(|turn| turn.value().clone())
+    }
+
     pub fn find(&self, tenant: TenantId, id: ResponseId) -> Option<Running> {
         self.turns.get(&(tenant, id)).map(|found| found.value().clone())
     }

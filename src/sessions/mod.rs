@@ -17,6 +17,7 @@ mod kept;
 mod listing;
 mod live;
 pub mod messages;
+pub mod news;
 mod once;
 pub mod prompt;
 mod recall;
@@ -45,6 +46,7 @@ use tokio::sync::oneshot;
 pub use attendance::Attendance;
 use attendance::Attended;
 use command::{Command, Refusal, Reply};
+pub use forecast::predict;
 use gate::Gate;
 use live::Live;
 pub use live::Turn;
@@ -52,6 +54,7 @@ use messages::{
     Complete, Conversation, ConversationId, ConversationResidency, Deleted, Item, NewItem, OffloadTo, Offloaded,
     Pinned, SessionError, TurnError,
 };
+use news::News;
 pub use once::{Claim, Once};
 use recall::Recall;
 use registry::{Identity, Registry};
@@ -95,6 +98,7 @@ struct Shared {
     live: Arc<Live>,
     recall: Recall,
     once: Arc<once::Running>,
+    unread: news::Unread,
     /// The engine has what was learned before, so that what it knows by now may replace that.
     goes_on: AtomicBool,
 }
@@ -128,6 +132,7 @@ impl Sessions {
             live: Arc::default(),
             recall: Recall::new(settings.recalled_tokens),
             once: Arc::default(),
+            unread: news::Unread::default(),
             goes_on: AtomicBool::new(false),
         });
         if !thread.system.arbiter().spawn(registry::tick(Arc::downgrade(&shared), settings.idle)) {
@@ -166,6 +171,7 @@ impl Sessions {
             chain: false,
         };
         self.shared.store.create(record, items).await?;
+        self.shared.unread.add(News::Made { tenant: tenant.id, id: ConversationId(id) });
         Ok(Conversation { id: ConversationId(id), created_at: now, metadata })
     }
 

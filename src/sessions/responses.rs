@@ -104,6 +104,14 @@ impl Sessions {
         self.response(tenant, id).await
     }
 
+    /// Ends a conversation's running turn, whoever asked for it; what was said is kept. False if none runs.
+    pub async fn cancel_turn_of(&self, tenant: &Tenant, id: ConversationId) -> bool {
+        let Some(running) = self.shared.live.of_conversation(tenant.id, id) else { return false };
+        running.log.stop();
+        running.join().stream.finished().await;
+        true
+    }
+
     /// Forgets a response; its items stay, unless nothing else needs them. A running one is cancelled first.
     pub async fn delete_response(&self, tenant: &Tenant, id: ResponseId) -> Result<(), SessionError> {
         let found = self.find(tenant, id).await?.ok_or(SessionError::NoResponse)?;

@@ -13,6 +13,7 @@ use super::messages::{
     Deleted, FinishReason, Item, ItemStatus, Message, NewItem, OffloadTo, Part, Role, SessionError, TurnError,
     TurnUpdate,
 };
+use super::news::News;
 use super::prompt::{Known, Prompt, PromptRules};
 use super::registry::Identity;
 use super::stream::TurnWriter;
@@ -124,6 +125,7 @@ pub(super) async fn open(work: Work, opening: Opening) -> Result<Opened, TurnErr
             let items = [rows(&transcript.items), commit.items].concat();
             let (log, encoded) = (Some(transcript.log.whole()), Some(transcript.log.encoded()));
             store.begin(record(&work, birth), Commit { items, log, encoded, ..commit }).await?;
+            work.shared.unread.add(News::Made { tenant: work.who.tenant.id, id: work.who.id });
         }
     }
     Ok(Opened { input, replaces, prompt, response })
@@ -224,6 +226,7 @@ pub(super) async fn delete(work: Work, kv: KvHandle) -> Result<Deleted, SessionE
     if !work.shared.store.delete(&work.who.tenant.name, work.who.id.0).await? {
         return Err(SessionError::NoConversation);
     }
+    work.shared.unread.add(News::Deleted(work.who.id));
     Ok(Deleted {
         device_bytes: forgotten.device_bytes,
         host_bytes: forgotten.host_bytes,

@@ -26,8 +26,8 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Commit, ConversationRecord, ItemRecord, ListQuery, Listed, NewestOf, ResultRecord, Store, StoreError, StoreFuture,
-    StoredConversation, StoredResponse,
+    Commit, ConversationRecord, Counted, ItemRecord, ListQuery, Listed, NewestOf, ResultRecord, Store, StoreError,
+    StoreFuture, StoredConversation, StoredResponse,
 };
 use crate::telemetry::metrics;
 
@@ -129,8 +129,8 @@ impl Store for Embedded {
         }))
     }
 
-    fn ids(&self) -> StoreFuture<'_, Vec<u128>> {
-        Box::pin(self.read(records::ids))
+    fn census(&self) -> StoreFuture<'_, Vec<Counted>> {
+        Box::pin(self.read(records::census))
     }
 
     fn conversations(&self, tenant: &str, query: ListQuery) -> StoreFuture<'_, Option<Vec<Listed>>> {

@@ -9,6 +9,7 @@ pub mod embedded;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use crate::types::TokenId;
 
@@ -128,6 +129,16 @@ pub struct Listed {
     pub log_tokens: usize,
 }
 
+/// A conversation, as far as all of them are counted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counted {
+    pub id: u128,
+    pub tenant: Arc<str>,
+    /// Seconds since 1970.
+    pub created_at: i64,
+    pub log_tokens: usize,
+}
+
 /// The result of a request that must not happen twice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResultRecord {
@@ -168,7 +179,7 @@ pub trait Store: Send + Sync {
     fn begin(&self, conversation: ConversationRecord, commit: Commit) -> StoreFuture<'_, ()>;
     fn conversation(&self, tenant: &str, id: u128) -> StoreFuture<'_, Option<ConversationRecord>>;
     /// All conversations that there are, nameless chains among them.
-    fn ids(&self) -> StoreFuture<'_, Vec<u128>>;
+    fn census(&self) -> StoreFuture<'_, Vec<Counted>>;
     /// A page of the conversations that clients can name; `None` if there is no `after`.
     fn conversations(&self, tenant: &str, query: ListQuery) -> StoreFuture<'_, Option<Vec<Listed>>>;
     fn load(&self, tenant: &str, id: u128) -> StoreFuture<'_, Option<StoredConversation>>;

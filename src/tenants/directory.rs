@@ -53,6 +53,7 @@ struct Table {
     keys: HashMap<u64, Vec<Known>>,
     /// The tenant of any key or none.
     open: Option<Tenant>,
+    by_id: HashMap<TenantId, Tenant>,
 }
 
 /// What a tenant keeps while the process lives.
@@ -75,7 +76,9 @@ impl Directory {
     /// One tenant, `default`, for any key or none; admins by this key.
     pub fn open_to_all(admin: KeyHash, usual: Limits, secret: Secret) -> Self {
         let directory = Self::empty(usual, secret);
-        let mut table = Table { open: Some(directory.tenant_named("default", usual, None)), ..Table::default() };
+        let tenant = directory.tenant_named("default", usual, None);
+        let mut table = Table { open: Some(tenant.clone()), ..Table::default() };
+        table.by_id.insert(tenant.id, tenant);
         table.insert(admin, None, Holder::Admin);
         directory.table.store(Arc::new(table));
         directory
@@ -105,6 +108,7 @@ impl Directory {
         let mut grants = Vec::new();
         for entry in &file.tenants {
             let tenant = self.tenant(entry);
+            table.by_id.insert(tenant.id, tenant.clone());
             // One that is suspended asks for nothing, so that the others share what it had.
             if entry.status == Status::Active {
                 let (device, host, disk) = (entry.device(), entry.host(), entry.disk());
@@ -166,6 +170,11 @@ impl Directory {
             Holder::Tenant(_, Status::Suspended) => Err(KeyError::Suspended),
             Holder::Admin => Err(KeyError::AdminOnTenantRoute),
         }
+    }
+
+    /// A tenant that there is now, by the engine's id.
+    pub fn tenant_by_id(&self, id: TenantId) -> Option<Tenant> {
+        self.table.load().by_id.get(&id).cloned()
     }
 
     /// Whether a key is an admin's.

@@ -19,6 +19,8 @@ mod contract;
 #[cfg(test)]
 mod crowd;
 #[cfg(test)]
+mod dashboard;
+#[cfg(test)]
 mod disk;
 #[cfg(test)]
 mod dtypes;
@@ -34,6 +36,8 @@ mod kills;
 mod lifecycle;
 #[cfg(test)]
 mod many;
+#[cfg(test)]
+mod page;
 #[cfg(test)]
 mod pins;
 #[cfg(test)]

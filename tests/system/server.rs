@@ -62,7 +62,7 @@ impl Home {
         self.folder.path().join("data")
     }
 
-    fn log(&self) -> PathBuf {
+    pub fn log(&self) -> PathBuf {
         self.folder.path().join("log.jsonl")
     }
 
@@ -108,9 +108,14 @@ pub struct Server<'home> {
 impl<'home> Server<'home> {
     /// Starts a server and returns when it listens.
     pub fn start(home: &'home Home, settings: &[String]) -> Self {
+        Self::start_at(home, "127.0.0.1:0", settings)
+    }
+
+    /// The same at an address.
+    pub fn start_at(home: &'home Home, address: &str, settings: &[String]) -> Self {
         let started = Instant::now();
         let log = std::fs::OpenOptions::new().create(true).append(true).open(home.log()).unwrap();
-        let mut child = home.serve(settings).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
+        let mut child = home.serve_at(address, settings).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let (told, heard) = sync_channel(1);
         std::thread::spawn(move || {
@@ -132,6 +137,18 @@ impl<'home> Server<'home> {
     pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Time on the processors that the threads of this name have had.
+    pub fn cpu_time(&self, thread: &str) -> Duration {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let of = |task: &std::path::Path| {
+            let name = std::fs::read_to_string(task.join("comm")).ok()?;
+            let spent = std::fs::read_to_string(task.join("schedstat")).ok()?;
+            let ns = spent.split_whitespace().next()?.parse().ok()?;
+            (name.trim() == thread).then_some(Duration::from_nanos(ns))
+        };
+        tasks.filter_map(|task| of(&task.ok()?.path())).sum()
     }
 
     /// Asks the server to drain and end.

@@ -18,7 +18,7 @@ use actix_web::http::header::CONTENT_TYPE;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
-use super::codes::{self, CODES};
+use super::codes;
 use super::routes::{self, Access};
 use operation::Doc;
 
@@ -122,8 +122,8 @@ fn add<T: ToSchema>(schemas: &mut BTreeMap<String, Value>) {
 
 /// The codes are a closed set, so that a client can match on them.
 fn list_codes(schemas: &mut Map<String, Value>) {
-    let names: Vec<_> = CODES.iter().map(|code| code.name).collect();
-    let list = CODES.iter().map(|code| format!("- `{}` ({}): {}\n", code.name, code.status, code.when));
+    let names: Vec<_> = codes::documented().map(|code| code.name).collect();
+    let list = codes::documented().map(|code| format!("- `{}` ({}): {}\n", code.name, code.status, code.when));
     if let Some(code) = schemas.get_mut("ErrorBody").and_then(|schema| schema.pointer_mut("/properties/code")) {
         *code = json!({"type": "string", "enum": names, "description": list.collect::<String>()});
     }

@@ -102,6 +102,12 @@ const MOST_TENANTS: u32 = 65_535;
 const COLUMNS: [&str; 9] = ["t", "tenant", "conv", "turn", "in", "out", "ref", "shared", "stop"];
 
 impl Trace {
+    /// Seconds from the first request to the last.
+    pub fn span_s(&self) -> u64 {
+        let span = self.requests.first().zip(self.requests.last());
+        span.map_or(0, |(first, last)| last.at.ms_since(first.at) / 1000)
+    }
+
     pub fn read(mut input: impl BufRead) -> Result<Self, TraceError> {
         if input.fill_buf()?.starts_with(&[0x1f, 0x8b]) {
             return Err(TraceError::Compressed);

@@ -5,12 +5,15 @@
 //! `encoded` is at most that.
 #![deny(clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, params};
 
 use super::{StoreError, responses};
-use crate::store::{Commit, ConversationRecord, ItemRecord, ListQuery, Listed, LogToken, LogWrite, StoredConversation};
+use crate::store::{
+    Commit, ConversationRecord, Counted, ItemRecord, ListQuery, Listed, LogToken, LogWrite, StoredConversation,
+};
 use crate::types::TokenId;
 
 /// Tokens of a full chunk: 3 KiB, so that a turn's commit rewrites little and a long history is few rows.
@@ -44,10 +47,21 @@ pub(super) fn conversation(db: &Connection, tenant: &str, id: u128) -> Result<Op
     Ok(find(db, tenant, id)?.map(|(_, record)| record))
 }
 
-pub(super) fn ids(db: &Connection) -> Result<Vec<u128>, StoreError> {
-    let mut query = db.prepare_cached("SELECT id FROM conversations")?;
-    let ids = query.query_map([], |row| row.get(0).map(u128::from_be_bytes))?;
-    Ok(ids.collect::<Result<_, _>>()?)
+pub(super) fn census(db: &Connection) -> Result<Vec<Counted>, StoreError> {
+    let mut query = db.prepare_cached("SELECT id, tenant, created_at, log_tokens FROM conversations")?;
+    // A name for each tenant, not for each conversation.
+    let mut names: HashMap<String, Arc<str>> = HashMap::new();
+    let rows = query.query_map([], |row| {
+        let tenant: String = row.get(1)?;
+        let tenant = Arc::clone(names.entry(tenant).or_insert_with_key(|name| Arc::from(name.as_str())));
+        Ok(Counted {
+            id: row.get(0).map(u128::from_be_bytes)?,
+            tenant,
+            created_at: row.get(2)?,
+            log_tokens: row.get::<_, u32>(3)? as usize,
+        })
+    })?;
+    Ok(rows.collect::<Result<_, _>>()?)
 }
 
 pub(super) fn load(db: &Connection, tenant: &str, id: u128) -> Result<Option<StoredConversation>, StoreError> {
