@@ -35,7 +35,6 @@ codes! {
     400 "conversation_locked" "a turn of the conversation runs, and enough wait behind it";
     400 "duplicate_item" "the conversation holds an item of this id already";
     401 "invalid_api_key" "no key, or one that is not known or has expired";
-    401 "login_required" "the dashboard: neither an admin key nor the cookie of a login";
     401 "invalid_admin_key" "the dashboard: a login with a key that is no admin's";
     403 "csrf_failed" "the dashboard: a change that does not come from the page";
     403 "read_only" "the dashboard: nothing may be changed from it";

@@ -148,8 +148,7 @@ impl ApiError {
     }
 
     pub fn login_required() -> Self {
-        let message = "log in at /admin, or send an admin key as `Authorization: Bearer <key>`";
-        Self::new(StatusCode::UNAUTHORIZED, INVALID_REQUEST, "login_required", message)
+        Self::invalid_api_key("log in at /admin, or send an admin key as `Authorization: Bearer <key>`".to_owned())
     }
 
     pub fn invalid_admin_key() -> Self {

@@ -181,7 +181,7 @@ async fn only_an_admin_gets_in_and_only_his_page_may_change_things() {
     assert!(policy.contains("default-src 'none'") && policy.contains("frame-ancestors 'none'"), "{policy}");
     let refused = http.get(url("/admin/api/overview")).send().await.unwrap();
     assert_eq!((refused.status().as_u16(), refused.headers()["x-request-id"].is_empty()), (401, false));
-    assert_eq!(refused.json::<Value>().await.unwrap()["error"]["code"], "login_required");
+    assert_eq!(refused.json::<Value>().await.unwrap()["error"]["code"], "invalid_api_key");
     let tenant = Client::with_key(&server.url, &tenants.a).get("/admin/api/overview").send().await.unwrap();
     assert_eq!(tenant.json::<Value>().await.unwrap()["error"]["code"], "wrong_key_kind");
 
