@@ -107,8 +107,13 @@ impl Sessions {
     /// Ends a conversation's running turn, whoever asked for it; what was said is kept. False if none runs.
     pub async fn cancel_turn_of(&self, tenant: &Tenant, id: ConversationId) -> bool {
         let Some(running) = self.shared.live.of_conversation(tenant.id, id) else { return false };
+        let mut stream = running.join().stream;
+        // Its end is told before it leaves those that run.
+        if stream.end().is_some() {
+            return false;
+        }
         running.log.stop();
-        running.join().stream.finished().await;
+        stream.finished().await;
         true
     }
 
