@@ -87,7 +87,7 @@ pub struct Model {
 pub struct Kv {
     pub device_bytes: Bytes,
     pub host_bytes: Bytes,
-    /// Always 0: there is no disk tier yet.
+    /// 0: there is no disk tier.
     pub disk_bytes: Bytes,
     /// `None`: beside the conversations.
     #[serde(deserialize_with = "empty_is_none")]

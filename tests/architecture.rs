@@ -20,7 +20,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("server", &["api", "cluster", "config", "dashboard", "engine", "model", "sessions", "store", "tenants"]),
     ("config", &[]),
     ("api", &["cluster", "engine::status", "engine::replay", "sessions", "tenants"]),
-    ("dashboard", &["api", "cluster", "engine", "sessions", "store", "tenants"]),
+    ("dashboard", &["api", "cluster", "engine", "sessions", "tenants"]),
     ("cluster", &["sessions", "store"]),
     ("tenants", &["config", "store"]),
     ("sessions", &["engine", "store", "tenants"]),

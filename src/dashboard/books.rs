@@ -250,11 +250,7 @@ impl Books {
     }
 
     fn return_ms(&self, row: &Row, residency: Option<&Residency>) -> u64 {
-        self.forecast(row, residency).map_or(0, |predicted| match predicted.choice {
-            ReturnPath::Resident => 0,
-            ReturnPath::Reload => predicted.reload_ms.unwrap_or(predicted.reencode_ms),
-            ReturnPath::Reencode => predicted.reencode_ms,
-        })
+        self.forecast(row, residency).map_or(0, predicted_ms)
     }
 
     fn note_turns(
@@ -400,6 +396,15 @@ impl Books {
             _ => None,
         });
         Sample { ts: u64::try_from(self.ms(status.now) / 1000).unwrap_or(0), values }
+    }
+}
+
+/// How long a return takes in the way that is foretold.
+pub fn predicted_ms(predicted: Predicted) -> u64 {
+    match predicted.choice {
+        ReturnPath::Resident => 0,
+        ReturnPath::Reload => predicted.reload_ms.unwrap_or(predicted.reencode_ms),
+        ReturnPath::Reencode => predicted.reencode_ms,
     }
 }
 

@@ -29,9 +29,10 @@ use parking_lot::{Mutex, RwLock};
 use serde_json::{Map, Value, json};
 use tokio::sync::Semaphore;
 
-use crate::api::ApiState;
+use crate::api::{ApiState, ids};
 use crate::engine::EngineHandle;
 use crate::sessions::Sessions;
+use crate::sessions::messages::ConversationId;
 use crate::tenants::directory::Directory;
 use crate::types::{KvKey, TenantId};
 use books::{Books, Changes, Stored};
@@ -327,7 +328,7 @@ impl Inner {
 
 /// A conversation's id, as clients know it.
 fn session_id(key: KvKey) -> String {
-    format!("conv_{:032x}", key.0)
+    ids::conversation(ConversationId(key.0))
 }
 
 /// What handlers of this room share with those of the API.

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
-use super::books::Books;
+use super::books::{Books, predicted_ms};
 use super::index::{Row, State};
 use super::journal::{self, Entry};
 use super::verdict::{Verdict, slow_because};
@@ -508,14 +508,6 @@ fn foretold(predicted: Option<Predicted>) -> Value {
         "reload_ms": predicted.and_then(|predicted| predicted.reload_ms),
         "reencode_ms": predicted.map(|predicted| predicted.reencode_ms),
     })
-}
-
-fn predicted_ms(predicted: Predicted) -> u64 {
-    match predicted.choice {
-        ReturnPath::Resident => 0,
-        ReturnPath::Reload => predicted.reload_ms.unwrap_or(predicted.reencode_ms),
-        ReturnPath::Reencode => predicted.reencode_ms,
-    }
 }
 
 fn tenth(value: f64) -> f64 {

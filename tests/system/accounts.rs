@@ -6,7 +6,8 @@ use super::client::{Client, Metrics};
 use super::server::{Home, Server, machine};
 use super::tenants::Tenants;
 
-async fn say(client: &Client, conversation: &str, input: &str) -> Value {
+/// A turn of two tokens, and its account.
+pub async fn say(client: &Client, conversation: &str, input: &str) -> Value {
     let body = json!({"conversation": conversation, "input": input, "max_output_tokens": 2, "temperature": 0});
     client.json(client.post("/v1/responses", &body)).await["usage"]["rekindle"].clone()
 }

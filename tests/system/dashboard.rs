@@ -6,16 +6,12 @@ use futures_util::StreamExt;
 use reqwest::header::{HeaderValue, ORIGIN, SET_COOKIE};
 use serde_json::{Value, json};
 
+use super::accounts::say;
 use super::client::Client;
 use super::server::{Home, Server, eventually, machine};
 use super::tenants::Tenants;
 
 const SOON: Duration = Duration::from_secs(5);
-
-async fn say(client: &Client, conversation: &str, input: &str) -> Value {
-    let body = json!({"conversation": conversation, "input": input, "max_output_tokens": 2, "temperature": 0});
-    client.json(client.post("/v1/responses", &body)).await["usage"]["rekindle"].clone()
-}
 
 /// What the dashboard says of a conversation, as soon as that is so.
 async fn until(admin: &Client, id: &str, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
