@@ -18,7 +18,7 @@ use crate::kv::chores::Chores;
 use crate::kv::forget::Freed;
 use crate::kv::journal::Rule;
 use crate::kv::pins::{PinBudget, PinRefused};
-use crate::kv::rate::Rate;
+use crate::kv::rate::EncodingRate;
 use crate::kv::return_rate::Learned;
 use crate::kv::transfer::{TransferDone, TransferOrder};
 use crate::kv::{KvSettings, Manager};
@@ -146,7 +146,7 @@ pub struct Core {
     prompt: PromptTotals,
     pub(super) gains: Gains,
     generated: u64,
-    pub(super) prefill: Rate,
+    pub(super) prefill: EncodingRate,
     scratch: sampler::Scratch,
 }
 
@@ -175,7 +175,7 @@ impl Core {
             prompt: PromptTotals::default(),
             gains: Gains::default(),
             generated: 0,
-            prefill: Rate::default(),
+            prefill: EncodingRate::default(),
             scratch: sampler::Scratch::default(),
         }
     }
@@ -260,10 +260,14 @@ impl Core {
     /// Takes in a step's speed, if it was mostly prefill.
     fn observe_prefill(&mut self, now: Tick, plan: &Plan) {
         let took_us = now.0.saturating_sub(plan.started.0);
-        let decodes = plan.spans.iter().filter(|span| span.rows == 1).count();
+        let prefills = || plan.spans.iter().filter(|span| span.rows > 1);
+        let tokens: usize = prefills().map(|span| span.rows).sum();
+        let decodes = plan.tokens.len() - tokens;
         // A replay's steps take no time, and say nothing of the model's speed.
-        if took_us > 0 && plan.tokens.len() > 2 * decodes {
-            self.prefill.add((plan.tokens.len() - decodes) as u64, took_us);
+        if took_us > 0 && tokens > decodes {
+            let middle = |span: &Span| self.manager.resident(span.key).context().get() as f64 + span.rows as f64 / 2.0;
+            let positions: f64 = prefills().map(|span| span.rows as f64 * middle(span)).sum();
+            self.prefill.add(tokens as u64, positions / tokens as f64, took_us);
         }
     }
 
@@ -574,6 +578,7 @@ impl Core {
             stored_bytes: counters.stored_bytes,
             loaded_bytes: counters.loaded_bytes,
             prefill_tokens_per_s: self.prefill.per_s(),
+            encoding: self.prefill.encoding(),
             reload_bytes_per_s: self.manager.rates().reload_bytes_per_s.per_s(),
             load_bytes_per_s: self.manager.rates().load_bytes_per_s.per_s(),
         }

@@ -189,14 +189,9 @@ impl Core {
                 continue;
             }
             let tenant_key = sequence.start.tenant_key;
-            let admit = Admit {
-                key,
-                tenant,
-                tenant_key,
-                tokens: &sequence.tokens,
-                hashes: &sequence.hashes,
-                prefill_per_s: self.prefill.per_s(),
-            };
+            let prefill_per_s = self.prefill.encoding().per_s(TokenCount::of(&sequence.tokens));
+            let admit =
+                Admit { key, tenant, tenant_key, tokens: &sequence.tokens, hashes: &sequence.hashes, prefill_per_s };
             let (phase, found) = match self.manager.admit(now, admit) {
                 Admission::Ready(found) => (Phase::Prefill, found),
                 Admission::Reloading(found) => (Phase::Reloading, found),
@@ -212,7 +207,7 @@ impl Core {
             };
             self.fairness.remove(tenant, turn);
             self.admissions += 1;
-            let patience = self.manager.patience(now, found, self.prefill.per_s());
+            let patience = self.manager.patience(now, found, prefill_per_s);
             let sequence = self.sequences.get_mut(&turn).expect("a waiting turn is known");
             sequence.phase = phase;
             sequence.admission = self.admissions;

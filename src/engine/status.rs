@@ -9,7 +9,9 @@ pub mod happened;
 use std::fmt;
 
 pub use super::{Decision, Path, PromptUsage, TurnUsage};
+pub use crate::kv::cost::split_pays;
 use crate::kv::journal::Entry;
+pub use crate::kv::rate::Encoding;
 pub use crate::kv::runs::Runs;
 use crate::types::{BlockCount, BlockSize, TenantId, Tick, Tier, TokenCount};
 
@@ -50,6 +52,8 @@ pub struct EngineStatus {
     pub loaded_bytes: u64,
     /// Moving averages of what was seen; 0 before the first.
     pub prefill_tokens_per_s: u64,
+    /// What the model takes by where in a sequence it encodes.
+    pub encoding: Encoding,
     pub reload_bytes_per_s: u64,
     pub load_bytes_per_s: u64,
 }

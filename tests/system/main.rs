@@ -29,6 +29,8 @@ mod ends;
 #[cfg(test)]
 mod flight;
 #[cfg(test)]
+mod forecast;
+#[cfg(test)]
 mod habits;
 #[cfg(test)]
 mod kills;

@@ -255,7 +255,7 @@ impl Element for Fp8 {
 }
 
 /// The highest code of int8: the scale is symmetric, so that -128 means nothing.
-const HIGHEST: f32 = 127.0;
+pub(in crate::kernels) const HIGHEST: f32 = 127.0;
 
 /// The nearest code to a number that was divided by its scale; 0 for what is no number.
 #[inline(always)]

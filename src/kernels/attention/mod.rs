@@ -23,7 +23,7 @@ use std::marker::PhantomData;
 use half::{bf16, f16};
 
 use self::element::Element;
-pub(super) use self::element::{code_of, extent, scale_of};
+pub(super) use self::element::{HIGHEST, code_of, extent, scale_of};
 use self::fp8::Fp8;
 use self::kernel::Kernel;
 use self::piece::{Scratch, Step};
