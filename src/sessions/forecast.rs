@@ -39,7 +39,8 @@ fn reload_us(tokens: TokenCount, found: &Residency, status: &EngineStatus) -> Op
     let host_us = from(found.host, on_host, status.reload_bytes_per_s)?;
     let brought_us = host_us.max(from(found.disk, on_disk, status.load_bytes_per_s)?);
     let encoded_us = |from: u32, tokens: u32| status.encoding.time_us(TokenCount(from), TokenCount(from + tokens));
-    let (here, rest) = (found.device.tokens.0, missing - below);
+    // The last token that was said is fed with the next turn's.
+    let (here, rest) = (found.device.tokens.0, (missing - below).saturating_sub(1));
     let lacks_front =
         found.runs.iter().find(|(tier, ..)| *tier != Some(Tier::Device)).is_some_and(|run| run.0.is_none());
     if below == 0 {
@@ -102,7 +103,7 @@ mod tests {
     #[test]
     fn what_the_host_has_is_reloaded_and_the_rest_encoded() {
         let found = predict(TokenCount(1000), Some(&residency(0, 900)), &measured()).unwrap();
-        assert_eq!((found.reload_ms, found.reencode_ms, found.choice), (Some(900 + 1000), 10_000, ReturnPath::Reload));
+        assert_eq!((found.reload_ms, found.reencode_ms, found.choice), (Some(900 + 990), 10_000, ReturnPath::Reload));
     }
 
     #[test]
