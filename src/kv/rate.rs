@@ -170,6 +170,6 @@ mod tests {
         let mut rate = EncodingRate::default();
         rate.add(100, 50.0, 100_000);
         rate.add(100, 51.0, 200_000);
-        assert_eq!(rate.encoding(), Encoding { first_per_s: 666, doubles_at: None });
+        assert_eq!(rate.encoding(), Encoding { first_per_s: 661, doubles_at: None });
     }
 }
