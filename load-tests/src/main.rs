@@ -5,6 +5,7 @@
 
 mod client;
 mod compare;
+mod copying;
 mod eviction;
 mod idle;
 mod kv_dtypes;
@@ -60,6 +61,8 @@ enum Command {
     Throughput(throughput::Args),
     /// What the engine itself takes of each step, without the model
     Overhead(overhead::Args),
+    /// What copying down in the background costs those who are being answered
+    Copying(copying::Args),
     /// What the evictor is worth on traces of real servers
     Eviction(eviction::Args),
     /// Memory that idle conversations take
@@ -103,6 +106,7 @@ fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Ttft(args) => keep(runtime.block_on(ttft::measure(common, &args))),
         Command::Throughput(args) => keep(runtime.block_on(throughput::measure(common, &args))),
         Command::Overhead(args) => keep(overhead::measure(&args)),
+        Command::Copying(args) => keep(runtime.block_on(copying::measure(common, &args))),
         Command::Eviction(args) => keep(eviction::measure(&args)),
         Command::Idle(args) => keep(runtime.block_on(idle::measure(common, &args))),
         Command::Compare(args) => keep(compare::measure(common, &args, &runtime)),
@@ -116,6 +120,7 @@ fn run(cli: Cli) -> anyhow::Result<bool> {
                 ("overhead", keep(overhead::measure(&defaults()))),
                 ("ttft", keep(runtime.block_on(ttft::measure(common, &defaults())))),
                 ("throughput", keep(runtime.block_on(throughput::measure(common, &defaults())))),
+                ("copying", keep(runtime.block_on(copying::measure(common, &defaults())))),
                 ("idle", keep(runtime.block_on(idle::measure(common, &defaults())))),
             ];
             println!("\n# All\n");

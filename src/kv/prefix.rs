@@ -3,21 +3,40 @@
 //! The index owns nothing: it finds blocks that conversations hold, and an entry whose last holder has gone is no entry.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::{Arc, Weak};
 
 use super::block::{Place, PrefixHash, SealedBlock};
 
+/// Takes a number for its own hash. For prefix hashes alone: they are keyed, so that nobody can make them collide.
+#[derive(Debug, Default)]
+struct AsItIs(u64);
+
+impl Hasher for AsItIs {
+    fn write_u64(&mut self, number: u64) {
+        self.0 = number;
+    }
+
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("a prefix hash is hashed as one number");
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 /// Prefix hash → block, for one tier.
 #[derive(Debug)]
 pub struct PrefixIndex<P: Place> {
-    blocks: HashMap<PrefixHash, Weak<SealedBlock<P>>>,
+    blocks: HashMap<PrefixHash, Weak<SealedBlock<P>>, BuildHasherDefault<AsItIs>>,
     /// Size at which dead entries are swept out next; doubles with the living, so that sweeping costs O(1) an insertion.
     sweep_at: usize,
 }
 
 impl<P: Place> Default for PrefixIndex<P> {
     fn default() -> Self {
-        Self { blocks: HashMap::new(), sweep_at: 1024 }
+        Self { blocks: HashMap::default(), sweep_at: 1024 }
     }
 }
 

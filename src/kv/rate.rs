@@ -5,27 +5,32 @@ use crate::types::TokenCount;
 /// No memory gives more bytes a second.
 const MOST_PER_S: f64 = 1e12;
 
-/// A moving average of a rate, in units a second.
+/// A moving average of a rate, in units a second: what was moved of late, over the time that it took. So what was large
+/// counts for more than what was small, of which most is the way there and back.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rate {
-    per_s: f64,
+    amount: f64,
+    us: f64,
 }
 
 impl Rate {
-    /// Takes in that `amount` units took `took_us`; the newest observation weighs a fifth.
+    /// What was seen before weighs this part of what it did, each time that more is seen.
+    const FADES: f64 = 0.8;
+
+    /// Takes in that `amount` units took `took_us`.
     pub fn add(&mut self, amount: u64, took_us: u64) {
-        let seen = amount as f64 * 1e6 / took_us.max(1) as f64;
-        self.per_s = if self.per_s == 0.0 { seen } else { 0.8 * self.per_s + 0.2 * seen };
+        self.amount = self.amount * Self::FADES + amount as f64;
+        self.us = self.us * Self::FADES + took_us.max(1) as f64;
     }
 
     /// Takes it for a little faster than was seen: what is not tried any more would else stay slow for ever.
     pub fn hope(&mut self) {
-        self.per_s = (self.per_s * 1.1).min(MOST_PER_S);
+        self.amount = (self.amount * 1.1).min(self.us * MOST_PER_S / 1e6);
     }
 
     /// Units a second; 0 before the first observation.
     pub fn per_s(self) -> u64 {
-        self.per_s as u64
+        if self.us > 0.0 { (self.amount * 1e6 / self.us) as u64 } else { 0 }
     }
 }
 
@@ -134,6 +139,17 @@ impl Seen {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_large_transfer_tells_more_of_a_rate_than_small_ones() {
+        let mut rate = Rate::default();
+        assert_eq!(rate.per_s(), 0);
+        (0..3).for_each(|_| rate.add(1_000, 1_000));
+        rate.add(1_000_000, 100_000);
+        assert!(rate.per_s() > 9_000_000, "{}", rate.per_s());
+        (0..2).for_each(|_| rate.add(1_000_000, 1_000_000));
+        assert!(rate.per_s() < 2_000_000, "a disk that slows down is noticed soon: {}", rate.per_s());
+    }
 
     /// Steps of 256 tokens up to a length, on a machine where a token takes 500 µs, and twice that at 2,000.
     fn encode(rate: &mut EncodingRate, length: u32, slowness: f64) {
