@@ -8,7 +8,7 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::handle::Message;
 use super::thread::{DiskSettings, micros};
@@ -71,7 +71,7 @@ impl Movers {
     ) -> Result<Self, std::io::Error> {
         let arenas = Arenas { device: Arc::clone(device), host: Arc::clone(host), cold };
         let mut threads = Vec::new();
-        let mut spawn = |name: &str, orders: &Orders, disk: Option<(Arc<Slots>, Buffers)>| {
+        let mut spawn = |name: &str, orders: &Arc<Orders>, disk: Option<(Arc<Slots>, Buffers)>| {
             let mover = Mover { arenas: arenas.clone(), disk, orders: Arc::clone(orders), mailbox: mailbox.clone() };
             threads.push(std::thread::Builder::new().name(name.into()).spawn(move || mover.run())?);
             Ok::<_, std::io::Error>(())
@@ -137,11 +137,28 @@ struct Queue {
     waiting: VecDeque<TransferOrder>,
 }
 
-type Orders = Arc<Mutex<Receiver<TransferOrder>>>;
+/// What the threads of one kind share.
+struct Orders {
+    inbox: Mutex<Receiver<TransferOrder>>,
+    /// Until then their work is counted.
+    counted: Mutex<Instant>,
+}
 
-fn queue() -> (Queue, Orders) {
+impl Orders {
+    /// The part of an order's time for which no other of its kind has been counted: bytes over the sum of these are what
+    /// all threads give together.
+    fn count(&self, started: Instant, ended: Instant) -> Duration {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let part = ended.saturating_duration_since(started.max(*counted));
+        *counted = ended.max(*counted);
+        part
+    }
+}
+
+fn queue() -> (Queue, Arc<Orders>) {
     let (orders, inbox) = sync_channel(AHEAD);
-    (Queue { orders, waiting: VecDeque::new() }, Arc::new(Mutex::new(inbox)))
+    let taken = Orders { inbox: Mutex::new(inbox), counted: Mutex::new(Instant::now()) };
+    (Queue { orders, waiting: VecDeque::new() }, Arc::new(taken))
 }
 
 impl Queue {
@@ -167,7 +184,7 @@ struct Arenas {
 struct Mover {
     arenas: Arenas,
     disk: Option<(Arc<Slots>, Buffers)>,
-    orders: Orders,
+    orders: Arc<Orders>,
     mailbox: SyncSender<Message>,
 }
 
@@ -176,19 +193,35 @@ impl Mover {
         let Arenas { device, host, cold } = &self.arenas;
         loop {
             // One waits for orders, and the others of its kind for it.
-            let order = self.orders.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let order = self.orders.inbox.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let Ok(order) = order else { return };
             let started = Instant::now();
             let sums = match &self.disk {
                 None => transfer::execute(&order, device, host, *cold),
                 Some((slots, buffers)) => transfer::execute_on_disk(&order, slots, device, host, *cold, buffers),
             };
-            let took = started.elapsed();
-            TRANSFER_SECONDS.record(took.as_secs_f64(), &[("direction", order.direction.name())]);
-            let done = TransferDone { ticket: order.ticket, sums, took_us: micros(took) };
+            let ended = Instant::now();
+            TRANSFER_SECONDS.record((ended - started).as_secs_f64(), &[("direction", order.direction.name())]);
+            let took_us = micros(self.orders.count(started, ended));
+            let done = TransferDone { ticket: order.ticket, sums, took_us };
             if self.mailbox.send(Message::Transferred(done)).is_err() {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_that_run_at_once_are_counted_for_the_time_that_all_of_them_take() {
+        let (_, orders) = queue();
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let counted: Duration =
+            [(0, 10), (2, 12), (5, 11), (20, 25)].map(|(from, to)| orders.count(at(from), at(to))).iter().sum();
+        assert_eq!(counted, Duration::from_millis(12 + 5));
     }
 }

@@ -65,6 +65,7 @@ pub struct TransferDone {
     pub ticket: Ticket,
     /// CRC-32C of the bytes that were moved, a pair each. `None`: not moved, or not what the label says.
     pub sums: Vec<Option<u32>>,
+    /// Of the time that transfers of its kind took, the part that no other one was counted for.
     pub took_us: u64,
 }
 
