@@ -1,7 +1,9 @@
 //! What does each operation on one block take, among a million?
 //!
-//! Each by itself, over the whole pool in random order, so that next to nothing it needs is in the processor's caches. What
-//! an operation needs, and what undoes it, is not timed.
+//! Conversations of 1,600 tokens, one after another in random order, and half of each one's blocks: what they need is in no
+//! cache of the processor's when their turn comes. Places and hashes are scattered, as after a long life. What an operation
+//! needs, and what undoes it, is not timed. Beside them: what one read costs here that waits for memory, of which an
+//! operation needs some.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -15,7 +17,9 @@ use rekindle::types::{BlockCount, BlockId, TenantId, Tick};
 
 const POOL: u32 = 1_000_000;
 /// Blocks of a table.
-const LENGTH: usize = 10;
+const LENGTH: usize = 100;
+/// Of those, how many come and go.
+const COME_AND_GO: usize = LENGTH / 2;
 const TENANT: TenantId = TenantId(0);
 
 type Block = Arc<SealedBlock<BlockId>>;
@@ -45,8 +49,6 @@ struct Full {
     places: Arc<Places>,
     index: PrefixIndex<BlockId>,
     tables: Vec<BlockTable<BlockId>>,
-    /// In an order that has nothing to do with where they lie.
-    hashes: Vec<PrefixHash>,
     numbers: Numbers,
 }
 
@@ -60,31 +62,30 @@ impl Full {
         // The places come back in random order, as after a long life.
         numbers.shuffle(&mut order);
         drop(order);
-        let mut hashes = Vec::new();
         let tables = (0..POOL as usize / LENGTH).map(|_| {
             let mut table = BlockTable::new(&places, TENANT);
             for _ in 0..LENGTH {
                 let (hash, slot) = (numbers.hash(), table.take_place().expect("the pool has room"));
                 table.add(index.insert(SealedBlock::found(slot, PrefixHash::ROOT, hash, ())));
-                hashes.push(hash);
             }
             table
         });
         let mut tables: Vec<_> = tables.collect();
         numbers.shuffle(&mut tables);
-        numbers.shuffle(&mut hashes);
-        Self { places, index, tables, hashes, numbers }
+        Self { places, index, tables, numbers }
     }
 
-    /// Takes the ends of all tables, so that a tenth of the pool is free; the places come back in random order.
+    /// Takes the ends of all tables; the places come back in random order.
     fn lose_ends(&mut self) {
-        self.tables.iter_mut().for_each(|table| drop(table.take_end()));
+        for table in &mut self.tables {
+            (0..COME_AND_GO).for_each(|_| drop(table.take_end()));
+        }
     }
 
-    /// A place for each table.
+    /// Places for what each table has lost.
     fn take(&self) -> Vec<Slot<BlockId>> {
-        let places = self.tables.iter().map(|table| self.places.take(TENANT, table.holder()));
-        places.map(|place| place.expect("each lost one")).collect()
+        let lost = self.tables.iter().flat_map(|table| std::iter::repeat_n(table, COME_AND_GO));
+        lost.map(|table| self.places.take(TENANT, table.holder()).expect("as many were lost")).collect()
     }
 
     /// Makes full blocks of places.
@@ -93,13 +94,14 @@ impl Full {
         sealed.map(|(slot, hash)| self.index.insert(SealedBlock::found(slot, PrefixHash::ROOT, *hash, ()))).collect()
     }
 
-    /// Gives each table its last block again.
+    /// Gives the tables full blocks again.
     fn join(&mut self, blocks: Vec<Block>) {
-        self.tables.iter_mut().zip(blocks).for_each(|(table, block)| table.add(block));
+        let mut blocks = blocks.into_iter();
+        self.tables.iter_mut().for_each(|table| blocks.by_ref().take(COME_AND_GO).for_each(|block| table.add(block)));
     }
 
     fn new_hashes(&mut self) -> Vec<PrefixHash> {
-        (0..self.tables.len()).map(|_| self.numbers.hash()).collect()
+        (0..self.tables.len() * COME_AND_GO).map(|_| self.numbers.hash()).collect()
     }
 
     /// The time of each stage of what a table's last block goes through, for every table.
@@ -130,7 +132,7 @@ fn timed<T>(work: impl FnOnce() -> T) -> (Duration, T) {
 
 fn blocks(c: &mut Criterion) {
     let mut full = Full::new();
-    let tables = full.tables.len() as u32;
+    let come_and_go = (full.tables.len() * COME_AND_GO) as u64;
     let mut group = c.benchmark_group("one of a million blocks");
     group.sample_size(10);
     let stages: [(&str, fn(&Stages) -> Duration); 5] = [
@@ -143,51 +145,67 @@ fn blocks(c: &mut Criterion) {
     for (name, stage) in stages {
         group.bench_function(name, |b| {
             b.iter_custom(|times| {
-                let rounds = times.div_ceil(u64::from(tables));
+                let rounds = times.div_ceil(come_and_go);
                 let took: Duration = (0..rounds).map(|_| stage(&full.round())).sum();
-                took.mul_f64(times as f64 / (rounds * u64::from(tables)) as f64)
+                took.mul_f64(times as f64 / (rounds * come_and_go) as f64)
             });
         });
     }
-    // What the rounds took away is known no more.
-    full.hashes = full.tables.iter().flat_map(|table| table.full().map(|block| block.hash())).collect();
-    let Full { numbers, hashes, .. } = &mut full;
-    numbers.shuffle(hashes);
+    // A conversation's chain, in its order, as a turn looks it up.
+    let hashes: Vec<PrefixHash> = full.tables.iter().flat_map(|table| table.full().map(|block| block.hash())).collect();
+    let index = &full.index;
     let mut next = 0;
     group.bench_function("is found by its hash", |b| {
         b.iter(|| {
-            next = (next + 1) % full.hashes.len();
-            full.index.get(black_box(&full.hashes[next]))
+            next = (next + 1) % hashes.len();
+            index.get(black_box(&hashes[next]))
         });
     });
-    let unknown: Vec<PrefixHash> = (0..full.hashes.len()).map(|_| full.numbers.hash()).collect();
+    let mut numbers = Numbers(2);
+    let unknown: Vec<PrefixHash> = (0..hashes.len()).map(|_| numbers.hash()).collect();
     group.bench_function("is not found", |b| {
         b.iter(|| {
             next = (next + 1) % unknown.len();
-            full.index.get(black_box(&unknown[next]))
+            index.get(black_box(&unknown[next]))
         });
     });
-    // Each is a block more of another conversation's, in random order; then it leaves that again.
-    let shared: Vec<Block> = full.hashes.iter().take(tables as usize).filter_map(|hash| full.index.get(hash)).collect();
-    let mut others: Vec<_> = (0..shared.len()).map(|_| BlockTable::new(&full.places, TENANT)).collect();
-    full.numbers.shuffle(&mut others);
+    // Other conversations join half of what each has, as a fork does, and leave it again.
+    let shared: Vec<Vec<Block>> =
+        full.tables.iter().map(|table| table.full().take(COME_AND_GO).cloned().collect()).collect();
+    let mut forks: Vec<_> = shared.iter().map(|_| BlockTable::new(&full.places, TENANT)).collect();
     let times: [(&str, bool); 2] =
         [("is shared with another conversation", true), ("is left by one of two conversations", false)];
     for (name, joining) in times {
         group.bench_function(name, |b| {
             b.iter_custom(|times| {
-                let rounds = times.div_ceil(shared.len() as u64);
+                let rounds = times.div_ceil(come_and_go);
                 let took = (0..rounds).map(|_| {
-                    let join =
-                        || others.iter_mut().zip(&shared).for_each(|(table, block)| table.add(Arc::clone(block)));
+                    let join = || {
+                        let pairs = forks.iter_mut().zip(&shared);
+                        pairs.for_each(|(fork, blocks)| blocks.iter().for_each(|block| fork.add(Arc::clone(block))));
+                    };
                     let joined = timed(join).0;
-                    let left = timed(|| others.iter_mut().for_each(|table| drop(table.take_end()))).0;
+                    let left = timed(|| forks.iter_mut().for_each(BlockTable::clear)).0;
                     if joining { joined } else { left }
                 });
-                took.sum::<Duration>().mul_f64(times as f64 / (rounds * shared.len() as u64) as f64)
+                took.sum::<Duration>().mul_f64(times as f64 / (rounds * come_and_go) as f64)
             });
         });
     }
+    group.bench_function("beside them: a read that waits for memory, and the next for it", |b| {
+        let mut order: Vec<usize> = (0..POOL as usize).collect();
+        numbers.shuffle(&mut order);
+        // Each read says where the next one is, and has a line of the cache, and more, for itself.
+        let mut cells = vec![[0usize; 16]; order.len()];
+        for at in 0..order.len() {
+            cells[order[at]][0] = order[(at + 1) % order.len()];
+        }
+        let mut at = 0;
+        b.iter(|| {
+            at = cells[at][0];
+            at
+        });
+    });
     group.finish();
 }
 

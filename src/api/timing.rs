@@ -14,7 +14,7 @@ use actix_web::http::{Method, StatusCode};
 use actix_web::web::Bytes;
 use tracing::Span;
 
-use crate::telemetry::metrics::HTTP_SECONDS;
+use crate::telemetry::metrics::{HTTP_REQUESTS, HTTP_SECONDS, RESOURCES};
 use crate::telemetry::trace::{self, Value};
 
 const UNMATCHED: &str = "unmatched";
@@ -59,7 +59,8 @@ impl Drop for Timer {
         // A span ends when it was last entered.
         let _entered = self.span.enter();
         let labels = [("route", self.route.as_str()), ("method", self.method), ("status", class(self.status))];
-        HTTP_SECONDS.record(self.started.elapsed().as_secs_f64(), &labels);
+        HTTP_REQUESTS.add(1, &labels);
+        HTTP_SECONDS.record(self.started.elapsed().as_secs_f64(), &[("resource", resource(&self.route))]);
     }
 }
 
@@ -100,6 +101,17 @@ fn known(method: &Method) -> &'static str {
     }
 }
 
+/// A histogram has many series: not each route has one.
+fn resource(route: &str) -> &'static str {
+    let is_under = |path: &&str| {
+        let bare = path.strip_prefix("/v1").unwrap_or(path);
+        [*path, bare]
+            .iter()
+            .any(|path| route.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
+    };
+    RESOURCES.iter().copied().find(is_under).unwrap_or("other")
+}
+
 fn class(status: StatusCode) -> &'static str {
     match status.as_u16() {
         ..200 => "1xx",
@@ -117,6 +129,10 @@ mod tests {
     #[test]
     fn what_a_client_sends_makes_no_label() {
         assert_eq!(known(&Method::from_bytes(b"BREW").unwrap()), "other");
+        let resources =
+            ["/v1/responses/{id}/cancel", "/conversations", "/admin/api/me", "/metrics", "/v1/responsesx", UNMATCHED];
+        let under = ["/v1/responses", "/v1/conversations", "/admin", "/metrics", "other", "other"];
+        assert_eq!(resources.map(resource), under);
         assert_eq!((class(StatusCode::SWITCHING_PROTOCOLS), class(StatusCode::NOT_FOUND)), ("1xx", "4xx"));
     }
 }

@@ -17,16 +17,8 @@ use crate::types::{
 
 /// Identity of a full block: a chain of keyed BLAKE3 over (tenant's key, parent's hash, the block's token ids), 256 bits.
 /// Two blocks with one hash hold the same tokens at the same positions after the same history, of one tenant.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PrefixHash(pub [u8; 32]);
-
-/// Its first bytes tell it from others as well as all of them.
-impl std::hash::Hash for PrefixHash {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        let (first, _) = self.0.split_first_chunk().expect("a hash has 32 bytes");
-        state.write_u64(u64::from_le_bytes(*first));
-    }
-}
 
 impl std::fmt::Debug for PrefixHash {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -39,6 +31,12 @@ impl PrefixHash {
     pub fn as_key(&self) -> KvKey {
         let (half, _) = self.0.split_first_chunk().expect("a hash has 32 bytes");
         KvKey(u128::from_le_bytes(*half))
+    }
+
+    /// Tells it from nearly all others, as evenly as chance: the hash is keyed, so that nobody can make two of them alike.
+    pub fn short(&self) -> u64 {
+        let (first, _) = self.0.split_first_chunk().expect("a hash has 32 bytes");
+        u64::from_le_bytes(*first)
     }
 
     /// The parent of a sequence's first block.

@@ -63,6 +63,9 @@ const LIMITS: &[&str] = &["requests_per_minute", "concurrent_turns", "sockets"];
 const EDITS: &[&str] = &["applied", "refused"];
 const EXPORTS: &[&str] = &["exported", "failed"];
 const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "other"];
+/// What the paths of requests begin with.
+pub const RESOURCES: &[&str] =
+    &["/v1/chat/completions", "/v1/responses", "/v1/conversations", "/v1/models", "/admin", "/metrics", "other"];
 const STATUSES: &[&str] = &["1xx", "2xx", "3xx", "4xx", "5xx"];
 
 table! {
@@ -155,9 +158,12 @@ table! {
     Counter CONVERSATIONS_ENDED, "rekindle_conversations_ended_total", Count, [by: Values::OneOf(ENDS)],
         "Conversations that were over, so that their KV goes first, by what said so: left (all sockets) or done (a client).";
 
-    Histogram HTTP_SECONDS, "rekindle_http_request_seconds", Seconds,
+    Counter HTTP_REQUESTS, "rekindle_http_requests_total", Count,
         [route: Values::Route, method: Values::OneOf(METHODS), status: Values::OneOf(STATUSES)],
-        "A request's time, from its head to the last byte of its answer; of a WebSocket, that of its upgrade.", HTTP_S;
+        "Requests, counted at the last byte of their answers; a WebSocket at its upgrade.";
+    Histogram HTTP_SECONDS, "rekindle_http_request_seconds", Seconds, [resource: Values::OneOf(RESOURCES)],
+        "A request's time, from its head to the last byte of its answer, by what its path begins with; of a WebSocket, that of its upgrade.",
+        HTTP_S;
     Gauge SOCKETS, "rekindle_websocket_connections", Count, [], "WebSockets that are open.";
 
     Counter LIMITED, "rekindle_limited_total", Count, [tenant: Values::Tenant, limit: Values::OneOf(LIMITS)],
