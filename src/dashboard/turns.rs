@@ -20,6 +20,7 @@ const LOOK_BACK_US: u64 = 300_000_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TurnRecord {
     pub key: KvKey,
+    pub tenant: TenantId,
     /// When its first token was there.
     pub at: Tick,
     pub number: u32,
@@ -69,8 +70,18 @@ impl Turns {
                     self.gone += 1;
                 }
                 let place = self.gone + self.ring.len() as u64;
-                let (key, at) = (note.key, note.at);
-                self.ring.push_back(TurnRecord { key, at, number, path, prompt, ttft_ms, answer: None, before });
+                let (key, tenant, at) = (note.key, note.tenant, note.at);
+                self.ring.push_back(TurnRecord {
+                    key,
+                    tenant,
+                    at,
+                    number,
+                    path,
+                    prompt,
+                    ttft_ms,
+                    answer: None,
+                    before,
+                });
                 self.running.insert(note.turn, place);
                 if self.recent.len() == RECENT {
                     self.recent.pop_front();
@@ -102,6 +113,11 @@ impl Turns {
             next = record.before;
             Some(record)
         })
+    }
+
+    /// Turns whose first tokens came from then on, as far back as they are remembered, the newest first.
+    pub fn since_tick(&self, since: Tick) -> impl Iterator<Item = &TurnRecord> {
+        self.ring.iter().rev().take_while(move |record| record.at >= since)
     }
 
     /// First tokens of the last `window_us`, the newest first.
