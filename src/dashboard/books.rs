@@ -168,6 +168,11 @@ impl Books {
             self.look_at(key, residency(key).as_ref(), seq, &mut changes);
         }
         self.note_turns(&happened.turns, residency, seq, &mut changes);
+        if happened.overflowed {
+            let index = &self.index;
+            let runs = |row: &Row| matches!(row.state, State::Running | State::Reloading);
+            self.turns.forget_ended(|key| index.get(key).is_some_and(runs));
+        }
         for why in &happened.decisions {
             let block_bytes = match why.entry.from {
                 Tier::Device => self.status.device.block_bytes,

@@ -184,6 +184,24 @@ async fn an_operator_evicts_warms_pins_and_drops_and_takes_it_back() {
     let (status, refused) = act(&id, "cancel").await;
     assert_eq!((status, &refused["error"]["code"]), (409, &"not_possible".into()));
 
+    // A chat that is sent whole each time leaves KV, and no conversation that could be acted on.
+    let model = client.json(client.get("/v1/models")).await["data"][0]["id"].clone();
+    let messages = json!([{"role": "user", "content": "Who sails at night? ".repeat(20)}]);
+    let body = json!({"model": model, "messages": messages, "max_tokens": 2});
+    client.json(client.post("/v1/chat/completions", &body)).await;
+    let chat = eventually(SOON, "the chat is told of", async || {
+        let rows = admin.json(admin.get("/admin/api/sessions")).await["items"].clone();
+        rows.as_array().unwrap().iter().find(|row| row["id"] != id.as_str()).cloned()
+    })
+    .await;
+    assert_eq!(chat["stateless"], true, "{chat}");
+    for verb in ["warm", "pin", "evict", "drop", "cancel"] {
+        let (status, refused) = act(chat["id"].as_str().unwrap(), verb).await;
+        assert_eq!((status, &refused["error"]["code"]), (409, &"stateless_session".into()), "{verb}: {refused}");
+    }
+    let row = admin.json(admin.get(&format!("/admin/api/sessions/{id}"))).await;
+    assert_eq!(row["stateless"], false, "{row}");
+
     let actions = admin.json(admin.get("/admin/api/evictions?kind=action")).await;
     let actions = actions["items"].as_array().unwrap().clone();
     assert_eq!(actions.len(), 5, "{actions:?}");
