@@ -6,11 +6,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a test: what can't be had fails it")]
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use rekindle::engine::Policy;
 use rekindle::engine::replay::trace::{End, Request, Trace};
-use rekindle::engine::replay::{Outcome, ReplaySettings, replay};
+use rekindle::engine::replay::{Given, Outcome, ReplaySettings, replay};
 use rekindle::types::{KvKey, TenantId, Tick, TokenCount};
 
 const BLOCK: u32 = 16;
@@ -104,10 +104,13 @@ fn settings(trace: &Trace, share: f64, policy: Policy) -> ReplaySettings {
         host_tokens: 0,
         disk_tokens: 0,
         block_tokens: BLOCK,
+        device_token_bytes: 100,
         token_bytes: 100,
         warm_up: 0.25,
+        last: None,
         ends: 0.0,
         one_tenant: true,
+        given: BTreeMap::new(),
         doubles_at: 30_000.0,
         weighs_length: false,
         journal_entries: 100_000,
@@ -227,6 +230,21 @@ fn a_tenant_that_scans_costs_the_others_little() {
     let (lru, learned) = (rise(Policy::Lru), rise(Policy::ReturnRate));
     println!("the others' rise: LRU {lru:.2} points, return rate {learned:.2}");
     assert!(learned < 3.0 && learned < lru, "LRU {lru:.2} points, return rate {learned:.2}");
+}
+
+#[test]
+fn a_tenant_has_the_floor_and_the_ceiling_that_it_is_given_for_the_replay() {
+    let trace = trace();
+    let plain = ReplaySettings { one_tenant: false, ..settings(&trace, 0.02, Policy::Lru) };
+    let pool = plain.device_tokens * plain.device_token_bytes;
+    let again = |given| {
+        let given = BTreeMap::from([(TenantId(0), given)]);
+        run(&trace, &ReplaySettings { given, ..plain.clone() }).tenants[0].reencoded_tokens
+    };
+    let (half, as_it_was) = (again(Given { floor: Some(pool / 2), ceiling: Some(pool) }), again(Given::default()));
+    let held_down = again(Given { floor: Some(0), ceiling: Some(1) });
+    assert_eq!(as_it_was, run(&trace, &plain).tenants[0].reencoded_tokens);
+    assert!(half < as_it_was && as_it_was < held_down, "{half}, {as_it_was}, {held_down}");
 }
 
 #[test]

@@ -7,6 +7,7 @@
 mod neighbours;
 mod victim;
 
+use std::collections::BTreeMap;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -88,8 +89,11 @@ impl Loaded<'_> {
             host_tokens: 0,
             disk_tokens: 0,
             block_tokens: self.block_tokens,
+            device_token_bytes: 1,
             token_bytes: 1,
             warm_up: 0.25,
+            last: None,
+            given: BTreeMap::new(),
             ends: 0.0,
             one_tenant: true,
             doubles_at: DOUBLES_AT,

@@ -53,6 +53,7 @@ codes! {
     408 "request_timeout" "the body did not arrive in time";
     409 "idempotency_in_progress" "the request with this `Idempotency-Key` runs still";
     409 "conversation_busy" "a turn of the conversation runs or waits";
+    409 "stateless_session" "the dashboard: what is to be acted on is no stored conversation";
     409 "session_changed" "the dashboard: the conversation is not as it was when it was shown";
     409 "not_possible" "the dashboard: there is nothing that could be done so";
     409 "replay_running" "the dashboard: one replay at a time";

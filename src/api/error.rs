@@ -181,6 +181,12 @@ impl ApiError {
         Self::new(StatusCode::CONFLICT, "conflict_error", "session_changed", message)
     }
 
+    pub fn stateless_session() -> Self {
+        let message = "this is the KV of a chat that its client sends whole each time: no conversation is stored, so there is \
+                       nothing to act on, and the evictor takes it when it is in the way";
+        Self::new(StatusCode::CONFLICT, "conflict_error", "stateless_session", message)
+    }
+
     pub fn not_possible(message: &str) -> Self {
         Self::new(StatusCode::CONFLICT, "conflict_error", "not_possible", message)
     }

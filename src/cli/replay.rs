@@ -3,17 +3,22 @@
 //! Reads a trace, or the record that a server keeps, replays it through the engine's own decisions (`engine::replay`), and
 //! prints a table or one JSON object on standard output; how far it is goes to standard error.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
+use crate::config::Bytes;
 use crate::engine::replay::record::{How, Record};
-use crate::engine::replay::trace::Trace;
-use crate::engine::replay::{FLIGHT_FOLDER, Outcome, Policy, ReplaySettings, Reuse, replay};
+use crate::engine::replay::times::{Rates, Spread};
+use crate::engine::replay::trace::{Request, Trace};
+use crate::engine::replay::{FLIGHT_FOLDER, Given, Outcome, Policy, ReplaySettings, Reuse, replay};
+use crate::types::TenantId;
 
 /// Replays a server's flight record, or a trace of turns, through the engine's scheduler, block manager and evictor, without
 /// a model.
@@ -27,6 +32,7 @@ Examples:
   rekindle replay                                          what the server in ./data decided, from its flight record
   rekindle replay --journal 20                             and the last 20 decisions, in words
   rekindle replay --policy lru --device-share 0.05         what it would have done under other settings
+  rekindle replay --last 3600 --tenant 0=1GiB:4GiB         the last hour, had the first tenant had these floor and ceiling
   rekindle replay day.csv --device-share 0.02              what the default policy encodes again on a trace
   rekindle replay day.csv --device-share 0.02 --policy lru the same by silence alone
   rekindle replay day.csv --device-tokens 500000 --host-tokens 2000000 --json
@@ -67,12 +73,26 @@ pub struct ReplayArgs {
     /// Part of the turns, the first ones, that is not counted, while memory fills and habits are learned
     #[arg(long, value_name = "SHARE", default_value_t = 0.25)]
     warm_up: f64,
+    /// Count only the turns of this time before the last one; those before fill memory
+    #[arg(long, value_name = "SECONDS", conflicts_with = "warm_up")]
+    last: Option<u64>,
     /// Part of the conversations whose end the server is told, beside those that a record knows of
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     ends: f64,
     /// Take all turns for one tenant's, so that there are no floors and ceilings
     #[arg(long)]
     one_tenant: bool,
+    /// Another floor and ceiling of the device for a tenant, by its number in the record or trace (a server numbers its
+    /// tenants from 0, in the order of their file); what is left out stays as it was
+    #[arg(
+        long = "tenant",
+        value_name = "NUMBER=FLOOR:CEILING",
+        value_parser = parse_given,
+        conflicts_with = "one_tenant"
+    )]
+    given: Vec<(TenantId, Given)>,
+    #[command(flatten)]
+    speeds: Speeds,
     /// Position at which a token costs twice what the first one does, for the cost of encoding again [default: 30000]
     #[arg(long, value_name = "TOKENS")]
     doubles_at: Option<f64>,
@@ -96,6 +116,47 @@ struct DeviceSize {
     /// The same, as a share of the trace's distinct tokens
     #[arg(long, value_name = "SHARE")]
     device_share: Option<f64>,
+}
+
+/// With them, it is foretold how soon first tokens would have come.
+#[derive(Args, Debug)]
+struct Speeds {
+    /// Tokens that the server encodes in a second, to foretell how soon first tokens would have come
+    #[arg(long, value_name = "TOKENS")]
+    prefill_per_s: Option<u64>,
+    /// Bytes that it reloads from the host in a second
+    #[arg(long, value_name = "BYTES", requires = "prefill_per_s")]
+    reload_per_s: Option<u64>,
+    /// Bytes that it loads from disk in a second
+    #[arg(long, value_name = "BYTES", requires = "prefill_per_s")]
+    load_per_s: Option<u64>,
+}
+
+impl Speeds {
+    fn rates(&self) -> Rates {
+        Rates {
+            prefill_tokens_per_s: self.prefill_per_s.unwrap_or(0),
+            reload_bytes_per_s: self.reload_per_s.unwrap_or(0),
+            load_bytes_per_s: self.load_per_s.unwrap_or(0),
+        }
+    }
+}
+
+/// `3=1GiB:4GiB`, of which either size may be left out.
+fn parse_given(text: &str) -> Result<(TenantId, Given), String> {
+    let shape = || format!("`{text}` is no NUMBER=FLOOR:CEILING; write 3=1GiB:4GiB, 3=1GiB: or 3=:4GiB");
+    let (number, sizes) = text.split_once('=').ok_or_else(shape)?;
+    let (floor, ceiling) = sizes.split_once(':').ok_or_else(shape)?;
+    let number = number.parse().map_err(|_| shape())?;
+    let bytes = |size: &str| (!size.is_empty()).then(|| size.parse().map(|Bytes(bytes)| bytes)).transpose();
+    let given = Given { floor: bytes(floor)?, ceiling: bytes(ceiling)? };
+    if given == Given::default() {
+        return Err(shape());
+    }
+    if given.floor.zip(given.ceiling).is_some_and(|(floor, ceiling)| floor > ceiling) {
+        return Err(format!("`{text}` has a floor above its ceiling"));
+    }
+    Ok((TenantId(number), given))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -147,10 +208,13 @@ impl Source {
                 host_tokens: 0,
                 disk_tokens: 0,
                 block_tokens: 64,
+                device_token_bytes: 23_040,
                 token_bytes: 23_040,
                 warm_up: 0.25,
+                last: None,
                 ends: 0.0,
                 one_tenant: false,
+                given: BTreeMap::new(),
                 doubles_at: 30_000.0,
                 weighs_length: false,
                 journal_entries: 0,
@@ -225,16 +289,22 @@ fn settings(arguments: &ReplayArgs, source: &Source) -> Result<ReplaySettings> {
         Ok(tokens.or(share.map(|share| (distinct as f64 * share) as u64)).unwrap_or(own))
     };
     let own = source.settings();
+    if let Some((unknown, _)) = arguments.given.iter().find(|(tenant, _)| !source.trace().knows(*tenant)) {
+        bail!("there is no tenant {unknown} in what is replayed; its tenants are numbered from 0");
+    }
     Ok(ReplaySettings {
         policy: arguments.policy.map_or(own.policy, PolicyName::policy),
         device_tokens: tokens("--device-share", device.device_tokens, device.device_share, own.device_tokens)?,
         host_tokens: tokens("--host-share", arguments.host_tokens, arguments.host_share, own.host_tokens)?,
         disk_tokens: tokens("--disk-share", arguments.disk_tokens, arguments.disk_share, own.disk_tokens)?,
         block_tokens: arguments.block_tokens.unwrap_or(own.block_tokens),
+        device_token_bytes: arguments.token_bytes.unwrap_or(own.device_token_bytes),
         token_bytes: arguments.token_bytes.unwrap_or(own.token_bytes),
         warm_up: arguments.warm_up,
+        last: arguments.last.map(Duration::from_secs),
         ends: arguments.ends,
         one_tenant: arguments.one_tenant,
+        given: arguments.given.iter().copied().collect(),
         doubles_at: arguments.doubles_at.unwrap_or(own.doubles_at),
         weighs_length: own.weighs_length || arguments.weigh_length,
         journal_entries: arguments.journal,
@@ -255,11 +325,19 @@ fn share(part: u64, whole: u64) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }
 
+/// How soon first tokens would have come, of all or of one tenant's turns.
+fn first_tokens(arguments: &ReplayArgs, outcome: &Outcome, of: Option<TenantId>) -> Option<Spread> {
+    let works = outcome.works.iter().filter(|work| of.is_none_or(|tenant| tenant == work.tenant));
+    arguments.speeds.rates().first_tokens(works)
+}
+
 fn object(arguments: &ReplayArgs, source: &Source, settings: &ReplaySettings, replayed: &Replayed) -> Value {
     let outcome = &replayed.outcome;
-    let reuse = |reuse: &Reuse| {
+    let reuse = |reuse: &Reuse, of: Option<TenantId>| {
+        let first = first_tokens(arguments, outcome, of);
         json!({
             "requests": reuse.requests,
+            "ttft": first.map(|Spread { p50_ms, p95_ms }| json!({"p50_ms": p50_ms, "p95_ms": p95_ms})),
             "prompt_tokens": reuse.prompt_tokens,
             "reusable_tokens": reuse.reusable_tokens,
             "reencoded_tokens": reuse.reencoded_tokens,
@@ -283,14 +361,17 @@ fn object(arguments: &ReplayArgs, source: &Source, settings: &ReplaySettings, re
         "bytes_moved": { "down": outcome.bytes_down, "up": outcome.bytes_up },
         "evictions": outcome.evictions,
         "too_long": outcome.too_long,
-        "tenants": outcome.tenants.iter().map(reuse).collect::<Vec<_>>(),
+        "tenants": (0..).map(TenantId).zip(&outcome.tenants).map(|(id, of)| reuse(of, Some(id))).collect::<Vec<_>>(),
     });
-    if let (Value::Object(object), Value::Object(all)) = (&mut object, reuse(&outcome.all)) {
+    if let (Value::Object(object), Value::Object(all)) = (&mut object, reuse(&outcome.all, None)) {
         object.extend(all);
     }
     if let Source::Record(record) = source {
         let (runs, with_beginning) = record.runs();
+        let ms = |request: Option<&Request>| request.map(|request| (record.zero_us + request.at.0) / 1000);
+        let requests = record.trace.requests.get(settings.first_counted(&record.trace)..).unwrap_or_default();
         object["record"] = json!({
+            "counted": {"turns": requests.len(), "from_ms": ms(requests.first()), "to_ms": ms(requests.last())},
             "replayed": match replayed.how {
                 How::AsRecorded => "as_recorded",
                 How::WhatIf => "what_if",
@@ -347,9 +428,10 @@ fn table(arguments: &ReplayArgs, source: &Source, settings: &ReplaySettings, rep
         grouped(settings.disk_tokens),
         grouped(source.trace().distinct_tokens()),
     );
-    let warm_up = match settings.warm_up {
-        0.0 => String::new(),
-        share => format!("not counted: the first {:.0} % of the turns\n", 100.0 * share),
+    let warm_up = match (settings.last, settings.warm_up) {
+        (Some(last), _) => format!("counted: what came in the {} s before the last turn\n", last.as_secs()),
+        (None, 0.0) => String::new(),
+        (None, share) => format!("not counted: the first {:.0} % of the turns\n", 100.0 * share),
     };
     let record = match source {
         Source::Record(record) => account(record, replayed.how),
@@ -368,6 +450,10 @@ fn table(arguments: &ReplayArgs, source: &Source, settings: &ReplaySettings, rep
         + &format!("{:<24}{:>18}\n", "bytes copied down", grouped(outcome.bytes_down))
         + &format!("{:<24}{:>18}\n", "bytes copied up", grouped(outcome.bytes_up))
         + &format!("{:<24}{:>18}\n", "evictions", grouped(outcome.evictions));
+    if let Some(Spread { p50_ms, p95_ms }) = first_tokens(arguments, outcome, None) {
+        let times = format!("{p50_ms} ms, 95 %: {p95_ms} ms");
+        text += &format!("{:<24}{:>18}\n", "first token, foretold", times);
+    }
     if outcome.too_long > 0 {
         text += &format!("{:<24}{:>18}\n", "longer than the device", grouped(outcome.too_long));
     }
@@ -428,6 +514,38 @@ mod tests {
         assert_eq!(of(&["t.csv", "--device-share", "0.5"]).unwrap().device_tokens, 416);
         assert!(of(&["t.csv", "--device-share", "2"]).unwrap_err().to_string().contains("--device-share"));
         assert!(of(&["t.csv", "--device-share", "0.1", "--ends", "7"]).unwrap_err().to_string().contains("--ends"));
+    }
+
+    #[test]
+    fn a_tenant_is_given_what_it_is_asked_for_and_nobody_knows_a_stranger() {
+        let of = |given: &str| parse(&["t.csv", "--device-share", "0.5", "--tenant", given]);
+        let settings = |given: &str| settings(&of(given).unwrap(), &source());
+        let given = settings("0=1KiB:4096").unwrap().given;
+        assert_eq!(given[&TenantId(0)], Given { floor: Some(1024), ceiling: Some(4096) });
+        assert_eq!(settings("0=:7").unwrap().given[&TenantId(0)], Given { floor: None, ceiling: Some(7) });
+        assert!(settings("5=1:").unwrap_err().to_string().contains("no tenant 5"));
+        for (wrong, says) in
+            [("0", "FLOOR:CEILING"), ("a=1:2", "FLOOR:CEILING"), ("0=:", "3=1GiB:"), ("0=9:2", "above")]
+        {
+            assert!(of(wrong).unwrap_err().to_string().contains(says), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn first_tokens_are_foretold_where_a_speed_is_given() {
+        let of = |more: &[&str]| {
+            let arguments = parse(&[&["t.csv", "--device-tokens", "6400", "--last", "1"], more].concat()).unwrap();
+            let source = source();
+            let settings = settings(&arguments, &source).unwrap();
+            let outcome = replayed(&source, &settings).unwrap();
+            (object(&arguments, &source, &settings, &outcome), table(&arguments, &source, &settings, &outcome))
+        };
+        let (told, table) = of(&["--prefill-per-s", "1000"]);
+        // The second turn alone: 64 of its 768 tokens were new.
+        assert_eq!((&told["requests"], &told["ttft"]["p95_ms"]), (&json!(1), &json!(64)), "{told}");
+        assert_eq!(told["tenants"][0]["ttft"], told["ttft"]);
+        assert!(table.contains("first token, foretold"));
+        assert!(of(&[]).0["ttft"].is_null());
     }
 
     #[test]

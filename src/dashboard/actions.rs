@@ -144,8 +144,11 @@ fn may_act(dashboard: &Dashboard) -> Result<(), ApiError> {
 
 /// Whose conversation it is, and the event after which it was as it is.
 fn whose(dashboard: &Dashboard, key: KvKey) -> Result<(Tenant, u64), ApiError> {
-    let found = dashboard.inner.read(|view| view.books.index.get(key).map(|row| (row.tenant, row.changed)));
-    let (tenant, changed) = found.ok_or_else(ApiError::conversation_not_found)?;
+    let found = dashboard.inner.read(|view| view.books.index.get(key).map(|row| (row.tenant, row.changed, row.stored)));
+    let (tenant, changed, stored) = found.ok_or_else(ApiError::conversation_not_found)?;
+    if !stored {
+        return Err(ApiError::stateless_session());
+    }
     let tenant = dashboard.inner.tenants.tenant_by_id(tenant).ok_or_else(ApiError::conversation_not_found)?;
     Ok((tenant, changed))
 }

@@ -125,6 +125,11 @@ impl Books {
         self.tick_zero_ms + i64::try_from(at.0 / 1000).unwrap_or(i64::MAX)
     }
 
+    /// The tick of a time in milliseconds since 1970; 0 for what was before the process.
+    pub fn tick(&self, ms: i64) -> Tick {
+        Tick(u64::try_from(ms - self.tick_zero_ms).map_or(0, |ms| ms.saturating_mul(1000)))
+    }
+
     /// A conversation's place among those who go next, from 1.
     pub fn rank(&self, key: KvKey) -> Option<usize> {
         self.ranks.get(&key).copied()
@@ -163,6 +168,11 @@ impl Books {
             self.look_at(key, residency(key).as_ref(), seq, &mut changes);
         }
         self.note_turns(&happened.turns, residency, seq, &mut changes);
+        if happened.overflowed {
+            let index = &self.index;
+            let runs = |row: &Row| matches!(row.state, State::Running | State::Reloading);
+            self.turns.forget_ended(|key| index.get(key).is_some_and(runs));
+        }
         for why in &happened.decisions {
             let block_bytes = match why.entry.from {
                 Tier::Device => self.status.device.block_bytes,

@@ -1,9 +1,10 @@
 //! What if the policy or the memory had been another?
 //!
 //! The flight record, replayed by the real core: as it was recorded, for what really happened, and under the settings that
-//! are asked for. In a process of its own, of the lowest priority, so that it takes neither time nor memory from the
-//! engine; it ends when whoever asked goes away.
+//! are asked for. What counts is the record's last hour; what came before fills memory. In a process of its own, of the
+//! lowest priority, so that it takes neither time nor memory from the engine; it ends when whoever asked goes away.
 
+use std::collections::HashMap;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -11,14 +12,18 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Map, Value, json};
 use tokio::process::Command;
 
+use super::turns::{Spread, spread};
 use super::view::View;
 use super::{Api, Dashboard};
 use crate::api::body;
 use crate::api::error::ApiError;
 use crate::api::fields::Fields;
+use crate::engine::status::EngineStatus;
 use crate::types::TenantId;
 
 const PATIENCE: Duration = Duration::from_secs(120);
+/// What of the record counts.
+const HOUR_S: u64 = 3600;
 
 /// POST `/admin/api/policy/replay`.
 pub async fn replay(
@@ -52,11 +57,48 @@ pub async fn replay(
             other.extend([flag.to_owned(), tokens.to_string()]);
         }
     }
+    let given = given(&mut fields, &dashboard.inner.read(|view| view.names.clone()))?;
+    other.extend(given);
     let Some(_alone) = dashboard.inner.replaying.try_acquire().ok() else { return Err(ApiError::replay_running()) };
-    let base = run(&dashboard, &[]).await?;
-    let sim = if other.is_empty() { base.clone() } else { run(&dashboard, &other).await? };
-    let answer = dashboard.inner.read(|view| answer(view, &base, &sim));
+    let speeds = [
+        ("--prefill-per-s", status.prefill_tokens_per_s),
+        ("--reload-per-s", status.reload_bytes_per_s),
+        ("--load-per-s", status.load_bytes_per_s),
+    ];
+    let speeds: Vec<String> =
+        speeds.into_iter().flat_map(|(flag, per_s)| [flag.to_owned(), per_s.to_string()]).collect();
+    let base = run(&dashboard, &speeds).await?;
+    let sim = if other.is_empty() { base.clone() } else { run(&dashboard, &[speeds, other].concat()).await? };
+    let answer = dashboard.inner.read(|view| answer(view, &status, &base, &sim));
     Ok(HttpResponse::Ok().json(answer))
+}
+
+/// Floors and ceilings of tenants, by their names, as arguments that have the engine's numbers.
+fn given(fields: &mut Fields<'_>, names: &HashMap<TenantId, String>) -> Result<Vec<String>, ApiError> {
+    let Some(tenants) = fields.object("tenants")? else { return Ok(Vec::new()) };
+    let mut arguments = Vec::new();
+    for (name, value) in tenants.pairs() {
+        let path = tenants.path(name);
+        let Some((id, _)) = names.iter().find(|(_, known)| *known == name) else {
+            let mut known: Vec<&str> = names.values().map(String::as_str).collect();
+            known.sort_unstable();
+            known.truncate(10);
+            let known = known.join(", ");
+            return Err(ApiError::invalid_value(&path, format!("there is no tenant `{name}` here; known are {known}")));
+        };
+        let mut parts = Fields::at(path, value)?;
+        let floor = parts.integer_in("floor", 0..=i64::MAX)?;
+        let ceiling = parts.integer_in("ceiling", 0..=i64::MAX)?;
+        if floor.zip(ceiling).is_some_and(|(floor, ceiling)| floor > ceiling) {
+            let message = format!("the floor of `{name}` is above its ceiling");
+            return Err(ApiError::invalid_value(&parts.path("floor"), message));
+        }
+        if floor.is_some() || ceiling.is_some() {
+            let bytes = |part: Option<i64>| part.map_or(String::new(), |bytes| bytes.to_string());
+            arguments.extend(["--tenant".to_owned(), format!("{}={}:{}", id.0, bytes(floor), bytes(ceiling))]);
+        }
+    }
+    Ok(arguments)
 }
 
 /// One replay in a process of its own.
@@ -65,7 +107,7 @@ async fn run(dashboard: &Dashboard, arguments: &[String]) -> Result<Value, ApiEr
     let child = Command::new("nice")
         .args(["-n", "19"])
         .arg(program)
-        .args(["replay", "--json", "--warm-up", "0", "--data-dir"])
+        .args(["replay", "--json", "--last", &HOUR_S.to_string(), "--data-dir"])
         .arg(&dashboard.inner.settings.data_dir)
         .args(arguments)
         .stdin(Stdio::null())
@@ -99,51 +141,121 @@ async fn run(dashboard: &Dashboard, arguments: &[String]) -> Result<Value, ApiEr
     })
 }
 
-fn answer(view: &View<'_>, base: &Value, sim: &Value) -> Value {
-    let now = view.books.ms(view.books.now);
-    let span_s = base["record"]["span_s"].as_i64().unwrap_or(0);
-    let shown = |of: &Value| {
-        let reusable = of["reusable_tokens"].as_f64().unwrap_or(0.0);
-        let hits = ["device", "host", "disk"].map(|tier| {
-            let tokens = of["hit_share"][tier].as_f64().map(|share| (share * reusable).round());
-            (tier.to_owned(), json!(tokens))
-        });
-        json!({
-            "turns": of["requests"],
-            "reusable_tokens": of["reusable_tokens"],
-            "reencoded_tokens": of["reencoded_tokens"],
-            "cached_ratio": of["reencoded_share"].as_f64().map(|share| ((1.0 - share) * 1000.0).round() / 1000.0),
-            "evictions": of["evictions"],
-            "bytes_moved": of["bytes_moved"]["up"].as_u64().zip(of["bytes_moved"]["down"].as_u64()).map(|(up, down)| up + down),
-            "hits": hits.into_iter().collect::<Map<_, _>>(),
-        })
+fn answer(view: &View<'_>, status: &EngineStatus, base: &Value, sim: &Value) -> Value {
+    let counted = &base["record"]["counted"];
+    let (from, to) = (counted["from_ms"].as_i64().unwrap_or(0), counted["to_ms"].as_i64().unwrap_or(0));
+    // What was measured is known by the time of the first token, which comes after the turn.
+    let measured: Vec<_> = view.books.turns.since_tick(view.books.tick(from)).collect();
+    let measured_of = |tenant: Option<TenantId>| {
+        let of = measured.iter().filter(|first| tenant.is_none_or(|tenant| tenant == first.tenant));
+        spread(of.map(|first| first.ttft_ms).collect())
     };
-    let tenant = |of: &Value, id: usize| of["tenants"][id]["reencoded_tokens"].clone();
-    let by_tenant: Vec<Value> = (0..base["tenants"].as_array().map_or(0, Vec::len))
-        .filter(|id| base["tenants"][*id]["requests"].as_u64() > Some(0))
-        .map(|id| {
-            let name = view.name(TenantId(u32::try_from(id).unwrap_or(u32::MAX)));
-            json!({"id": name, "base_reencoded_tokens": tenant(base, id), "sim_reencoded_tokens": tenant(sim, id)})
+    let mut really = shown(base);
+    if let Value::Object(fields) = &mut really {
+        let Spread { p50_ms, p95_ms, turns } = measured_of(None);
+        let told = (turns > 0).then(|| json!({"p50_ms": p50_ms, "p95_ms": p95_ms, "turns": turns}));
+        fields.insert("measured".into(), told.into());
+    }
+    let numbers = base["tenants"].as_array().map_or(0, Vec::len);
+    let numbers = (0..numbers).filter(|number| base["tenants"][*number]["requests"].as_u64() > Some(0));
+    let mut by_tenant: Vec<Value> = numbers
+        .map(|number| {
+            let (base, sim) = (&base["tenants"][number], &sim["tenants"][number]);
+            let id = TenantId(u32::try_from(number).unwrap_or(u32::MAX));
+            json!({
+                "id": view.name(id),
+                "turns": base["requests"],
+                "base_ms": base["ttft"]["p95_ms"],
+                "sim_ms": sim["ttft"]["p95_ms"],
+                "base_reencoded_tokens": base["reencoded_tokens"],
+                "sim_reencoded_tokens": sim["reencoded_tokens"],
+                "measured_ms": measured_of(Some(id)).p95_ms,
+            })
         })
         .collect();
-    let assumptions = match sim["record"]["replayed"].as_str() {
-        Some("what_if") => {
-            "The same turns at the same times, as if memory had been empty at the first and the server never restarted; \
-             steps take no time, so that nothing queues."
-        }
-        _ => "As it was recorded: the same decisions, entry for entry.",
-    };
+    by_tenant.sort_by_key(|tenant| std::cmp::Reverse(tenant["base_ms"].as_u64()));
     json!({
         "window": {
-            "from": now - span_s * 1000,
-            "to": now,
-            "turns": base["record"]["turns"],
+            "from": from,
+            "to": to,
+            "turns": counted["turns"],
             "trace": format!("{} runs of the flight record", base["record"]["runs"]),
             "faults": base["record"]["faults"],
         },
-        "base": shown(base),
+        "seen": {
+            "prefill_tokens_per_s": status.prefill_tokens_per_s,
+            "reload_bytes_per_s": status.reload_bytes_per_s,
+            "load_bytes_per_s": status.load_bytes_per_s,
+        },
+        "base": really,
         "sim": shown(sim),
         "by_tenant": by_tenant,
-        "assumptions": assumptions,
+        "assumptions": assumptions(status, base, sim),
     })
+}
+
+/// What a replay came to.
+fn shown(of: &Value) -> Value {
+    let reusable = of["reusable_tokens"].as_f64().unwrap_or(0.0);
+    let hits = ["device", "host", "disk"].map(|tier| {
+        let tokens = of["hit_share"][tier].as_f64().map(|share| (share * reusable).round());
+        (tier.to_owned(), json!(tokens))
+    });
+    json!({
+        "turns": of["requests"],
+        "reusable_tokens": of["reusable_tokens"],
+        "reencoded_tokens": of["reencoded_tokens"],
+        "cached_ratio": of["reencoded_share"].as_f64().map(|share| ((1.0 - share) * 1000.0).round() / 1000.0),
+        "evictions": of["evictions"],
+        "bytes_moved": of["bytes_moved"]["up"].as_u64().zip(of["bytes_moved"]["down"].as_u64()).map(|(up, down)| up + down),
+        "hits": hits.into_iter().collect::<Map<_, _>>(),
+        "replayed": of["record"]["replayed"],
+        "ttft": of["ttft"],
+    })
+}
+
+/// How the figures came about, in sentences.
+fn assumptions(status: &EngineStatus, base: &Value, sim: &Value) -> String {
+    let is_recorded = |of: &Value| of["record"]["replayed"] == "as_recorded";
+    let how = match (is_recorded(base), is_recorded(sim)) {
+        (true, true) => "As it was recorded: the same decisions, entry for entry.",
+        (true, false) => {
+            "What happened is replayed as it was recorded, decision for decision; what if: the same turns at the same times, as \
+             if memory had been empty at the record's first and the server never restarted."
+        }
+        (false, _) => {
+            "The record can't be replayed as it was recorded (a beginning or some steps are missing, or another version wrote \
+             it), so that both are: the same turns at the same times, under these settings or those, as if memory had been empty \
+             at the record's first and the server never restarted."
+        }
+    };
+    let mut told = vec![how.to_owned()];
+    if [base, sim].iter().any(|of| of["ttft"].is_null()) {
+        let has = |tier: &str| [base, sim].iter().any(|of| of["hit_share"][tier].as_f64() > Some(0.0));
+        let unknown = if status.prefill_tokens_per_s == 0 {
+            "it has encoded nothing yet"
+        } else if status.reload_bytes_per_s == 0 && has("host") {
+            "it has brought nothing back from the host yet"
+        } else if status.load_bytes_per_s == 0 && has("disk") {
+            "it has loaded nothing from disk yet"
+        } else {
+            "no turn counts"
+        };
+        told.push(format!(
+            "Times to first tokens can't be foretold of all that this server would do, since {unknown}."
+        ));
+    } else {
+        told.push(
+            "Times to first tokens are foretold for both alike: tokens to encode over the encoding rate that this server has \
+             seen, and bytes over its tiers' rates; no turn waits for another, so that what was measured may be longer."
+                .to_owned(),
+        );
+    }
+    if base["record"]["runs"].as_u64() > Some(1) {
+        told.push(
+            "Tenants are known by their numbers of today: where a run before had another tenants file, they may be others' there."
+                .to_owned(),
+        );
+    }
+    told.join(" ")
 }

@@ -20,6 +20,7 @@ const LOOK_BACK_US: u64 = 300_000_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TurnRecord {
     pub key: KvKey,
+    pub tenant: TenantId,
     /// When its first token was there.
     pub at: Tick,
     pub number: u32,
@@ -69,8 +70,18 @@ impl Turns {
                     self.gone += 1;
                 }
                 let place = self.gone + self.ring.len() as u64;
-                let (key, at) = (note.key, note.at);
-                self.ring.push_back(TurnRecord { key, at, number, path, prompt, ttft_ms, answer: None, before });
+                let (key, tenant, at) = (note.key, note.tenant, note.at);
+                self.ring.push_back(TurnRecord {
+                    key,
+                    tenant,
+                    at,
+                    number,
+                    path,
+                    prompt,
+                    ttft_ms,
+                    answer: None,
+                    before,
+                });
                 self.running.insert(note.turn, place);
                 if self.recent.len() == RECENT {
                     self.recent.pop_front();
@@ -93,6 +104,15 @@ impl Turns {
         }
     }
 
+    /// Forgets turns that are over, of which nobody told: those of conversations where nothing runs.
+    pub fn forget_ended(&mut self, runs: impl Fn(KvKey) -> bool) {
+        let (ring, gone) = (&self.ring, self.gone);
+        self.running.retain(|_, place| {
+            let index = place.checked_sub(gone).and_then(|index| usize::try_from(index).ok());
+            index.and_then(|index| ring.get(index)).is_some_and(|record| runs(record.key))
+        });
+    }
+
     /// A conversation's turns, from the one at a place back, as far as they are remembered.
     pub fn back_from(&self, place: Option<u64>) -> impl Iterator<Item = &TurnRecord> {
         let get = |place: u64| self.ring.get(usize::try_from(place.checked_sub(self.gone)?).ok()?);
@@ -102,6 +122,11 @@ impl Turns {
             next = record.before;
             Some(record)
         })
+    }
+
+    /// Turns whose first tokens came from then on, as far back as they are remembered, the newest first.
+    pub fn since_tick(&self, since: Tick) -> impl Iterator<Item = &TurnRecord> {
+        self.ring.iter().rev().take_while(move |record| record.at >= since)
     }
 
     /// First tokens of the last `window_us`, the newest first.
@@ -128,6 +153,22 @@ mod tests {
         let prompt = PromptUsage::default();
         let step = TurnStep::FirstToken { number: 1, path: Path::Hot, prompt, ttft_ms };
         TurnNote { turn: TurnId(turn), key: KvKey(key), tenant: TenantId(0), at: Tick(turn), step }
+    }
+
+    #[test]
+    fn a_turn_whose_end_was_never_told_is_forgotten_with_its_conversations_rest() {
+        let mut turns = Turns::default();
+        for turn in 0..4 {
+            turns.note(&first(turn, turn.into(), 1), None);
+        }
+        turns.forget_ended(|key| key == KvKey(2));
+        assert_eq!(turns.running.keys().collect::<Vec<_>>(), [&TurnId(2)]);
+        let ended = TurnStep::Ended(TurnUsage { generated: TokenCount(7), ..TurnUsage::default() });
+        for turn in [1, 2] {
+            turns.note(&TurnNote { step: ended, ..first(turn, turn.into(), 1) }, None);
+        }
+        let answers = [1, 2].map(|place| turns.back_from(Some(place)).next().unwrap().answer);
+        assert_eq!((answers, turns.running.len()), ([None, Some((7, 0))], 0));
     }
 
     #[test]

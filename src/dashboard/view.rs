@@ -154,6 +154,7 @@ impl View<'_> {
             "tenant": self.name(row.tenant),
             "state": row.state.name(),
             "pinned": row.pinned,
+            "stateless": !row.stored,
             "tokens": row.tokens,
             "turns": row.turns,
             "bytes": {"device": device, "host": host, "disk": disk, "shared": row.shared, "total": device + host + disk},

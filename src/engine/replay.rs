@@ -7,8 +7,10 @@
 
 pub mod record;
 mod recorded;
+pub mod times;
 pub mod trace;
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +25,11 @@ use crate::kv::journal::Entry;
 use crate::kv::return_rate::TurnShape;
 use crate::kv::transfer::TransferDone;
 use crate::model::Logits;
-use crate::types::{BlockBytes, BlockCount, BlockSize, KvKey, TenantId, Tick, TokenCount, TokenId, TurnId};
+use crate::types::{
+    BlockBytes, BlockCount, BlockSize, Grant, KvKey, PoolPart, TenantId, Tick, TierBudget, TokenCount, TokenId, TurnId,
+    Weight,
+};
+use times::Work;
 use trace::{End, Notice, Request, Told, Trace};
 
 pub use crate::engine::flight::FLIGHT_FOLDER;
@@ -37,14 +43,19 @@ pub struct ReplaySettings {
     pub disk_tokens: u64,
     /// The trace's tokens that one block holds.
     pub block_tokens: u32,
-    /// Of the KV of one token.
+    /// Of the KV of one token, on the device and below it.
+    pub device_token_bytes: u64,
     pub token_bytes: u64,
     /// Part of the trace that is not measured, [0, 1): the memory fills, and habits are learned.
     pub warm_up: f64,
+    /// If so: only what came so long before the last request is measured, whatever the warm-up.
+    pub last: Option<Duration>,
     /// Part of the conversations whose end the server hears of, [0, 1].
     pub ends: f64,
     /// All turns are of one tenant: no floors, no ceilings.
     pub one_tenant: bool,
+    /// What tenants have of the device, other than they were given.
+    pub given: BTreeMap<TenantId, Given>,
     /// A token at this position costs twice what the first does, because of attention.
     pub doubles_at: f64,
     /// Whether the policy takes that into account.
@@ -52,7 +63,29 @@ pub struct ReplaySettings {
     pub journal_entries: usize,
 }
 
+/// A tenant's floor and ceiling of the device in bytes; `None`: as it was given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Given {
+    pub floor: Option<u64>,
+    pub ceiling: Option<u64>,
+}
+
+impl Given {
+    fn of(self, budget: TierBudget) -> TierBudget {
+        let or = |bytes: Option<u64>, part| bytes.map(PoolPart::Bytes).or(part);
+        TierBudget { floor: or(self.floor, budget.floor), ceiling: or(self.ceiling, budget.ceiling), ..budget }
+    }
+}
+
 impl ReplaySettings {
+    /// The first of the trace's requests that is measured.
+    pub fn first_counted(&self, trace: &Trace) -> usize {
+        let Some(last) = self.last else { return (trace.requests.len() as f64 * self.warm_up) as usize };
+        let end = trace.requests.last().map_or(0, |request| request.at.0);
+        let since = end.saturating_sub(u64::try_from(last.as_micros()).unwrap_or(u64::MAX));
+        trace.requests.partition_point(|request| request.at.0 < since)
+    }
+
     /// A decision of this replay in words.
     pub fn sentence(&self, entry: &Entry) -> String {
         entry.sentence(BlockSize(self.block_tokens))
@@ -121,6 +154,8 @@ pub struct Outcome {
     /// Turns that were longer than the whole device.
     pub too_long: u64,
     pub journal: Vec<Entry>,
+    /// What each turn asked of the machine before its first token.
+    pub works: Vec<Work>,
 }
 
 /// A request's sequence in blocks, and its tenant's chain over them.
@@ -138,7 +173,7 @@ pub fn replay(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Outcome, ReplayError> {
     let mut driver = Driver::new(trace, settings)?;
-    let warm = (trace.requests.len() as f64 * settings.warm_up) as usize;
+    let warm = settings.first_counted(trace);
     let last_uses = last_uses(trace);
     let last_turns = last_turns(trace);
     let mut sequences: Vec<Sequence> = vec![Sequence::default(); trace.requests.len()];
@@ -175,9 +210,10 @@ pub fn replay(
 }
 
 impl Outcome {
-    /// Counts a request of a tenant's.
-    fn count(&mut self, tenant: TenantId, reuse: Reuse) {
+    /// Counts a request of a tenant's. `token_bytes`: of the tiers below the device.
+    fn count(&mut self, tenant: TenantId, reuse: Reuse, token_bytes: u64) {
         self.all.add(reuse);
+        self.works.push(Work::of(tenant, &reuse, token_bytes));
         let tenant = tenant.0 as usize;
         if self.tenants.len() <= tenant {
             self.tenants.resize(tenant + 1, Reuse::default());
@@ -193,8 +229,8 @@ fn cost_of(from: u64, to: u64, doubles_at: f64) -> f64 {
 }
 
 fn empty() -> Outcome {
-    let (all, tenants, journal) = (Reuse::default(), Vec::new(), Vec::new());
-    Outcome { all, tenants, bytes_down: 0, bytes_up: 0, evictions: 0, too_long: 0, journal }
+    let (all, tenants, journal, works) = (Reuse::default(), Vec::new(), Vec::new(), Vec::new());
+    Outcome { all, tenants, bytes_down: 0, bytes_up: 0, evictions: 0, too_long: 0, journal, works }
 }
 
 /// By request, the number of the last that follows it; its own if none does.
@@ -262,7 +298,10 @@ impl<'a> Driver<'a> {
         let window = TokenCount(longest.min(device_blocks.0));
         let kv = KvSettings {
             block_size: BlockSize(1),
-            block_bytes: BlockBytes::all(u64::from(block_tokens) * settings.token_bytes),
+            block_bytes: BlockBytes {
+                device: u64::from(block_tokens) * settings.device_token_bytes,
+                cold: u64::from(block_tokens) * settings.token_bytes,
+            },
             device_blocks,
             host_blocks,
             disk_blocks,
@@ -277,8 +316,34 @@ impl<'a> Driver<'a> {
         let core = Core::new(CoreSettings { max_running: 1, step_tokens: window.get() }, kv);
         let mut logits = Logits::default();
         logits.reset(1, 1).fill(0.0);
-        let (commands, outcome) = (Vec::new(), empty());
-        Ok(Self { settings, core, window: window.get(), logits, commands, next_token: 0, outcome })
+        let mut driver = Self {
+            settings,
+            core,
+            window: window.get(),
+            logits,
+            commands: Vec::new(),
+            next_token: 0,
+            outcome: empty(),
+        };
+        // For what comes before the record says what tenants are given.
+        if !settings.given.is_empty() && !settings.one_tenant {
+            let usual = TierBudget::default();
+            let (weight, host, disk) = (Weight::ORDINARY, usual, usual);
+            let tenants = settings.given.keys();
+            let grants = tenants.map(|tenant| Grant { tenant: *tenant, weight, device: usual, host, disk }).collect();
+            let grants = driver.grants(grants);
+            driver.commands.push(Command::Grant(grants));
+        }
+        Ok(driver)
+    }
+
+    /// What tenants are given, with what they have instead in this replay.
+    fn grants(&self, mut grants: Vec<Grant>) -> Vec<Grant> {
+        for grant in &mut grants {
+            let given = self.settings.given.get(&grant.tenant).copied().unwrap_or_default();
+            grant.device = given.of(grant.device);
+        }
+        grants
     }
 
     fn tenant(&self, request: &Request) -> TenantId {
@@ -347,7 +412,7 @@ impl<'a> Driver<'a> {
             reencoded_tokens: tokens(reusable - cached),
             reencode_cost: found.reencode_cost,
         };
-        self.outcome.count(request.tenant, reuse);
+        self.outcome.count(request.tenant, reuse, self.settings.token_bytes);
         if is_last && is_told(request.conversation, self.settings.ends) {
             self.commands.push(Command::End(request.conversation));
         } else if request.end == End::ToolCall {
@@ -370,7 +435,7 @@ impl<'a> Driver<'a> {
                 let (tenant, tenant_key) = (*tenant, tenant_key(*tenant));
                 Command::Pin { key: *conversation, tenant, tenant_key, for_us: *for_us }
             }
-            Told::Grant(grants) => Command::Grant(grants.clone()),
+            Told::Grant(grants) => Command::Grant(self.grants(grants.clone())),
             Told::GoOnFrom(learned) => Command::GoOnFrom(learned.clone()),
         };
         self.commands.push(command);

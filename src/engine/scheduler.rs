@@ -167,12 +167,13 @@ impl Core {
 
     /// Notes, once, that a turn has to wait for memory.
     fn note_wait(&mut self, now: Tick, turn: TurnId) {
-        let need = self.sequences[&turn].tokens.len().div_ceil(self.manager.settings().block_size.0 as usize);
         let sequence = self.sequences.get_mut(&turn).expect("a waiting turn is known");
-        if !std::mem::replace(&mut sequence.told_to_wait, true) {
-            let need = BlockCount(u32::try_from(need).expect("a window bounds a sequence"));
-            self.manager.note_wait(now, sequence.key, sequence.tenant, need);
+        if std::mem::replace(&mut sequence.told_to_wait, true) {
+            return;
         }
+        let need = sequence.tokens.len().div_ceil(self.manager.settings().block_size.0 as usize);
+        let need = BlockCount(u32::try_from(need).expect("a window bounds a sequence"));
+        self.manager.note_wait(now, sequence.key, sequence.tenant, need);
     }
 
     /// Lets waiting turns in, as long as the step has tokens left for them. A turn that must wait for memory holds its

@@ -51,10 +51,11 @@ export function equal(found, wanted, what) {
   expect(a === b, `${what}: ${a} is not ${b}`);
 }
 
-/** Runs a script's checks; the exit status is 0 only if all of them held. */
-export async function run(body) {
+/** Runs a script's checks; the exit status is 0 only if all of them held. `env`: more for the browser's environment. */
+export async function run(body, env = {}) {
   const browser = await chromium.launch({
     executablePath: process.env.CHROMIUM || "/usr/bin/chromium", headless: true, args: ["--no-sandbox", "--disable-gpu"],
+    env: { ...process.env, ...env },
   });
   try {
     await body(browser);

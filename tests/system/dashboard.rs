@@ -106,6 +106,39 @@ async fn who_displaced_whom_is_told_as_the_metrics_have_it() {
         (&0.into(), &0.into()),
         "{replayed}"
     );
+    let recorded = (&replayed["base"]["replayed"], &replayed["sim"]["replayed"]);
+    assert_eq!(recorded, (&"as_recorded".into(), &"what_if".into()), "{replayed}");
+    // What encodes less is foretold to answer sooner, by the same speeds; what was measured stands beside it.
+    let p95 = |side: &str| replayed[side]["ttft"]["p95_ms"].as_u64().unwrap();
+    assert!(p95("sim") <= p95("base") && p95("sim") > 0, "{replayed}");
+    assert_eq!((&replayed["base"]["measured"]["turns"], &replayed["window"]["turns"]), (&3.into(), &3.into()));
+    let window = |end: &str| replayed["window"][end].as_i64().unwrap();
+    let ago_ms = overview["as_of"]["ts"].as_i64().unwrap() - window("from");
+    assert!(window("from") < window("to") && (0..600_000).contains(&ago_ms), "{replayed}");
+    let by_tenant = replayed["by_tenant"].as_array().unwrap();
+    let of_a = by_tenant.iter().find(|tenant| tenant["id"] == "a").unwrap();
+    assert_eq!((&of_a["turns"], &of_a["sim_reencoded_tokens"]), (&2.into(), &0.into()), "{of_a}");
+    assert!(of_a["base_ms"].as_u64() > Some(0) && of_a["measured_ms"].as_u64() > Some(0), "{of_a}");
+    assert!(replayed["assumptions"].as_str().unwrap().contains("encoding rate"), "{replayed}");
+    // Another floor for a tenant is another policy; who is not known has none.
+    let ask = async |tenants: Value| {
+        let asked = admin.post("/admin/api/policy/replay", &json!({"tenants": tenants})).send().await.unwrap();
+        (asked.status().as_u16(), asked.json::<Value>().await.unwrap())
+    };
+    let (status, other) = ask(json!({"b": {"floor": 0, "ceiling": bytes}})).await;
+    assert_eq!(
+        (status, &other["sim"]["replayed"], &other["sim"]["turns"]),
+        (200, &"what_if".into(), &3.into()),
+        "{other}"
+    );
+    for (tenants, param) in [
+        (json!({"nobody": {"floor": 1}}), "tenants.nobody"),
+        (json!({"a": {"floor": 2, "ceiling": 1}}), "tenants.a.floor"),
+        (json!({"a": {"ceiling": -1}}), "tenants.a.ceiling"),
+    ] {
+        let (status, refused) = ask(tenants).await;
+        assert_eq!((status, &refused["error"]["param"]), (400, &param.into()), "{refused}");
+    }
     server.finish().await;
 }
 
@@ -150,6 +183,24 @@ async fn an_operator_evicts_warms_pins_and_drops_and_takes_it_back() {
     assert_eq!(status, 404);
     let (status, refused) = act(&id, "cancel").await;
     assert_eq!((status, &refused["error"]["code"]), (409, &"not_possible".into()));
+
+    // A chat that is sent whole each time leaves KV, and no conversation that could be acted on.
+    let model = client.json(client.get("/v1/models")).await["data"][0]["id"].clone();
+    let messages = json!([{"role": "user", "content": "Who sails at night? ".repeat(20)}]);
+    let body = json!({"model": model, "messages": messages, "max_tokens": 2});
+    client.json(client.post("/v1/chat/completions", &body)).await;
+    let chat = eventually(SOON, "the chat is told of", async || {
+        let rows = admin.json(admin.get("/admin/api/sessions")).await["items"].clone();
+        rows.as_array().unwrap().iter().find(|row| row["id"] != id.as_str()).cloned()
+    })
+    .await;
+    assert_eq!(chat["stateless"], true, "{chat}");
+    for verb in ["warm", "pin", "evict", "drop", "cancel"] {
+        let (status, refused) = act(chat["id"].as_str().unwrap(), verb).await;
+        assert_eq!((status, &refused["error"]["code"]), (409, &"stateless_session".into()), "{verb}: {refused}");
+    }
+    let row = admin.json(admin.get(&format!("/admin/api/sessions/{id}"))).await;
+    assert_eq!(row["stateless"], false, "{row}");
 
     let actions = admin.json(admin.get("/admin/api/evictions?kind=action")).await;
     let actions = actions["items"].as_array().unwrap().clone();

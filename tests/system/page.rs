@@ -124,6 +124,7 @@ async fn every_page_looks_right_and_shows_what_the_engine_did() {
     holds(script("routes.mjs", &server.url, &tenants.admin, &[])).await;
     holds(script("truth.mjs", &server.url, &tenants.admin, &[])).await;
     holds(script("offline.mjs", &server.url, &tenants.admin, &[])).await;
+    holds(script("pictures.mjs", &server.url, &tenants.admin, &[])).await;
     server.finish().await;
 }
 

@@ -1,10 +1,12 @@
-//! Does a real Prometheus, with the files that we give operators, get an answer to each of their questions?
+//! Do a real Prometheus and Redis, with the files that we give operators, answer what they are asked?
 //!
 //! The processes of docker-compose.yml without their containers: the same flags and files, other ports and folders.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rekindle::config::Layers;
 use serde_json::{Value, json};
@@ -269,6 +271,60 @@ async fn prometheus_answers_every_panel_of_the_board_and_every_alert() {
     assert!(!unwell.contains("\"health\":\"err\""), "{unwell}");
     drop(socket);
     server.finish().await;
+}
+
+/// Nothing uses it yet; that it can be used as it is run is what is seen here.
+#[test]
+fn redis_answers_with_the_arguments_that_compose_gives_it_and_keeps_what_it_is_told() {
+    let folder = TempDir::with_prefix("rekindle-redis-").unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let compose = compose();
+    let command = texts(&compose["services"]["redis"]["command"]);
+    let ours = |argument: &&str| {
+        if *argument == "/data" { folder.path().display().to_string() } else { (*argument).to_owned() }
+    };
+    let more = ["--bind", "127.0.0.1", "--port", &port.to_string()].map(str::to_owned);
+    let spawned = Command::new(command[0])
+        .args(command[1..].iter().map(ours).chain(more))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn();
+    let mut redis = Ended(spawned.unwrap());
+    let deadline = Instant::now() + ANSWERED;
+    let mut connection = loop {
+        match TcpStream::connect(("127.0.0.1", port)) {
+            Ok(connection) => break connection,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    connection.set_read_timeout(Some(ANSWERED)).unwrap();
+    let mut ask = |command: &str, answer: &str| {
+        connection.write_all(command.as_bytes()).unwrap();
+        let mut said = vec![0; answer.len()];
+        connection.read_exact(&mut said).unwrap();
+        assert_eq!(String::from_utf8_lossy(&said), answer);
+    };
+    ask("PING\r\n", "+PONG\r\n");
+    ask("SET node alive\r\n", "+OK\r\n");
+    let sent = Command::new("kill").args(["-TERM", &redis.0.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    assert!(redis.0.wait().unwrap().success());
+    // `--appendonly yes --dir`: what it was told is where the volume is.
+    let kept = std::fs::read_dir(folder.path().join("appendonlydir")).unwrap();
+    let kept: Vec<u8> = kept.flat_map(|file| std::fs::read(file.unwrap().path()).unwrap()).collect();
+    assert!(String::from_utf8_lossy(&kept).contains("alive"));
+}
+
+/// A process that ends with its test.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // It may have ended by itself; then there is nothing to kill.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use super::*;
 use crate::engine::core::StartTurn;
 use crate::engine::replay::ReplaySettings;
 use crate::engine::replay::record::{How, Record, RecordError};
+use crate::engine::replay::times::Work;
 use crate::engine::{Sampling, TurnRequest, TurnShape};
 use crate::kv::block::PrefixHash;
 use crate::kv::evictor::Policy;
@@ -199,6 +200,32 @@ fn steps_that_were_lost_end_the_replay_as_recorded_and_not_the_trace() {
     assert_eq!(record.replay(&own, &mut |_, _| {}).unwrap().0.all.requests, 1);
     let other = ReplaySettings { policy: Policy::ReturnRate, ..own };
     assert_eq!(record.replay(&other, &mut |_, _| {}).unwrap().0.all.requests, 2);
+}
+
+#[test]
+fn the_last_hour_is_counted_on_the_memory_that_came_before_it() {
+    const HOUR: Duration = Duration::from_hours(1);
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Server::start(folder.path(), 1 << 20);
+    server.turn(1, &tokens(0, 160), 1, TokenId(7));
+    server.now.0 += 2 * HOUR.as_micros() as u64;
+    let longer = [tokens(0, 160), tokens(500, 16)].concat();
+    server.turn(1, &longer, 1, TokenId(7));
+    let record = Record::read(folder.path()).unwrap();
+    let hour = ReplaySettings { last: Some(HOUR), ..record.settings() };
+    let other = ReplaySettings { policy: Policy::ReturnRate, ..hour.clone() };
+    for (settings, expected) in [(&hour, How::AsRecorded), (&other, How::WhatIf)] {
+        let (outcome, how) = record.replay(settings, &mut |_, _| {}).unwrap();
+        assert_eq!((how, outcome.all.requests, outcome.all.device_tokens), (expected, 1, 160));
+        let work = Work { tenant: TenantId(0), encoded_tokens: 16, host_bytes: 0, disk_bytes: 0 };
+        assert_eq!(outcome.works, [work]);
+    }
+    // Where a step of the hour's run is missing, what really happened to all of its turns is not known.
+    server.scribe.step(&Step { lost_before: 3, planned: server.now, ..Step::default() });
+    server.turn(2, &tokens(900, 100), 1, TokenId(7));
+    let record = Record::read(folder.path()).unwrap();
+    let (outcome, how) = record.replay(&hour, &mut |_, _| {}).unwrap();
+    assert_eq!((how, outcome.all.requests), (How::WhatIf, 2));
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //! record is a trace of turns (`replay`): they come when they came, on a memory that was empty, as if the server had never
 //! been restarted; steps take no time, and copies end before the next turn.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use super::recorded;
@@ -35,6 +35,8 @@ pub(super) struct Run {
     pub held_hashes: HeldHashes,
     /// Its first step is there, and what the disk held.
     pub has_beginning: bool,
+    /// Nothing of it is missing after its beginning.
+    pub is_whole: bool,
     /// The turns that it started.
     pub requests: usize,
 }
@@ -46,6 +48,8 @@ pub struct Record {
     pub(super) runs: Vec<Run>,
     /// What of it is missing or damaged, in sentences.
     pub faults: Vec<String>,
+    /// The trace's tick 0 in microseconds since 1970.
+    pub zero_us: u64,
 }
 
 /// How a record was replayed.
@@ -61,7 +65,7 @@ impl Record {
     /// Reads the record in a folder. A server may be writing it: what it wrote until now is read.
     pub fn read(folder: &Path) -> Result<Self, RecordError> {
         let (parts, refused) = ring::read(folder)?;
-        let mut record = Self { trace: Trace::default(), runs: Vec::new(), faults: Vec::new() };
+        let mut record = Self { trace: Trace::default(), runs: Vec::new(), faults: Vec::new(), zero_us: 0 };
         record
             .faults
             .extend(refused.iter().map(|name| format!("{name} is no part of a record that this version reads")));
@@ -77,6 +81,7 @@ impl Record {
         for (number, parts) in runs.into_iter().enumerate() {
             record.add(&mut survey, number == newest, parts);
         }
+        record.zero_us = survey.first_zero_us.unwrap_or(0);
         record.trace = survey.trace;
         if record.trace.requests.is_empty() { Err(RecordError::NoTurns) } else { Ok(record) }
     }
@@ -119,8 +124,9 @@ impl Record {
             tell(&format!("lacks {lost} steps in its middle"));
         }
         faults.iter().for_each(|fault| tell(&fault.to_string()));
-        let requests = survey.trace.requests.len() - before;
-        self.runs.push(Run { beginning, parts, held_hashes: reader.into_held_hashes(), has_beginning, requests });
+        let (requests, is_whole) = (survey.trace.requests.len() - before, lost == 0 && faults.is_empty());
+        let held_hashes = reader.into_held_hashes();
+        self.runs.push(Run { beginning, parts, held_hashes, has_beginning, is_whole, requests });
     }
 
     /// The settings of the newest run. Nothing is left out, and no ends are told but those that were.
@@ -134,10 +140,13 @@ impl Record {
             host_tokens: tokens(kv.map(|kv| kv.host_blocks.0)),
             disk_tokens: tokens(kv.map(|kv| kv.disk_blocks.0)),
             block_tokens: size,
+            device_token_bytes: kv.map_or(0, |kv| kv.block_bytes.device / u64::from(size)),
             token_bytes: kv.map_or(0, |kv| kv.block_bytes.cold / u64::from(size)),
             warm_up: 0.25,
+            last: None,
             ends: 0.0,
             one_tenant: false,
+            given: BTreeMap::new(),
             doubles_at: kv.and_then(|kv| kv.doubles_at).map_or(30_000.0, |tokens| f64::from(tokens.0)),
             weighs_length: kv.is_some_and(|kv| kv.doubles_at.is_some()),
             journal_entries: kv.map_or(0, |kv| kv.journal_entries),
@@ -149,10 +158,25 @@ impl Record {
         (self.runs.len(), self.runs.iter().filter(|run| run.has_beginning).count())
     }
 
-    /// Whether these settings, and what is known of a beginning, let the record be replayed as recorded.
+    /// Whether a replay as recorded has all turns from this one on.
+    fn is_whole_from(&self, first: usize) -> bool {
+        let ends = self.runs.iter().scan(0, |end, run| {
+            *end += run.requests;
+            Some((run, *end))
+        });
+        let mut counted = ends.filter(|(run, end)| run.requests > 0 && *end > first);
+        counted.all(|(run, _)| run.has_beginning && run.is_whole)
+    }
+
+    /// Whether these settings, and what is known of a beginning, let the record be replayed as recorded. Where a time is asked
+    /// for, all of its turns must be there.
     pub fn how(&self, settings: &ReplaySettings) -> How {
+        if settings.last.is_some() && !self.is_whole_from(settings.first_counted(&self.trace)) {
+            return How::WhatIf;
+        }
         let own = ReplaySettings {
             warm_up: settings.warm_up,
+            last: settings.last,
             journal_entries: settings.journal_entries,
             doubles_at: if self.settings().weighs_length { self.settings().doubles_at } else { settings.doubles_at },
             ..self.settings()

@@ -26,7 +26,7 @@ pub(super) fn replay(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Outcome, ReplayError> {
     let total = record.trace.requests.len();
-    let warm = (total as f64 * settings.warm_up) as usize;
+    let warm = settings.first_counted(&record.trace);
     let (mut outcome, mut first) = (empty(), 0);
     for (number, run) in (1..).zip(&record.runs) {
         if run.has_beginning {
@@ -214,7 +214,8 @@ impl<'a> Driver<'a> {
             reencoded_tokens: reusable - cached,
             reencode_cost: cost_of(cached, reusable, self.settings.doubles_at),
         };
-        self.outcome.count(request.tenant, reuse);
+        let kv = &self.run.beginning.kv;
+        self.outcome.count(request.tenant, reuse, kv.block_bytes.cold / u64::from(kv.block_size.0));
     }
 }
 

@@ -127,6 +127,14 @@ impl Trace {
         if requests.is_empty() { Err(TraceError::Empty) } else { Ok(Self { requests, notices: Vec::new() }) }
     }
 
+    /// Whether it has a turn of this tenant's, or says what it was given.
+    pub fn knows(&self, tenant: TenantId) -> bool {
+        let is_given =
+            |told: &Told| matches!(told, Told::Grant(grants) if grants.iter().any(|grant| grant.tenant == tenant));
+        self.requests.iter().any(|request| request.tenant == tenant)
+            || self.notices.iter().any(|notice| is_given(&notice.told))
+    }
+
     /// Tokens of all sequences together, each shared one once.
     pub fn distinct_tokens(&self) -> u64 {
         let fresh = |request: &Request| u64::from(request.sequence().0 - request.reusable().0);

@@ -13,7 +13,7 @@ const perSecond = (v) => bytes(v) + "/s";
 /** `low`: the column of the band's lower edge. */
 export const CHART = {
   ttft: {
-    title: "TTFT", unit: "ms, p50 / p95, log scale", log: true, format: count,
+    title: "TTFT", unit: "ms, p50 / p95, log scale", log: true, two: true, format: (v) => (v < 10_000 ? count(v) : brief(v)),
     series: [
       { key: "hot95", low: "hot50", label: "resident", token: "--c-hot" },
       { key: "rel95", low: "rel50", label: "reloaded", token: "--reload", dash: DASHED },
@@ -78,7 +78,9 @@ function Plot({ chart, height, history: { data, version } }) {
   }, [look, chart]);
   useEffect(() => plot.current.setData(columns(chart, data, range)), [version, range]);
   return html`
-    <div class="leg">${chart.series.map((line) => html`<${Key} line=${line} chart=${chart} data=${data} />`)}</div>
+    <div class=${chart.two ? "leg two" : "leg"}>
+      ${chart.series.map((line) => html`<${Key} line=${line} chart=${chart} data=${data} />`)}
+    </div>
     <div class="plot" ref=${box} role="img" aria-label=${spoken(chart, data)}></div>`;
 }
 

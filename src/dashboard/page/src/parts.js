@@ -30,13 +30,17 @@ export function State({ state, pinned }) {
   return html`<span class=${"st st-" + state}>${SHAPE[state]}<span>${STATE[state] || state}</span>${pin}</span>`;
 }
 
+/** A number in a column of numbers, and the word that says what it is. */
+export const Figure = ({ value, word, quiet = false }) => html`
+  <span class="fig"><span class=${quiet ? "muted" : ""}>${value}</span><span class="muted">${word}</span></span>`;
+
 /** What bringing a session back will cost, and how. */
 export function ReturnCost({ cost }) {
   if (!cost) return html`<span class="muted">–</span>`;
-  if (cost.plan === "resident") {
-    return html`<span class="muted">resident${cost.if_evicted_ms != null ? `; ${ms(cost.if_evicted_ms)} if evicted` : ""}</span>`;
-  }
-  return html`<span><b>${ms(cost.predicted_ms)}</b> <span class="muted">${PLAN[cost.plan] || cost.plan}</span></span>`;
+  const [figure, word] = cost.plan === "resident"
+    ? [cost.if_evicted_ms == null ? "resident" : ms(cost.if_evicted_ms), cost.if_evicted_ms == null ? "" : "if evicted"]
+    : [html`<b>${ms(cost.predicted_ms)}</b>`, PLAN[cost.plan] || cost.plan];
+  return html`<${Figure} value=${figure} word=${word} quiet=${cost.plan === "resident"} />`;
 }
 
 /** A panel of the page. Where its data can't be had, it alone says so; until there is any, it shows its shape. */

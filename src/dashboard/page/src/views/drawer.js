@@ -153,7 +153,7 @@ function Body({ session }) {
         <div><b>${count(session.turns)}</b>turns</div><div><b>${span(session.idle_s)}</b>idle</div>
       </div>
       <${IfAMessageCame} cost=${session.return} />
-      <h3>Blocks <span class="muted">on ${copies(session.bytes)}</span></h3>
+      <h3>Blocks <span class="muted">${whereabouts(session.bytes)}</span></h3>
       <${Blocks} session=${session} />
       <h3>Turns <span class="muted">time to first token, newest first</span></h3>
       <${Turns} turns=${session.turns_detail || []} />
@@ -163,6 +163,8 @@ function Body({ session }) {
       <${Decisions} entries=${session.evictions || []} />
     </div>`;
 }
+
+const whereabouts = (held) => (copies(held) === "nowhere" ? "nowhere" : `on ${copies(held)}`);
 
 function Decisions({ entries }) {
   if (!entries.length) return html`<p class="muted">No decision about it is in the journal.</p>`;

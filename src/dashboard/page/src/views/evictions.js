@@ -17,7 +17,7 @@ export function Evictions() {
   const set = (fields) => go("evictions", { ...args, ...fields });
   return html`
     <div class="grid">
-      <div class="c12 charts">
+      <div class="c12 charts even">
         ${["evictions", "transfer", "occupancy"].map((name) => html`<${Chart} key=${name} chart=${CHART[name]} height=${104} />`)}
         <${ByRule} filter=${filter} set=${set} /><${TooEarly} />
       </div>

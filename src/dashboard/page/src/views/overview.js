@@ -84,6 +84,8 @@ const PATHS = [
   ["reencoded", "re-encoded", "--bad", [1.5, 2.5]], ["fresh", "first turn", "--none", [8, 4]],
 ];
 
+const figure = (time_ms) => (time_ms < 10_000 ? count(time_ms) : (time_ms / 1000).toFixed(1));
+
 const TtftByPath = ({ ttft }) => html`
   <div class="ttft">
     ${PATHS.map(([path, word, token, dash]) => {
@@ -92,7 +94,7 @@ const TtftByPath = ({ ttft }) => html`
       return html`
         <div title=${title}>
           <${LineKey} token=${token} dash=${dash} /><span>${word}</span>
-          <b>${p95 == null ? NONE : html`${count(p95)}<small>ms</small>`}</b>
+          <b>${p95 == null ? NONE : html`${figure(p95)}<small>${p95 < 10_000 ? "ms" : "s"}</small>`}</b>
         </div>`;
     })}
   </div>`;

@@ -62,7 +62,7 @@ function Victim({ victim }) {
       <td>${clean ? "ready" : html`<span class="muted">must copy</span>`}</td>
       <td class="r"><b>${ms(cost?.predicted_ms)}</b> <span class="muted">/ ${ms(cost?.reencode_ms)}</span></td>
       <td class="r">${rate == null ? NONE : rate < 0.1 ? rate.toPrecision(2) : rate.toFixed(1)}</td>
-      <td class="why muted" title=${why(victim)}>${why(victim)}</td>
+      <td class="why muted"><div class="two-lines" title=${why(victim)}>${why(victim)}</div></td>
     </tr>`;
 }
 

@@ -4,7 +4,7 @@
 import { html, useContext, useEffect, useRef, useState } from "../../vendor/preact-htm.js";
 import { get, query } from "../api.js";
 import { ICON, SHAPE } from "../icons.js";
-import { Failure, Page, ReturnCost, Session, State } from "../parts.js";
+import { Failure, Figure, Page, ReturnCost, Session, State } from "../parts.js";
 import { useEvents, useRestart, useRows, useSnapshot, state as store } from "../store.js";
 import { NONE, PATH, STATE, bytes, copies, count, ms, percent, span } from "../words.js";
 
@@ -16,8 +16,8 @@ const REFRESHES_PER_S = 4;
 /** name, sort key, width, right-aligned */
 const COLUMNS = [
   ["Session", "", 138], ["Tenant", "", 130], ["State", "", 128], ["Idle", "idle", 92, 1], ["Turns", "turns", 66, 1],
-  ["Tokens", "tokens", 80, 1], ["Device", "device", 88, 1], ["Copies", "", 116], ["Last TTFT", "", 136, 1],
-  ["Return cost", "return", 190, 1], ["Order", "rank", 66, 1], ["Actions", "", 112],
+  ["Tokens", "tokens", 80, 1], ["Device", "device", 88, 1], ["Copies", "", 116], ["Last TTFT", "", 144, 1],
+  ["Return cost", "return", 156, 1], ["Order", "rank", 66, 1], ["Actions", "", 112],
 ];
 
 const STATES = ["", "running", "reloading", "hot", "warm", "cold", "none", "pinned"];
@@ -295,7 +295,7 @@ function Row({ row, index, current, onCurrent }) {
       <td class="r">${count(row.tokens)}</td>
       <td class="r">${row.bytes.device ? bytes(row.bytes.device) : html`<span class="muted">–</span>`}</td>
       <td><${Copies} held=${row.bytes} /></td>
-      <td class="r">${ms(row.last_ttft_ms)} <span class="muted">${PATH[row.last_path] || ""}</span></td>
+      <td class="r"><${Figure} value=${ms(row.last_ttft_ms)} word=${PATH[row.last_path] || ""} /></td>
       <td class="r"><${ReturnCost} cost=${row.return} /></td>
       <td class="r">${row.rank ? "#" + row.rank : html`<span class="muted">–</span>`}</td>
       <td><${RowActions} row=${row} /></td>
@@ -320,8 +320,8 @@ function RowActions({ row }) {
   const onDevice = row.bytes.device > 0;
   const fixed = row.state === "running" || row.pinned;
   const main = onDevice
-    ? html`<button class="btn sm ghost" disabled=${fixed} onClick=${() => act(row, "evict")}>Evict</button>`
-    : html`<button class="btn sm ghost" onClick=${() => act(row, "warm")}>Warm</button>`;
+    ? html`<button class="btn sm ghost verb" disabled=${fixed} onClick=${() => act(row, "evict")}>Evict</button>`
+    : html`<button class="btn sm ghost verb" onClick=${() => act(row, "warm")}>Warm</button>`;
   const pin = row.pinned ? "Unpin" : "Pin";
   return html`
     <span class="acts" onClick=${(event) => event.stopPropagation()}>

@@ -15,7 +15,7 @@ export const Tenants = () => html`
     <${Displacement} /><${Worth} />
     <div class="c12 charts">
       ${["ttft", "occupancy", "evictions", "saved", "tokens"].map((name) => html`
-        <${Chart} key=${name} chart=${CHART[name]} height=${100} />`)}
+        <${Chart} key=${name} chart=${CHART[name]} height=${150} />`)}
     </div>
   </div>`;
 
@@ -77,7 +77,7 @@ function Row({ tenant }) {
       <td class="r">${ms(tenant.ttft_p95_ms)}</td>
       <td class="r">${count(tenant.evictions?.suffered)}</td>
       <td class="r">${count(tenant.evictions?.caused)}</td>
-      <td class="why muted" title=${tenant.slow_because || ""}>${tenant.slow_because || NONE}</td>
+      <td class="why muted"><div class="two-lines" title=${tenant.slow_because || ""}>${tenant.slow_because || NONE}</div></td>
     </tr>`;
 }
 
@@ -132,7 +132,7 @@ function Matrix({ displaced, tenants }) {
       <table class="num mat">
         <thead><tr>
           <th scope="col">Lost</th>
-          ${columns.map((id) => html`<th scope="col" class="r" title=${id}>${id ? short(id) : "pool"}</th>`)}
+          ${columns.map((id) => html`<th scope="col" class="r" title=${id}>${id || "pool"}</th>`)}
         </tr></thead>
         <tbody>
           ${shown.map((row) => html`
@@ -157,8 +157,6 @@ function busiest(pairs, tenants) {
   const place = (id) => order.get(id) ?? order.size;
   return { shown: most.sort((a, b) => place(a) - place(b)), left: Math.max(0, weight.size - most.length) };
 }
-
-const short = (id) => (id.length > 9 ? id.slice(0, 8) + "…" : id);
 
 function Cell({ n, most, own }) {
   if (!n) return html`<td class="r"><span class="muted">·</span></td>`;
