@@ -237,6 +237,11 @@ impl Metrics {
         value as u64
     }
 
+    /// What is counted: a metric's name, with its labels.
+    pub fn series(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
     pub fn turns(&self, outcome: &str) -> u64 {
         self.count(&format!("rekindle_turns_total{{outcome=\"{outcome}\"}}"))
     }

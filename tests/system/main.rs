@@ -11,6 +11,8 @@ mod answers;
 #[cfg(test)]
 mod client;
 #[cfg(test)]
+mod clock;
+#[cfg(test)]
 mod collector;
 #[cfg(test)]
 mod commands;

@@ -113,9 +113,14 @@ impl<'home> Server<'home> {
 
     /// The same at an address.
     pub fn start_at(home: &'home Home, address: &str, settings: &[String]) -> Self {
+        Self::spawn(home, home.serve_at(address, settings))
+    }
+
+    /// Starts a server by a command of `Home::serve`.
+    pub fn spawn(home: &'home Home, mut command: Command) -> Self {
         let started = Instant::now();
         let log = std::fs::OpenOptions::new().create(true).append(true).open(home.log()).unwrap();
-        let mut child = home.serve_at(address, settings).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
+        let mut child = command.stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let (told, heard) = sync_channel(1);
         std::thread::spawn(move || {

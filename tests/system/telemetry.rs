@@ -384,3 +384,34 @@ fn what_compose_runs_are_pinned_images_with_our_own_files_and_settings_that_ther
     assert_eq!(source["url"].as_str(), Some(format!("http://{listens}").as_str()));
     assert!(!board().is_empty());
 }
+
+/// More series than these are not made by what is asked for the first time.
+const NEW_SERIES: usize = 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_clients_send_makes_few_series_and_no_label() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let server = Server::start(&home, &[]);
+    let client = Client::of(&server.url);
+    let before = client.metrics().await;
+    let mut ids = Vec::new();
+    for number in 0..30 {
+        let id = client.conversation().await;
+        if number < 3 {
+            client.say(&id, "hello").await;
+        }
+        for path in [format!("/v1/conversations/conv_nosuch{number}/items"), format!("/nosuch/{number}")] {
+            assert_eq!(client.get(&path).send().await.unwrap().status(), 404);
+        }
+        let body = json!({"model": format!("nosuch-{number}"), "messages": [{"role": "user", "content": "x"}]});
+        assert_eq!(client.post("/v1/chat/completions", &body).send().await.unwrap().status(), 404);
+        ids.push(id);
+    }
+    let after = client.metrics().await;
+    let sent = |series: &&str| series.contains("nosuch") || ids.iter().any(|id| series.contains(id));
+    assert_eq!(after.series().find(sent), None);
+    let made = after.series().count() - before.series().count();
+    assert!(made < NEW_SERIES, "{made} more series");
+    server.finish().await;
+}
