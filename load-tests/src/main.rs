@@ -5,6 +5,7 @@
 
 mod client;
 mod compare;
+mod dashboard;
 mod eviction;
 mod idle;
 mod kv_dtypes;
@@ -62,6 +63,8 @@ enum Command {
     Overhead(overhead::Args),
     /// What the evictor is worth on traces of real servers
     Eviction(eviction::Args),
+    /// What open pages of the dashboard cost the engine
+    Dashboard(dashboard::Args),
     /// Memory that idle conversations take
     Idle(idle::Args),
     /// The model and the server beside llama.cpp, which is fetched and built for it
@@ -104,6 +107,7 @@ fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Throughput(args) => keep(runtime.block_on(throughput::measure(common, &args))),
         Command::Overhead(args) => keep(overhead::measure(&args)),
         Command::Eviction(args) => keep(eviction::measure(&args)),
+        Command::Dashboard(args) => keep(runtime.block_on(dashboard::measure(common, &args))),
         Command::Idle(args) => keep(runtime.block_on(idle::measure(common, &args))),
         Command::Compare(args) => keep(compare::measure(common, &args, &runtime)),
         Command::Perplexity(args) => keep(perplexity::measure(&common.model, &args)),
