@@ -1,7 +1,7 @@
 /* Which sessions are there? Pages of 100 in the server's order, at most 60 rows in the document.
  *
  * The order is that of the moment it was asked for: rows change in place, and never jump under the pointer. */
-import { html, useContext, useEffect, useMemo, useRef, useState } from "../../vendor/preact-htm.js";
+import { html, useContext, useEffect, useLayoutEffect, useMemo, useRef, useState } from "../../vendor/preact-htm.js";
 import { STATELESS } from "../actions.js";
 import { get, query } from "../api.js";
 import { ICON, SHAPE } from "../icons.js";
@@ -58,8 +58,9 @@ function usePages(filter) {
     }
     if (request.current === mine) request.current = null;
   };
-  useEffect(() => {
-    const timer = setTimeout(ask, filter.q ? TYPING_MS : 0);
+  // Before the next frame, which an effect would wait for.
+  useLayoutEffect(() => {
+    const timer = filter.q ? setTimeout(ask, TYPING_MS) : void ask();
     return () => {
       clearTimeout(timer);
       request.current?.abort();
