@@ -75,6 +75,13 @@ kv-dtypes: ## Measure what each dtype of the KV costs in accuracy and saves in b
 	@test -f $(model) || $(program) pull
 	$(target_dir)/release/load-tests kv-dtypes $(ARGS)
 
+.PHONY: dashboard-cost
+dashboard-cost: ## Measure what open pages of the dashboard cost the engine; ARGS are those of the load tests' `dashboard`
+	@scripts/setup
+	@$(MAKE) --no-print-directory $(program)
+	@test -f $(model) || $(program) pull
+	$(target_dir)/release/load-tests dashboard $(ARGS)
+
 # Traces as CSV, plain or .gz: load-tests/README.md says which.
 TRACES ?= traces
 

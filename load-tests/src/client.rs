@@ -4,8 +4,9 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use futures_util::StreamExt;
+use reqwest::{RequestBuilder, Response};
 use serde_json::{Value, json};
 
 /// Long enough for a long prompt on a slow machine.
@@ -19,6 +20,7 @@ const SETTLE_EVERY: Duration = Duration::from_millis(20);
 pub struct Client {
     http: reqwest::Client,
     url: String,
+    key: Option<String>,
 }
 
 /// A turn as its client saw it, and the server's account of it.
@@ -64,17 +66,35 @@ impl Usage {
 impl Client {
     pub fn new(url: &str) -> anyhow::Result<Self> {
         let http = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build()?;
-        Ok(Self { http, url: url.to_owned() })
+        Ok(Self { http, url: url.to_owned(), key: None })
+    }
+
+    /// The same with a key.
+    pub fn with_key(self, key: &str) -> Self {
+        Self { key: Some(key.to_owned()), ..self }
+    }
+
+    async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
+        let request = self.key.iter().fold(request, |request, key| request.bearer_auth(key));
+        let response = request.send().await?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        bail!("{}: {}", response.status(), response.text().await.unwrap_or_default())
     }
 
     async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
-        let response = self.http.post(format!("{}{path}", self.url)).json(body).send().await?;
-        answer(response).await.with_context(|| format!("POST {path}"))
+        let sent = self.send(self.http.post(format!("{}{path}", self.url)).json(body)).await;
+        Ok(sent.with_context(|| format!("POST {path}"))?.json().await?)
     }
 
-    async fn get(&self, path: &str) -> anyhow::Result<Value> {
-        let response = self.http.get(format!("{}{path}", self.url)).send().await?;
-        answer(response).await.with_context(|| format!("GET {path}"))
+    pub async fn get(&self, path: &str) -> anyhow::Result<Value> {
+        Ok(self.open(path).await?.json().await?)
+    }
+
+    /// An answer's beginning; the rest is read as it comes.
+    pub async fn open(&self, path: &str) -> anyhow::Result<Response> {
+        self.send(self.http.get(format!("{}{path}", self.url))).await.with_context(|| format!("GET {path}"))
     }
 
     /// The longest sequence that the server runs, in tokens.
@@ -115,8 +135,8 @@ impl Client {
         bail!("{conversation} was still not copied to the host after {SETTLE_DEADLINE:?}")
     }
 
-    /// One turn of exactly `output_tokens` tokens, greedy, streamed.
-    pub async fn turn(&self, conversation: &str, said: &str, output_tokens: u32) -> anyhow::Result<Turn> {
+    /// Begins a turn of exactly `output_tokens` tokens, greedy, streamed.
+    pub async fn begin(&self, conversation: &str, said: &str, output_tokens: u32) -> anyhow::Result<Response> {
         let body = json!({
             "conversation": conversation,
             "input": said,
@@ -125,11 +145,13 @@ impl Client {
             "min_tokens": output_tokens,
             "stream": true,
         });
+        self.send(self.http.post(format!("{}/v1/responses", self.url)).json(&body)).await.context("POST /v1/responses")
+    }
+
+    /// Such a turn, to its end.
+    pub async fn turn(&self, conversation: &str, said: &str, output_tokens: u32) -> anyhow::Result<Turn> {
         let sent = Instant::now();
-        let response = self.http.post(format!("{}/v1/responses", self.url)).json(&body).send().await?;
-        if !response.status().is_success() {
-            return Err(answer(response).await.err().unwrap_or_else(|| anyhow!("a refusal that is none")));
-        }
+        let response = self.begin(conversation, said, output_tokens).await?;
         let mut stream = response.bytes_stream();
         let mut events = Events::default();
         let (mut first, mut text) = (None, String::new());
@@ -153,16 +175,6 @@ impl Client {
         }
         bail!("the stream ended before the turn did")
     }
-}
-
-/// The body of a good answer, or what the server said was wrong.
-async fn answer(response: reqwest::Response) -> anyhow::Result<Value> {
-    let status = response.status();
-    let body = response.bytes().await?;
-    if status.is_success() {
-        return Ok(serde_json::from_slice(&body)?);
-    }
-    bail!("{status}: {}", String::from_utf8_lossy(&body))
 }
 
 /// Cuts a byte stream into server-sent events.

@@ -6,6 +6,7 @@
 mod client;
 mod compare;
 mod copying;
+mod dashboard;
 mod eviction;
 mod idle;
 mod kv_dtypes;
@@ -65,6 +66,8 @@ enum Command {
     Copying(copying::Args),
     /// What the evictor is worth on traces of real servers
     Eviction(eviction::Args),
+    /// What open pages of the dashboard cost the engine
+    Dashboard(dashboard::Args),
     /// Memory that idle conversations take
     Idle(idle::Args),
     /// The model and the server beside llama.cpp, which is fetched and built for it
@@ -108,6 +111,7 @@ fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Overhead(args) => keep(overhead::measure(&args)),
         Command::Copying(args) => keep(runtime.block_on(copying::measure(common, &args))),
         Command::Eviction(args) => keep(eviction::measure(&args)),
+        Command::Dashboard(args) => keep(runtime.block_on(dashboard::measure(common, &args))),
         Command::Idle(args) => keep(runtime.block_on(idle::measure(common, &args))),
         Command::Compare(args) => keep(compare::measure(common, &args, &runtime)),
         Command::Perplexity(args) => keep(perplexity::measure(&common.model, &args)),

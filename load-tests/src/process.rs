@@ -81,6 +81,24 @@ impl Clocks {
     }
 }
 
+/// CPU time of a program's threads of this name since they began, in seconds.
+pub fn thread_s(pid: u32, name: &str) -> anyhow::Result<f64> {
+    let path = format!("/proc/{pid}/task");
+    let tasks = std::fs::read_dir(&path).with_context(|| format!("{path}: the program has ended"))?;
+    let of = |task: std::path::PathBuf| {
+        let comm = std::fs::read_to_string(task.join("comm")).ok()?;
+        let spent = std::fs::read_to_string(task.join("schedstat")).ok()?;
+        let ns: f64 = spent.split_whitespace().next()?.parse().ok()?;
+        (comm.trim() == name).then_some(ns / 1e9)
+    };
+    // Some end while they are looked at.
+    let found: Vec<f64> = tasks.filter_map(|task| of(task.ok()?.path())).collect();
+    if found.is_empty() {
+        bail!("the program has no thread `{name}`");
+    }
+    Ok(found.iter().sum())
+}
+
 /// The first line of `/proc/stat`: user, nice, system, idle, waiting for disks, interrupts of two kinds, other machines.
 fn busy(stat: &str) -> Option<f64> {
     let ticks: Vec<f64> =
@@ -128,6 +146,17 @@ mod tests {
     fn a_machine_is_busy_with_all_but_idling_and_waiting() {
         assert_eq!(busy("cpu  100 20 30 9000 800 4 5 6 0 0\ncpu0 1 2 3 4 5 6 7 8 0 0\n"), Some(1.65));
         assert_eq!(busy("intr 1\n"), None);
+    }
+
+    #[test]
+    fn a_threads_time_is_its_own_and_one_that_there_is_not_is_told() {
+        let work = || {
+            std::hint::black_box((0..20_000_000_u64).fold(0, |sum, n| std::hint::black_box(sum ^ n)));
+            thread_s(std::process::id(), "worker-of-test").unwrap()
+        };
+        let spent = std::thread::Builder::new().name("worker-of-test".into()).spawn(work).unwrap().join().unwrap();
+        assert!(spent > 0.0);
+        assert!(thread_s(std::process::id(), "nobody").is_err());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use crate::Common;
+use crate::process::thread_s;
 
 /// A model may be on a slow disk.
 const START_DEADLINE: Duration = Duration::from_secs(120);
@@ -21,7 +22,7 @@ const LISTENS: &str = "listening on ";
 pub struct Server {
     process: Child,
     url: String,
-    _data: DataFolder,
+    data: DataFolder,
 }
 
 impl Server {
@@ -53,7 +54,7 @@ impl Server {
         command.envs(environment.iter().copied());
         let process = command.spawn().with_context(|| format!("{} can't be started", program.display()))?;
         // From here on the process ends with the value, whatever goes wrong.
-        let mut server = Self { process, url: String::new(), _data: data };
+        let mut server = Self { process, url: String::new(), data };
         let output = server.process.stdout.take().context("the server's output is not a pipe")?;
         let (tell, told) = sync_channel(1);
         std::thread::spawn(move || read(output, &tell));
@@ -71,6 +72,18 @@ impl Server {
 
     pub fn pid(&self) -> u32 {
         self.process.id()
+    }
+
+    /// The key that the server made for admins.
+    pub fn admin_key(&self) -> anyhow::Result<String> {
+        let path = self.data.0.join("admin.key");
+        let key = std::fs::read_to_string(&path).with_context(|| format!("{} can't be read", path.display()))?;
+        Ok(key.trim().to_owned())
+    }
+
+    /// CPU time of the threads of this name until now, in seconds.
+    pub fn thread_s(&self, name: &str) -> anyhow::Result<f64> {
+        thread_s(self.pid(), name)
     }
 
     /// Memory that the server has now.

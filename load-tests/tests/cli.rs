@@ -23,7 +23,7 @@ fn a_measurement_keeps_its_table_and_its_status_says_whether_the_bound_holds() {
 
 #[test]
 fn a_missing_server_is_one_clear_sentence_and_a_failure() {
-    for command in ["ttft", "throughput", "idle"] {
+    for command in ["ttft", "throughput", "idle", "dashboard"] {
         let output = load_tests(&["--server", "/no/such/rekindle", command]);
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(!output.status.success());

@@ -3,7 +3,7 @@
 // Expects: two or more idle sessions on the device, a host tier that has room, and a pin budget too small for the largest of
 // them all to be pinned (KV pins capped low). No load is needed. REKINDLE_READONLY_URL: a second server with the same admin
 // key and `[admin] read_only = true`; without it, those checks are skipped, and that is said.
-import { ask, check, equal, expect, key, noFaults, open, run, server, settled, shot, until } from "./lib.mjs";
+import { ask, axe, check, equal, expect, key, noFaults, open, run, server, settled, shot, until } from "./lib.mjs";
 
 await run(async (browser) => {
   const page = await open(browser, { route: "sessions?state=hot&sort=-device" });
@@ -37,6 +37,26 @@ await run(async (browser) => {
     await until(async () => !(await ask(`/sessions/${id}`)).body.pinned, "it is unpinned", { ms: 2_000 });
   });
 
+  await check("for how long to pin is chosen by keyboard", async () => {
+    const id = rows[1];
+    await page.focus(`[aria-label="How long to pin ${id}"]`);
+    await page.keyboard.press("Enter");
+    await page.waitForSelector(".menu:popover-open [role=menuitem]:focus");
+    equal(await axe(page), [], "axe");
+    await page.keyboard.press("Escape");
+    await until(async () => !(await page.$(".menu")), "Esc closes the menu", { ms: 1_000 });
+    await page.keyboard.press("Enter");
+    await page.waitForSelector(".menu:popover-open [role=menuitem]:focus");
+    await page.keyboard.press("ArrowDown");
+    await page.keyboard.press("ArrowDown");
+    const asked = page.waitForRequest((request) => request.url().endsWith(`/sessions/${id}/pin`));
+    await page.keyboard.press("Enter");
+    equal((await asked).postDataJSON().ttl_seconds, 8 * 3600, "seconds asked for");
+    await until(async () => (await rowText(page, id)).includes("pinned"), "the row says pinned", { ms: 1_000 });
+    await ask(`/sessions/${id}/unpin`, { method: "POST", body: {} });
+    await until(async () => !(await rowText(page, id)).includes("pinned"), "the row says that it is not", { ms: 3_000 });
+  });
+
   await check("a pin over the budget is refused with the server's sentence", async () => {
     const pinned = [];
     let refusal = null;
@@ -49,7 +69,10 @@ await run(async (browser) => {
     const button = page.locator(`[aria-label="Pin ${refusal.id}"]`);
     await button.click();
     await page.waitForSelector(".toast");
-    await until(async () => (await page.textContent(".toasts")).includes(refusal.message.slice(0, 30)), "the sentence", { ms: 2_000 });
+    const said = () => page.textContent(".toasts");
+    await until(async () => (await said()).includes(refusal.message.slice(0, 30)), "the sentence", { ms: 2_000 }).catch(async (error) => {
+      throw new Error(`${error.message}; it says: ${await said()}`);
+    });
     for (const id of pinned) await ask(`/sessions/${id}/unpin`, { method: "POST", body: {} });
   });
 

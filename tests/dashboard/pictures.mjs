@@ -2,9 +2,9 @@
 //
 // Expects: any server; its files are the page, while its answers are those of frozen/ (made by record.mjs), at the time when
 // they were given. Each page, both themes and sizes, is compared with its picture in pictures/ at half the size: few pixels
-// may be of another colour, and nowhere many of them together. In one window, each panel is hidden once, and that must be seen: so
-// it is known that the comparison can fail. UPDATE=1 draws the pictures anew; look at them before you
-// commit them. PICTURES: a folder for what was found where something differs.
+// may be of another colour, and nowhere many of them together. In one window each panel is hidden once, and that must be
+// seen: so it is known that the comparison can fail. UPDATE=1 draws the pictures anew; look at them before you commit them.
+// PICTURES: a folder for what was found where something differs.
 import fs from "node:fs";
 import path from "node:path";
 import { fileURLToPath } from "node:url";

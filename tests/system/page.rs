@@ -3,12 +3,14 @@
 //! The checks are in `tests/dashboard`, one script for each question; each says at its head in which state it wants the
 //! server, and that is made here. `scripts/setup test` brings Chromium and what the scripts need.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use rekindle::tenants::key::{KeyHash, KeyKind, generate};
 use serde_json::{Value, json};
 
 use super::client::Client;
@@ -113,18 +115,52 @@ async fn every_page_looks_right_and_shows_what_the_engine_did() {
     })
     .await;
     tokio::time::sleep(Duration::from_secs(5)).await;
-    let pictures = std::env::var_os("REKINDLE_PICTURES");
-    if let Some(pictures) = &pictures {
-        tokio::time::sleep(Duration::from_secs(90)).await;
-        let mut shots = script("shots.mjs", &server.url, &tenants.admin, &[]);
-        shots.env("SHOTS", pictures);
-        holds(shots).await;
-    }
     load.end().await;
     holds(script("routes.mjs", &server.url, &tenants.admin, &[])).await;
     holds(script("truth.mjs", &server.url, &tenants.admin, &[])).await;
     holds(script("offline.mjs", &server.url, &tenants.admin, &[])).await;
     holds(script("pictures.mjs", &server.url, &tenants.admin, &[])).await;
+    server.finish().await;
+    if let Some(folder) = std::env::var_os("REKINDLE_PICTURES") {
+        take_pictures(&folder).await;
+    }
+}
+
+/// README's pictures, of a server as one has it in a day: three tenants past the pool, pins, ends, minutes of history.
+async fn take_pictures(folder: &OsStr) {
+    const NAMES: [&str; 3] = ["acme", "northwind", "pixelforge"];
+    let home = Home::new();
+    let admin_key = generate(KeyKind::Admin);
+    let keys = NAMES.map(|_| generate(KeyKind::Tenant));
+    let mut text = format!("admin_key = [{{ sha256 = \"{}\" }}]\n", KeyHash::of(&admin_key).hex());
+    for (name, key) in NAMES.iter().zip(&keys) {
+        text += &format!("[[tenant]]\nid = \"{name}\"\nkeys = [{{ sha256 = \"{}\" }}]\n", KeyHash::of(key).hex());
+        if *name == "acme" {
+            text += "weight = 2.0\nceiling = { device = \"100%\" }\npin_budget = { device = \"64MiB\" }\n";
+        }
+    }
+    let file = home.data().with_file_name("tenants.toml");
+    std::fs::write(&file, text).unwrap();
+    let mut settings = vec![format!("tenants.file={}", file.display()), "admin.node=node-a".to_owned()];
+    for (tier, blocks) in [("device", 640), ("host", 800), ("disk", 1400)] {
+        settings.push(format!("kv.{tier}_bytes={}", blocks * BLOCK_BYTES));
+    }
+    let server = Server::start(&home, &settings);
+    let load = Load::begin(&server.url, &keys.clone().map(Some), 7, Duration::from_millis(900)).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let admin = Client::with_key(&server.url, &admin_key);
+    let listed = admin.json(admin.get("/admin/api/sessions?tenant=acme&sort=-turns&limit=3")).await;
+    let ids: Vec<&str> = listed["items"].as_array().unwrap().iter().filter_map(|row| row["id"].as_str()).collect();
+    for id in &ids[..2] {
+        admin.post(&format!("/admin/api/sessions/{id}/pin"), &json!({})).send().await.unwrap();
+    }
+    let acme = Client::with_key(&server.url, &keys[0]);
+    acme.post(&format!("/v1/conversations/{}/done", ids[2]), &json!({})).send().await.unwrap();
+    tokio::time::sleep(Duration::from_secs(360)).await;
+    let mut shots = script("shots.mjs", &server.url, &admin_key, &[]);
+    shots.env("SHOTS", folder);
+    holds(shots).await;
+    load.end().await;
     server.finish().await;
 }
 
@@ -190,11 +226,13 @@ async fn with_a_hundred_thousand_conversations_the_page_is_quick_and_stays_small
     let home = Home::new();
     super::dashboard::fill_store(&home, 100_000).await;
     let server = Server::start(&home, &[]);
-    let load = Load::begin(&server.url, &[None], 4, Duration::from_millis(200)).await;
+    // So that there are rows that differ. What is asked of the page is asked of it alone, without a model beside it.
+    let load = Load::begin(&server.url, &[None], 4, Duration::from_millis(50)).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    load.end().await;
     let minutes = if std::env::var_os("REKINDLE_SOAK").is_some() { "10" } else { "0.2" };
     let more = [("SCALE_MINUTES", minutes.to_owned())];
     holds(script("scale.mjs", &server.url, &admin_key(&home), &more)).await;
-    load.end().await;
     server.finish().await;
 }
 

@@ -8,6 +8,9 @@ const DONE = {
   evict: "left the device", drop: "has no KV left in any tier", cancel: "has no running turn any more",
 };
 
+/** Why nothing can be done to KV that no conversation owns. */
+export const STATELESS = "A stateless chat: nothing to act on; its blocks go as memory is needed.";
+
 const QUESTIONS = ["drop", "cancel"];
 
 /** `act(row, verb, body)`: `row` is a session as the page knows it. `toast(text, {undo, seconds})`, `ask(question)`. */
@@ -15,6 +18,7 @@ export function actions({ toast, ask }) {
   const act = (row, verb, body) => {
     if (!connected()) return toast("Not connected. Nothing was done.");
     if (state.me?.read_only) return toast("This node's dashboard is read only.");
+    if (row.stateless) return toast(STATELESS);
     if (QUESTIONS.includes(verb)) return ask({ kind: verb, row, onYes: (now) => run(now, verb, body) });
     return run(row, verb, body);
   };

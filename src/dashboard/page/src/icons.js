@@ -17,6 +17,7 @@ export const ICON = {
   ok: stroke("M3 8.5 6.5 12 13 4.5"),
   pin: stroke("M6 2.5h4l-.5 4.5 2 2v1h-7v-1l2-2zM8 10v4"),
   close: stroke(CROSS),
+  down: stroke("M4.5 6.5 8 10l3.5-3.5"),
   theme: stroke(
     "M8 5.2a2.8 2.8 0 1 0 .01 0M8 1.5v1M8 13.5v1M1.5 8h1M13.5 8h1M3.4 3.4l.7.7M11.9 11.9l.7.7M12.6 3.4l-.7.7M4.1 11.9l-.7.7",
   ),

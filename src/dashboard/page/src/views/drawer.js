@@ -1,5 +1,6 @@
 /* What happened to this one conversation? Its turns, tiers, blocks, return cost, forks and journal, beside any page. */
 import { html, useContext, useEffect, useRef, useState } from "../../vendor/preact-htm.js";
+import { STATELESS } from "../actions.js";
 import { get } from "../api.js";
 import { ICON } from "../icons.js";
 import { Bar, Failure, Page, State, Tenant } from "../parts.js";
@@ -7,6 +8,7 @@ import { useRestart, useRows, useSnapshot, state as store, watch } from "../stor
 import { PLAN, WHEREABOUTS, bytes, copies, count, ms, span } from "../words.js";
 import { Blocks, Forks, Turns } from "./anatomy.js";
 import { Brief } from "./journal.js";
+import { PinFor } from "./pin.js";
 
 /** A session that changes all the time is asked for again no more often. */
 const REFRESH_MS = 1_000;
@@ -102,7 +104,7 @@ function Summary({ session }) {
         ${WHEREABOUTS[session.state]} · <${Tenant} id=${session.tenant} />${age && ` · started ${age} ago`}
       </span>
     </div>
-    ${!store.me?.read_only && html`<${Actions} session=${session} />`}`;
+    ${session.stateless ? html`<p class="muted under">${STATELESS}</p>` : !store.me?.read_only && html`<${Actions} session=${session} />`}`;
 }
 
 function Actions({ session }) {
@@ -116,7 +118,7 @@ function Actions({ session }) {
   return html`
     <div class="row acts-row">
       ${button("Warm", "warm", { off: device > 0 && device >= session.bytes.total, why: "Bring to the device what is not there" })}
-      ${session.pinned ? button("Unpin", "unpin") : button("Pin", "pin")}
+      ${session.pinned ? button("Unpin", "unpin") : html`<span class="split">${button("Pin", "pin")}<${PinFor} row=${session} /></span>`}
       ${has("host") && button("Offload", "offload", {
         off: !device || host >= device, why: host >= device && device ? "Host memory has a copy already" : "Copy to host memory",
         body: { to: "host" },

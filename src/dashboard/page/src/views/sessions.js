@@ -1,23 +1,25 @@
 /* Which sessions are there? Pages of 100 in the server's order, at most 60 rows in the document.
  *
  * The order is that of the moment it was asked for: rows change in place, and never jump under the pointer. */
-import { html, useContext, useEffect, useRef, useState } from "../../vendor/preact-htm.js";
+import { html, useContext, useEffect, useLayoutEffect, useMemo, useRef, useState } from "../../vendor/preact-htm.js";
+import { STATELESS } from "../actions.js";
 import { get, query } from "../api.js";
 import { ICON, SHAPE } from "../icons.js";
 import { Failure, Figure, Page, ReturnCost, Session, State } from "../parts.js";
 import { useEvents, useRestart, useRows, useSnapshot, state as store } from "../store.js";
 import { NONE, PATH, STATE, bytes, copies, count, ms, percent, span } from "../words.js";
+import { PinFor } from "./pin.js";
 
 const PAGE = 100, ROW = 32, MOST_ROWS = 60, SPARE_ROWS = 8;
-const TYPING_MS = 150;
+const TYPING_MS = 30;
 /** Of rows that changed, at most so many are asked for again a second. */
 const REFRESHES_PER_S = 4;
 
 /** name, sort key, width, right-aligned */
 const COLUMNS = [
-  ["Session", "", 138], ["Tenant", "", 130], ["State", "", 128], ["Idle", "idle", 92, 1], ["Turns", "turns", 66, 1],
+  ["Session", "", 138], ["Tenant", "", 122], ["State", "", 120], ["Idle", "idle", 92, 1], ["Turns", "turns", 66, 1],
   ["Tokens", "tokens", 80, 1], ["Device", "device", 88, 1], ["Copies", "", 116], ["Last TTFT", "", 144, 1],
-  ["Return cost", "return", 156, 1], ["Order", "rank", 66, 1], ["Actions", "", 112],
+  ["Return cost", "return", 156, 1], ["Order", "rank", 66, 1], ["Actions", "", 128],
 ];
 
 const STATES = ["", "running", "reloading", "hot", "warm", "cold", "none", "pinned"];
@@ -56,8 +58,9 @@ function usePages(filter) {
     }
     if (request.current === mine) request.current = null;
   };
-  useEffect(() => {
-    const timer = setTimeout(ask, filter.q ? TYPING_MS : 0);
+  // Before the next frame, which an effect would wait for.
+  useLayoutEffect(() => {
+    const timer = filter.q ? setTimeout(ask, TYPING_MS) : void ask();
     return () => {
       clearTimeout(timer);
       request.current?.abort();
@@ -97,14 +100,14 @@ function useLiveRows(items, patch) {
   known.current = new Map(items.map((row) => [row.id, row]));
   const ask = (id) => known.current.has(id) && due.current.add(id);
   useEvents("journal", ({ items: entries }) => entries.forEach((entry) => ask(entry.session)));
-  useEvents("tick", ({ map }) => {
+  useEvents("tick", ({ map, seq }) => {
     map?.drop?.forEach(ask);
     for (const cell of map?.upsert || []) {
       const row = known.current.get(cell.s);
       if (!row) continue;
       // It came up from below, so what its return costs is another matter now.
       if (!row.bytes.device) due.current.add(row.id);
-      patch({ ...onDevice(cell), id: row.id, bytes: { ...row.bytes, device: cell.bytes } });
+      patch({ ...onDevice(cell), id: row.id, bytes: { ...row.bytes, device: cell.bytes } }, seq);
     }
   });
   useEffect(() => {
@@ -180,8 +183,11 @@ function Table({ list, filter, set }) {
   const to = Math.min(list.items.length, from + seen + 2 * spare);
   const scrolled = ({ target }) => {
     setTop(target.scrollTop);
-    if (target.scrollTop + height > (list.items.length - 30) * ROW) list.more();
+    ahead(target.scrollTop);
   };
+  // The next page is asked for while there is one to scroll through; where it came too late, at once when it is there.
+  const ahead = (y) => y + height > (list.items.length - PAGE) * ROW && list.more();
+  useEffect(() => void (top > 0 && ahead(top)), [list.items.length]);
   const walk = (by) => {
     const next = Math.max(0, Math.min(list.items.length - 1, at.current + by));
     walked.current = true;
@@ -285,8 +291,14 @@ function Row({ row, index, current, onCurrent }) {
     onCurrent(index);
     open(row.id);
   };
+  const opened = args.s === row.id;
+  // A row that is as it was is not drawn again: while one scrolls, that is nearly all of them.
+  return useMemo(() => cells({ row, index, current, opened, show }), [row, index, current, opened, location.hash]);
+}
+
+function cells({ row, index, current, opened, show }) {
   return html`
-    <tr class=${(args.s === row.id ? "sel " : "") + (current ? "cur" : "")} data-row=${index} aria-rowindex=${index + 2} onClick=${show}>
+    <tr class=${(opened ? "sel " : "") + (current ? "cur" : "")} data-row=${index} aria-rowindex=${index + 2} onClick=${show}>
       <td><${Session} id=${row.id} /></td>
       <td>${row.tenant}</td>
       <td><${State} state=${row.state} pinned=${row.pinned} /></td>
@@ -317,6 +329,7 @@ function Copies({ held }) {
 function RowActions({ row }) {
   const { act } = useContext(Page);
   if (store.me?.read_only) return html`<span class="muted">read only</span>`;
+  if (row.stateless) return html`<span class="muted" title=${STATELESS}>stateless</span>`;
   const onDevice = row.bytes.device > 0;
   const fixed = row.state === "running" || row.pinned;
   const main = onDevice
@@ -329,5 +342,6 @@ function RowActions({ row }) {
       <button class="btn sm icon ghost" aria-label=${`${pin} ${row.id}`} title=${pin} onClick=${() => act(row, pin.toLowerCase())}>
         ${ICON.pin}
       </button>
+      ${!row.pinned && html`<${PinFor} row=${row} />`}
     </span>`;
 }

@@ -3,7 +3,7 @@ import { html, useContext, useEffect, useRef, useState } from "../../vendor/prea
 import { post } from "../api.js";
 import { Bar, Failure, Page, Panel } from "../parts.js";
 import { useSnapshot } from "../store.js";
-import { NONE, POLICY, brief, bytes, clock, count, percent } from "../words.js";
+import { NONE, POLICY, brief, bytes, clock, count, ms, percent } from "../words.js";
 
 const SIZES = [0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4];
 const LENGTHS = [1024, 2048, 4096, 8192, 16_384, 32_768];
@@ -13,17 +13,18 @@ const AS_IT_IS = { policy: "", weight: "", device: "1", host: "1", disk: "1" };
 export function WhatIf() {
   const policy = useSnapshot("policy");
   return html`
-    <${Panel} title="What if" note="a replay of the recorded turns" snapshots=${[policy]}>
-      ${() => html`<${Replay} active=${policy.data.active} config=${policy.data.config} />`}
+    <${Panel} title="What if" note="the last recorded hour, replayed" snapshots=${[policy]}>
+      ${() => html`<${Replay} active=${policy.data.active} config=${policy.data.config} tenants=${policy.data.tenants || []} />`}
     <//>`;
 }
 
-function Replay({ active, config }) {
+function Replay({ active, config, tenants }) {
   const { ask, connected } = useContext(Page);
   const [choice, setChoice] = useState(AS_IT_IS);
+  const [bounds, setBounds] = useState({});
   const run = useReplay();
   const set = (field) => (event) => setChoice((had) => ({ ...had, [field]: event.target.value }));
-  const chosen = settings(choice, active);
+  const chosen = { ...settings(choice, active), tenants: boundsOf(bounds) };
   return html`
     <form class="pad" onSubmit=${(event) => {
       event.preventDefault();
@@ -47,6 +48,7 @@ function Replay({ active, config }) {
         <option value="0">off</option>
         ${LENGTHS.map((n) => html`<option value=${String(n)}>doubles at ${count(n)} tokens</option>`)}
       <//>
+      ${tenants.length > 0 && html`<${Bounds} tenants=${tenants} bounds=${bounds} set=${setBounds} />`}
       <div class="row run">
         <button class="btn pri sm" disabled=${run.busy || !connected()}>Replay</button>
         ${run.busy && html`<button type="button" class="btn sm" onClick=${run.cancel}>Cancel</button>`}
@@ -73,6 +75,39 @@ function settings(choice, active) {
   };
 }
 
+const MOST_TENANTS = 12, MIB = 2 ** 20;
+const ENDS = ["floor", "ceiling"];
+
+/** What tenants of the device pool would be guaranteed, and where they would stop; what is left empty is as it is. */
+function Bounds({ tenants, bounds, set }) {
+  const shown = [...tenants].sort((a, b) => b.used_bytes - a.used_bytes).slice(0, MOST_TENANTS);
+  const field = (tenant, end) => html`
+    <input type="number" min="0" step="any" aria-label=${`${end} of ${tenant.id}, MiB`}
+      placeholder=${inMib(tenant[end + "_bytes"])} value=${bounds[tenant.id]?.[end] ?? ""}
+      onInput=${({ target }) => set((had) => ({ ...had, [tenant.id]: { ...had[tenant.id], [end]: target.value } }))} />`;
+  return html`
+    <div class="bounds">
+      <table class="num">
+        <thead><tr><th scope="col">Tenant</th>${ENDS.map((end) => html`<th scope="col">${end}, MiB</th>`)}</tr></thead>
+        <tbody>${shown.map((tenant) => html`
+          <tr key=${tenant.id}>
+            <td class="ell" title=${tenant.id}>${tenant.id}</td>${ENDS.map((end) => html`<td>${field(tenant, end)}</td>`)}
+          </tr>`)}</tbody>
+      </table>
+    </div>`;
+}
+
+const inMib = (b) => (b == null ? "none" : String(Number((b / MIB).toPrecision(4))));
+
+/** `{tenant: {floor, ceiling}}` in bytes, of what was typed; null if nothing was. */
+function boundsOf(bounds) {
+  const typed = Object.entries(bounds).flatMap(([id, ends]) => {
+    const set = Object.entries(ends).filter(([, mib]) => mib !== "").map(([end, mib]) => [end, Math.round(Number(mib) * MIB)]);
+    return set.length ? [[id, Object.fromEntries(set)]] : [];
+  });
+  return typed.length ? Object.fromEntries(typed) : null;
+}
+
 /** The [kv] settings in force, with those that were chosen put in their places. */
 function asConfig(config, chosen) {
   const named = { eviction_policy: `"${chosen.policy}"`, eviction_doubles_at: chosen.eviction_doubles_at };
@@ -83,7 +118,15 @@ function asConfig(config, chosen) {
     const line = new RegExp(`^${key}\\s*=.*$`, "m");
     text = line.test(text) ? text.replace(line, `${key} = ${value}`) : `${text.trimEnd()}\n${key} = ${value}\n`;
   }
-  return text;
+  return text + tenantsFile(chosen.tenants);
+}
+
+/** Floors and ceilings are not in that file. */
+function tenantsFile(tenants) {
+  if (!tenants) return "";
+  const lines = Object.entries(tenants).map(([id, ends]) =>
+    [`[[tenant]]`, `id = "${id}"`, ...Object.entries(ends).map(([end, size]) => `${end} = { device = "${size}" }`)].join("\n"));
+  return `\n# In the tenants file, beside what it says of each:\n${lines.join("\n")}\n`;
 }
 
 function useReplay() {
@@ -126,6 +169,8 @@ const short = (x) => (x >= 100_000 ? brief(x) : count(x));
 
 /** name, value, its format, and whether more of it is better (1), worse (-1) or neither (0) */
 const MEASURES = [
+  ["TTFT p50, foretold", (o) => o.ttft?.p50_ms, ms, -1],
+  ["TTFT p95, foretold", (o) => o.ttft?.p95_ms, ms, -1],
   ["Turns", (o) => o.turns, short, 0],
   ["Reusable tokens", (o) => o.reusable_tokens, short, 0],
   ["Encoded again", (o) => o.reencoded_tokens, short, -1],
@@ -141,19 +186,45 @@ function Comparison({ result: { window, base, sim, by_tenant: tenants, assumptio
   return html`
     <table class="num replayed">
       <thead><tr>
-        <th scope="col">Measure</th><th scope="col" class="r">As it ran</th><th scope="col" class="r">What if</th>
+        <th scope="col">Measure</th><th scope="col" class="r">${baseName(base)}</th><th scope="col" class="r">What if</th>
         <th scope="col" class="r">Change</th>
       </tr></thead>
       <tbody>${MEASURES.map(([name, of, format, good]) => html`
         <tr><td>${name}</td><td class="r">${format(of(base))}</td><td class="r"><b>${format(of(sim))}</b></td>
           <${Change} from=${of(base)} to=${of(sim)} good=${good} /></tr>`)}</tbody>
     </table>
+    <${TimesCompared} tenants=${tenants || []} base=${base} />
+    <${TenantsCompared} tenants=${tenants || []} />
     <p class="pad muted">
       ${count(window.turns)} turns from ${clock(window.from)} to ${clock(window.to)} UTC${window.trace ? `, ${window.trace}` : ""}.${" "}
+      ${base.measured && html`Measured then, with all waiting: <b>${ms(base.measured.p50_ms)}</b> at the median,
+        ${" "}<b>${ms(base.measured.p95_ms)}</b> at p95, of ${count(base.measured.turns)} turns. `}
       ${assumptions}
-    </p>
-    <${TenantsCompared} tenants=${tenants || []} />`;
+    </p>`;
 }
+
+/** Where the record can't be replayed as it was, both sides are a what-if. */
+const baseName = (base) => (base.replayed === "what_if" ? "These settings" : "As it ran");
+
+function TimesCompared({ tenants, base }) {
+  if (!tenants.length) return null;
+  return html`
+    <h3 class="pad">TTFT p95 foretold, by tenant</h3>
+    <table class="num replayed">
+      <thead><tr>
+        <th scope="col">Tenant</th><th scope="col" class="r">${baseName(base)}</th><th scope="col" class="r">What if</th>
+        <th scope="col" class="r">Change</th>
+      </tr></thead>
+      <tbody>${tenants.map((tenant) => html`
+        <tr key=${tenant.id} title=${timesTitle(tenant)}>
+          <td class="ell">${tenant.id}</td><td class="r">${ms(tenant.base_ms)}</td><td class="r"><b>${ms(tenant.sim_ms)}</b></td>
+          <${Change} from=${tenant.base_ms} to=${tenant.sim_ms} good=${-1} />
+        </tr>`)}</tbody>
+    </table>`;
+}
+
+const timesTitle = ({ turns, measured_ms: measured }) =>
+  `${count(turns)} turns${measured == null ? "" : `; measured then, with all waiting: ${ms(measured)}`}`;
 
 /** `good`: 1 where more is better, -1 where less is, 0 where neither is. */
 function Change({ from, to, good }) {
