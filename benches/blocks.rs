@@ -1,9 +1,9 @@
 //! What does each operation on one block take, among a million?
 //!
-//! Conversations of 1,600 tokens, one after another in random order, and half of each one's blocks: what they need is in no
-//! cache of the processor's when their turn comes. Places and hashes are scattered, as after a long life. What an operation
-//! needs, and what undoes it, is not timed. Beside them: what one read costs here that waits for memory, of which an
-//! operation needs some.
+//! Conversations of 1,600 tokens, one after another in random order: each gives up half of its blocks, as a victim does, and
+//! as many new ones come into their places, as another's turn makes them. What that needs of a million blocks is in no cache
+//! of the processor's when its turn comes. Places, hashes and the blocks' own memory are scattered, as after a long life.
+//! Each stage's time is summed up by itself. Beside them: what one read costs here that waits for memory.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -15,10 +15,16 @@ use rekindle::kv::prefix::PrefixIndex;
 use rekindle::kv::table::BlockTable;
 use rekindle::types::{BlockCount, BlockId, TenantId, Tick};
 
+/// As in the server.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const POOL: u32 = 1_000_000;
 /// Blocks of a table.
 const LENGTH: usize = 100;
-/// Of those, how many come and go.
+/// Of those, how many a turn has added.
+const OF_A_TURN: usize = 10;
+/// Of a table's blocks, how many come and go.
 const COME_AND_GO: usize = LENGTH / 2;
 const TENANT: TenantId = TenantId(0);
 
@@ -62,12 +68,16 @@ impl Full {
         // The places come back in random order, as after a long life.
         numbers.shuffle(&mut order);
         drop(order);
-        let tables = (0..POOL as usize / LENGTH).map(|_| {
+        let mut blocks: Vec<Block> = std::iter::from_fn(|| first.take_place())
+            .map(|slot| index.insert(SealedBlock::found(slot, PrefixHash::ROOT, numbers.hash(), ())))
+            .collect();
+        // What a turn has made lies together, and turns anywhere.
+        let mut turns: Vec<Vec<Block>> =
+            (0..POOL as usize / OF_A_TURN).map(|_| blocks.split_off(blocks.len() - OF_A_TURN)).collect();
+        numbers.shuffle(&mut turns);
+        let tables = turns.chunks(LENGTH / OF_A_TURN).map(|turns| {
             let mut table = BlockTable::new(&places, TENANT);
-            for _ in 0..LENGTH {
-                let (hash, slot) = (numbers.hash(), table.take_place().expect("the pool has room"));
-                table.add(index.insert(SealedBlock::found(slot, PrefixHash::ROOT, hash, ())));
-            }
+            turns.iter().flatten().for_each(|block| table.add(Arc::clone(block)));
             table
         });
         let mut tables: Vec<_> = tables.collect();
@@ -75,49 +85,34 @@ impl Full {
         Self { places, index, tables, numbers }
     }
 
-    /// Takes the ends of all tables; the places come back in random order.
-    fn lose_ends(&mut self) {
-        for table in &mut self.tables {
-            for _ in 0..COME_AND_GO {
-                black_box(table.take_end());
-            }
-        }
-    }
-
-    /// Places for what each table has lost.
-    fn take(&self) -> Vec<Slot<BlockId>> {
-        let lost = self.tables.iter().flat_map(|table| std::iter::repeat_n(table, COME_AND_GO));
-        lost.map(|table| self.places.take(TENANT, table.holder()).expect("as many were lost")).collect()
-    }
-
-    /// Makes full blocks of places.
-    fn seal(&mut self, places: Vec<Slot<BlockId>>, hashes: &[PrefixHash]) -> Vec<Block> {
-        let sealed = places.into_iter().zip(hashes);
-        sealed.map(|(slot, hash)| self.index.insert(SealedBlock::found(slot, PrefixHash::ROOT, *hash, ()))).collect()
-    }
-
-    /// Gives the tables full blocks again.
-    fn join(&mut self, blocks: Vec<Block>) {
-        let mut blocks = blocks.into_iter();
-        self.tables.iter_mut().for_each(|table| blocks.by_ref().take(COME_AND_GO).for_each(|block| table.add(block)));
-    }
-
-    fn new_hashes(&mut self) -> Vec<PrefixHash> {
-        (0..self.tables.len() * COME_AND_GO).map(|_| self.numbers.hash()).collect()
-    }
-
-    /// The time of each stage of what a table's last block goes through, for every table.
+    /// The time of each stage of a block's life, for half the blocks of each table.
     fn round(&mut self) -> Stages {
-        let evict = timed(|| self.lose_ends()).0;
-        let (take, places) = timed(|| self.take());
-        let give_back = timed(|| drop(places)).0;
-        let (places, hashes) = (self.take(), self.new_hashes());
-        let (seal, blocks) = timed(|| self.seal(places, &hashes));
-        let join = timed(|| self.join(blocks)).0;
-        Stages { evict, take, give_back, seal, join }
+        let Self { places, index, tables, numbers } = self;
+        let mut stages = Stages::default();
+        for table in tables {
+            let hashes: [PrefixHash; COME_AND_GO] = std::array::from_fn(|_| numbers.hash());
+            let holder = table.holder();
+            let place = |_: &PrefixHash| places.take(TENANT, holder).expect("as many were given up");
+            timed(&mut stages.evict, || (0..COME_AND_GO).for_each(|_| drop(table.take_end())));
+            let taken = timed(&mut stages.take, || hashes.each_ref().map(place));
+            timed(&mut stages.give_back, || drop(taken));
+            let taken = hashes.each_ref().map(place);
+            let blocks = timed(&mut stages.seal, || {
+                let sealed = taken.into_iter().zip(&hashes).map(|(slot, hash)| {
+                    let sealed = SealedBlock::found(slot, PrefixHash::ROOT, *hash, ());
+                    index.prefetch(&sealed);
+                    sealed
+                });
+                let sealed: Vec<_> = sealed.collect();
+                sealed.into_iter().map(|sealed| index.insert(sealed)).collect::<Vec<Block>>()
+            });
+            timed(&mut stages.join, || blocks.into_iter().for_each(|block| table.add(block)));
+        }
+        stages
     }
 }
 
+#[derive(Default)]
 struct Stages {
     evict: Duration,
     take: Duration,
@@ -126,10 +121,12 @@ struct Stages {
     join: Duration,
 }
 
-fn timed<T>(work: impl FnOnce() -> T) -> (Duration, T) {
+/// Adds what the work takes.
+fn timed<T>(sum: &mut Duration, work: impl FnOnce() -> T) -> T {
     let started = Instant::now();
     let done = black_box(work());
-    (started.elapsed(), done)
+    *sum += started.elapsed();
+    done
 }
 
 fn blocks(c: &mut Criterion) {
@@ -182,16 +179,16 @@ fn blocks(c: &mut Criterion) {
         group.bench_function(name, |b| {
             b.iter_custom(|times| {
                 let rounds = times.div_ceil(come_and_go);
-                let took = (0..rounds).map(|_| {
-                    let join = || {
+                let (mut joined, mut left) = (Duration::ZERO, Duration::ZERO);
+                for _ in 0..rounds {
+                    timed(&mut joined, || {
                         let pairs = forks.iter_mut().zip(&shared);
                         pairs.for_each(|(fork, blocks)| blocks.iter().for_each(|block| fork.add(Arc::clone(block))));
-                    };
-                    let joined = timed(join).0;
-                    let left = timed(|| forks.iter_mut().for_each(BlockTable::clear)).0;
-                    if joining { joined } else { left }
-                });
-                took.sum::<Duration>().mul_f64(times as f64 / (rounds * come_and_go) as f64)
+                    });
+                    timed(&mut left, || forks.iter_mut().for_each(BlockTable::clear));
+                }
+                let took = if joining { joined } else { left };
+                took.mul_f64(times as f64 / (rounds * come_and_go) as f64)
             });
         });
     }

@@ -29,7 +29,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         // arenas, slots, and how blocks lie there; sampling
         &["kv", "model", "kernels::memory", "kernels::files", "kernels::cold", "kernels::isa", "kernels::softmax"],
     ),
-    ("kv", &["kernels::memory", "kernels::files", "kernels::cold"]),
+    ("kv", &["kernels::memory", "kernels::files", "kernels::cold", "kernels::prefetch"]),
     ("model", &["kernels"]),
     ("kernels", &[]),
     ("store", &[]),

@@ -13,6 +13,7 @@ pub mod linear;
 pub mod mapped;
 pub mod memory;
 pub mod peak;
+pub mod prefetch;
 pub mod softmax;
 pub mod threads;
 

@@ -91,9 +91,9 @@ struct Holder {
     closed: bool,
 }
 
-/// How a full block's place is split.
+/// How a full block is split among those who hold it. It lies in the block, where they are at work already.
 #[derive(Clone, Copy, Debug, Default)]
-struct Split {
+pub struct Split {
     holders: u32,
     since: Tick,
     /// What one holder's part has come to since the first of them joined, in units: enough for nine years.
@@ -101,6 +101,11 @@ struct Split {
 }
 
 impl Split {
+    /// Conversations that hold the block.
+    pub fn holders(&self) -> u32 {
+        self.holders
+    }
+
     /// What one holder's part has come to, and what is left over of all of them.
     fn until(&self, now: Tick) -> (u64, u64) {
         let units = now.0.saturating_sub(self.since.0) * UNITS;
@@ -137,8 +142,6 @@ pub struct Accounts {
     tenants: Vec<TenantLine>,
     holders: Vec<Holder>,
     vacant: Vec<HolderId>,
-    /// By place.
-    splits: Vec<Split>,
     /// Places that are not free, and no tenant's.
     waiting: Level,
 }
@@ -203,16 +206,12 @@ impl Accounts {
         self.vacate(now, owner);
     }
 
-    /// A conversation's table names the full block in a place from now on.
-    pub fn join(&mut self, now: Tick, place: u32, id: HolderId) {
-        if self.splits.len() <= place as usize {
-            self.splits.resize(place as usize + 1, Split::default());
-        }
-        let each = self.settle(now, place, id);
+    /// A conversation's table names the full block that is split so from now on.
+    pub fn join(&mut self, now: Tick, split: &mut Split, id: HolderId) {
+        let each = self.settle(now, split, id);
         let holder = &mut self.holders[id.0 as usize];
         holder.split -= i128::from(each);
         let tenant = holder.tenant;
-        let split = &mut self.splits[place as usize];
         split.holders += 1;
         if split.holders == 1 {
             self.tenant(tenant).nobodys.fall(now, 1);
@@ -220,21 +219,19 @@ impl Accounts {
     }
 
     /// It does so no more.
-    pub fn leave(&mut self, now: Tick, place: u32, id: HolderId) {
-        let each = self.settle(now, place, id);
+    pub fn leave(&mut self, now: Tick, split: &mut Split, id: HolderId) {
+        let each = self.settle(now, split, id);
         let holder = &mut self.holders[id.0 as usize];
         holder.split += i128::from(each);
         let tenant = holder.tenant;
-        let split = &mut self.splits[place as usize];
         split.holders -= 1;
         if split.holders == 0 {
             self.tenant(tenant).nobodys.rise(now, 1);
         }
     }
 
-    /// Brings a place's split up to now, before its holders change. Says what has come to each.
-    fn settle(&mut self, now: Tick, place: u32, id: HolderId) -> u64 {
-        let split = &mut self.splits[place as usize];
+    /// Brings a split up to now, before its holders change. Says what has come to each.
+    fn settle(&mut self, now: Tick, split: &mut Split, id: HolderId) -> u64 {
         let (each, left_over) = split.until(now);
         (split.each, split.since) = (each, split.since.max(now));
         let tenant = self.holders[id.0 as usize].tenant;
@@ -252,18 +249,12 @@ impl Accounts {
         self.waiting.fall(now, u32::try_from(places).expect("a pool has at most u32::MAX places"));
     }
 
-    /// Conversations that hold the full block in a place.
-    pub fn holders(&self, place: u32) -> u32 {
-        self.splits.get(place as usize).map_or(0, |split| split.holders)
-    }
-
-    /// What a conversation holds: the full blocks in these places, which its table names, and what is its own.
-    pub fn holding(&self, now: Tick, id: HolderId, places: impl Iterator<Item = u32>) -> Holding {
+    /// What a conversation holds: its parts of the full blocks that its table names, and what is its own.
+    pub fn holding(&self, now: Tick, id: HolderId, splits: impl Iterator<Item = Split>) -> Holding {
         let holder = &self.holders[id.0 as usize];
         let mut units_held = u64::from(holder.own.blocks) * UNITS;
         let mut sum = holder.split + units(holder.own.until(now));
-        for place in places {
-            let split = &self.splits[place as usize];
+        for split in splits {
             units_held += UNITS / u64::from(split.holders);
             sum += i128::from(split.until(now).0);
         }
@@ -295,10 +286,9 @@ impl Accounts {
         &mut self.tenants[index]
     }
 
-    /// Checks that all times add up, where conversations that are known hold these sums together; for tests. Cost:
-    /// O(everything).
-    pub fn assert_sums(&self, now: Tick, of_conversations: &HashMap<TenantId, u128>) {
-        let holders: u32 = self.splits.iter().map(|split| split.holders).sum();
+    /// Checks that all times add up, where conversations that are known hold these sums together, and full blocks are held
+    /// so many times; for tests. Cost: O(everything).
+    pub fn assert_sums(&self, now: Tick, of_conversations: &HashMap<TenantId, u128>, holders: u32) {
         for (id, line) in (0..).map(TenantId).zip(&self.tenants) {
             let left =
                 self.holders.iter().filter(|holder| holder.tenant == id && holder.closed && holder.own.blocks > 0);
@@ -332,14 +322,14 @@ mod tests {
     const T: TenantId = TenantId(0);
     const S: u64 = 1_000_000;
 
-    /// A full block of nobody's in place 0, taken at the start by the first of three conversations.
-    fn shared() -> (Accounts, [HolderId; 3]) {
-        let mut accounts = Accounts::default();
+    /// A full block, taken at the start by the first of three conversations.
+    fn shared() -> (Accounts, Split, [HolderId; 3]) {
+        let (mut accounts, mut split) = (Accounts::default(), Split::default());
         let holders = [accounts.open(T), accounts.open(T), accounts.open(T)];
         accounts.take(Tick(0), T, Some(holders[0]));
         accounts.disown(Tick(4 * S), T, holders[0]);
-        accounts.join(Tick(4 * S), 0, holders[0]);
-        (accounts, holders)
+        accounts.join(Tick(4 * S), &mut split, holders[0]);
+        (accounts, split, holders)
     }
 
     /// Units of a block's second.
@@ -349,59 +339,60 @@ mod tests {
 
     #[test]
     fn three_share_a_block_and_one_after_the_other_leaves() {
-        let (mut accounts, [a, b, c]) = shared();
-        accounts.join(Tick(6 * S), 0, b);
-        accounts.join(Tick(10 * S), 0, c);
-        assert_eq!(accounts.holders(0), 3);
-        accounts.leave(Tick(16 * S), 0, a);
-        accounts.leave(Tick(20 * S), 0, c);
+        let (mut accounts, mut split, [a, b, c]) = shared();
+        accounts.join(Tick(6 * S), &mut split, b);
+        accounts.join(Tick(10 * S), &mut split, c);
+        assert_eq!(split.holders(), 3);
+        accounts.leave(Tick(16 * S), &mut split, a);
+        accounts.leave(Tick(20 * S), &mut split, c);
         let now = Tick(25 * S);
         // a: 4 s as it was filled, 2 s alone, 4 s with b, 6 s with both.
         assert_eq!(accounts.holding(now, a, [].into_iter()), Holding { units: 0, unit_us: seconds(6 + 2 + 2) });
         // b: 4 s with a, 6 s with both, 4 s with c, 5 s alone.
         assert_eq!(
-            accounts.holding(now, b, [0].into_iter()),
+            accounts.holding(now, b, [split].into_iter()),
             Holding { units: UNITS, unit_us: seconds(2 + 2 + 2 + 5) }
         );
         assert_eq!(accounts.holding(now, c, [].into_iter()).unit_us, seconds(2 + 2));
         let line = accounts.of_tenant(now, T);
         assert_eq!(line.held, Held { blocks: BlockCount(1), block_us: u128::from(25 * S) });
         assert_eq!(line.nobodys, Held::default());
-        accounts.assert_sums(now, &HashMap::from([(T, seconds(25))]));
+        accounts.assert_sums(now, &HashMap::from([(T, seconds(25))]), 1);
     }
 
     #[test]
     fn what_a_third_of_a_microsecond_leaves_over_is_nobodys() {
-        let (mut accounts, [a, b, c]) = shared();
-        accounts.join(Tick(4 * S), 0, b);
-        accounts.join(Tick(4 * S), 0, c);
-        let thirds = |accounts: &Accounts, now| [a, b, c].map(|id| accounts.holding(now, id, [0].into_iter()).unit_us);
+        let (mut accounts, mut split, [a, b, c]) = shared();
+        accounts.join(Tick(4 * S), &mut split, b);
+        accounts.join(Tick(4 * S), &mut split, c);
+        let thirds =
+            |accounts: &Accounts, now| [a, b, c].map(|id| accounts.holding(now, id, [split].into_iter()).unit_us);
         let now = Tick(4 * S + 1);
         let part = u128::from(UNITS / 3);
         assert_eq!(thirds(&accounts, now), [seconds(4) + part, part, part]);
         for id in [a, b, c] {
-            accounts.leave(now, 0, id);
+            accounts.leave(now, &mut split, id);
         }
         let sum: u128 = [a, b, c].map(|id| accounts.holding(now, id, [].into_iter()).unit_us).iter().sum();
         assert_eq!(sum, seconds(4) + u128::from(UNITS) - 1, "one of 65536 units is left over");
-        accounts.assert_sums(now, &HashMap::from([(T, sum)]));
+        accounts.assert_sums(now, &HashMap::from([(T, sum)]), 0);
     }
 
     #[test]
     fn a_block_that_no_table_names_is_nobodys_until_one_does_again() {
-        let (mut accounts, [a, b, _]) = shared();
-        accounts.leave(Tick(5 * S), 0, a);
+        let (mut accounts, mut split, [a, b, _]) = shared();
+        accounts.leave(Tick(5 * S), &mut split, a);
         assert_eq!(accounts.of_tenant(Tick(8 * S), T).nobodys, Held { blocks: BlockCount(1), block_us: 3_000_000 });
-        accounts.join(Tick(8 * S), 0, b);
-        assert_eq!(accounts.holding(Tick(9 * S), b, [0].into_iter()).unit_us, seconds(1), "it begins anew");
-        accounts.assert_sums(Tick(9 * S), &HashMap::from([(T, seconds(5 + 1))]));
+        accounts.join(Tick(8 * S), &mut split, b);
+        assert_eq!(accounts.holding(Tick(9 * S), b, [split].into_iter()).unit_us, seconds(1), "it begins anew");
+        accounts.assert_sums(Tick(9 * S), &HashMap::from([(T, seconds(5 + 1))]), 1);
     }
 
     #[test]
     fn an_account_that_is_closed_is_summed_up_and_used_again() {
-        let (mut accounts, [a, b, _]) = shared();
+        let (mut accounts, mut split, [a, b, _]) = shared();
         accounts.take(Tick(4 * S), T, Some(a));
-        accounts.leave(Tick(5 * S), 0, a);
+        accounts.leave(Tick(5 * S), &mut split, a);
         accounts.close(Tick(5 * S), a);
         // A copy under way still has a place of its.
         assert_ne!(accounts.open(T), a);
@@ -410,6 +401,6 @@ mod tests {
         assert_eq!(accounts.open(T), a);
         assert_eq!(accounts.holding(Tick(8 * S), a, [].into_iter()), Holding::default());
         accounts.close(Tick(8 * S), b);
-        accounts.assert_sums(Tick(8 * S), &HashMap::new());
+        accounts.assert_sums(Tick(8 * S), &HashMap::new(), 0);
     }
 }

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use super::accounts::{Accounts, HolderId};
+use super::accounts::{Accounts, HolderId, Split};
+use crate::kernels::prefetch::{Near, prefetch};
 use crate::types::{
     BlockCount, BlockId, BlockSize, DiskBlockId, HostBlockId, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount,
     TokenId,
@@ -344,7 +345,7 @@ impl OpenBlock {
             return Err(Box::new(self));
         }
         let hash = parent.child(key, &self.tokens);
-        Ok(SealedBlock { slot: self.slot.disowned(), parent, hash, proof: (), shared_at: AtomicU64::new(0) })
+        Ok(SealedBlock::found(self.slot, parent, hash, ()))
     }
 
     /// Gives its place back, and what is in it up.
@@ -359,11 +360,15 @@ impl OpenBlock {
 }
 
 /// A full, immutable block. Shared through `Arc`: each conversation that holds it in a tier has one.
+///
+/// What comes first is what its coming into a table and its going touch, so that they wait for memory once.
 #[derive(Debug)]
+#[repr(C)]
 pub struct SealedBlock<P: Place> {
+    split: Mutex<Split>,
     slot: Slot<P>,
-    parent: PrefixHash,
     hash: PrefixHash,
+    parent: PrefixHash,
     proof: P::Proof,
     /// When a conversation last used it that had it from another one, if it is the last of what they share; 0: never.
     shared_at: AtomicU64,
@@ -373,13 +378,26 @@ impl<P: Place> SealedBlock<P> {
     /// A copy of a block in another tier's place.
     pub fn copied<Q: Place>(of: &SealedBlock<Q>, slot: Slot<P>, proof: P::Proof) -> Self {
         assert_eq!(of.slot.tenant, slot.tenant, "a block crossed tenants");
-        let shared_at = AtomicU64::new(of.shared_at.load(Ordering::Relaxed));
-        Self { slot: slot.disowned(), parent: of.parent, hash: of.hash, proof, shared_at }
+        let copy = Self::found(slot, of.parent, of.hash, proof);
+        copy.shared_at.store(of.shared_at.load(Ordering::Relaxed), Ordering::Relaxed);
+        copy
     }
 
-    /// A block that a tier held when this process began.
+    /// A block whose bytes are in a place already, such as one that a tier held when this process began.
     pub fn found(slot: Slot<P>, parent: PrefixHash, hash: PrefixHash, proof: P::Proof) -> Self {
-        Self { slot, parent, hash, proof, shared_at: AtomicU64::new(0) }
+        let (slot, split, shared_at) = (slot.disowned(), Mutex::default(), AtomicU64::new(0));
+        Self { split, slot, hash, parent, proof, shared_at }
+    }
+
+    /// How it is split among those who hold it. To be changed by the accounts of its tier alone.
+    pub(super) fn split(&self) -> &Mutex<Split> {
+        &self.split
+    }
+
+    /// Has what its going touches brought from memory.
+    pub(super) fn prefetch(&self) {
+        prefetch(&raw const self.split, Near::First);
+        prefetch(&raw const self.hash, Near::First);
     }
 
     pub fn id(&self) -> P {

@@ -7,9 +7,9 @@ use std::collections::VecDeque;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use super::accounts::{HolderId, Holding};
+use super::accounts::{HolderId, Holding, Split};
 use super::block::{Place, Places, SealedBlock, Slot};
-use crate::types::{BlockCount, TenantId};
+use crate::types::TenantId;
 
 /// A conversation's account with one tier. Its `Drop` closes it.
 #[derive(Debug)]
@@ -31,20 +31,19 @@ impl Account {
         self.places.take(self.tenant, self.id)
     }
 
-    /// Of these full blocks, how many are this conversation's alone, and how many other conversations of the tenant have too.
-    pub fn shares(&self, places: impl Iterator<Item = u32>) -> (BlockCount, BlockCount) {
-        self.places.accounts(|_, accounts| {
-            places.fold((BlockCount(0), BlockCount(0)), |mut shares, place| {
-                let share = if accounts.holders(place) > 1 { &mut shares.1 } else { &mut shares.0 };
-                share.0 += 1;
-                shares
-            })
-        })
+    /// What the conversation holds, and has held, whose table names full blocks that are split so.
+    pub fn holding(&self, splits: impl Iterator<Item = Split>) -> Holding {
+        self.places.accounts(|now, accounts| accounts.holding(now, self.id, splits))
     }
 
-    /// What the conversation holds, and has held, whose table names the full blocks in these places.
-    pub fn holding(&self, places: impl Iterator<Item = u32>) -> Holding {
-        self.places.accounts(|now, accounts| accounts.holding(now, self.id, places))
+    /// Notes that its table names a full block from now on.
+    fn join<P: Place>(&self, block: &SealedBlock<P>) {
+        self.places.accounts(|now, accounts| accounts.join(now, &mut block.split().lock(), self.id));
+    }
+
+    /// Notes that it does so no more.
+    fn leave<P: Place>(&self, block: &SealedBlock<P>) {
+        self.places.accounts(|now, accounts| accounts.leave(now, &mut block.split().lock(), self.id));
     }
 
     /// Names it; for tests.
@@ -58,6 +57,10 @@ impl Drop for Account {
         self.places.accounts(|now, accounts| accounts.close(now, self.id));
     }
 }
+
+/// A victim gives up one block after the other, which it has not touched for long: while one goes, the fourth after it is
+/// brought from memory.
+const AHEAD: usize = 3;
 
 /// Full blocks of a table that follow each other.
 #[derive(Debug)]
@@ -77,20 +80,22 @@ impl<P: Place> Blocks<P> {
     }
 
     pub fn push(&mut self, block: Arc<SealedBlock<P>>) {
-        self.account.places.accounts(|now, accounts| accounts.join(now, block.id().index(), self.account.id));
+        self.account.join(&block);
         self.blocks.push_back(block);
     }
 
     pub fn pop(&mut self) -> Option<Arc<SealedBlock<P>>> {
         let block = self.blocks.pop_back()?;
-        self.account.places.accounts(|now, accounts| accounts.leave(now, block.id().index(), self.account.id));
+        self.blocks.iter().nth_back(AHEAD).inspect(|block| block.prefetch());
+        self.account.leave(&block);
         Some(block)
     }
 
     /// Gives up the first.
     pub fn pop_front(&mut self) -> Option<Arc<SealedBlock<P>>> {
         let block = self.blocks.pop_front()?;
-        self.account.places.accounts(|now, accounts| accounts.leave(now, block.id().index(), self.account.id));
+        self.blocks.get(AHEAD).inspect(|block| block.prefetch());
+        self.account.leave(&block);
         Some(block)
     }
 
@@ -122,9 +127,7 @@ impl<P: Place> Blocks<P> {
     /// Those from `at` on, which the table names no more.
     fn give_up(&mut self, at: usize) -> VecDeque<Arc<SealedBlock<P>>> {
         let gone = self.blocks.split_off(at.min(self.blocks.len()));
-        self.account.places.accounts(|now, accounts| {
-            gone.iter().for_each(|block| accounts.leave(now, block.id().index(), self.account.id));
-        });
+        gone.iter().for_each(|block| self.account.leave(block));
         gone
     }
 }

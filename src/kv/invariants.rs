@@ -19,15 +19,15 @@ use crate::types::{BlockCount, TenantId, Tier};
 struct Found {
     /// Whose account each is on.
     places: HashMap<u32, (TenantId, Option<HolderId>)>,
-    /// How many tables name each full block.
-    named: HashMap<u32, u32>,
+    /// Of each full block: how many tables name it, and among how many it is split.
+    full: HashMap<u32, (u32, u32)>,
 }
 
 impl Found {
     fn table<P: Place>(&mut self, table: &BlockTable<P>) {
         for block in table.full() {
             self.sealed(block);
-            *self.named.entry(block.id().index()).or_default() += 1;
+            self.full.entry(block.id().index()).or_default().0 += 1;
         }
         if let Some(tail) = &table.tail {
             assert_eq!(tail.owner(), Some(table.holder()), "a tail is its own conversation's");
@@ -37,6 +37,7 @@ impl Found {
 
     fn sealed<P: Place>(&mut self, block: &SealedBlock<P>) {
         self.places.insert(block.id().index(), (block.tenant(), None));
+        self.full.entry(block.id().index()).or_default().1 = block.split().lock().holders();
     }
 
     fn tail<P: Place>(&mut self, tail: &TailBlock<P>) {
@@ -50,11 +51,11 @@ impl Found {
     /// Checks that accounts say the same.
     fn assert_accounted(&self, places: &Places, sums: &HashMap<TenantId, u128>) {
         places.accounts(|now, accounts| {
-            for (place, (tenant, owner)) in &self.places {
-                let named = self.named.get(place).copied().unwrap_or(0);
-                assert_eq!(accounts.holders(*place), named, "a block's holders are the tables that name it: {tenant}");
-                assert!(owner.is_none() || named == 0, "a full block is on nobody's own account");
+            for (place, (named, split)) in &self.full {
+                assert_eq!(split, named, "a block's holders are the tables that name it");
+                assert_eq!(self.places[place].1, None, "a full block is on nobody's own account");
             }
+            let named = |place: &u32| self.full.get(place).map_or(0, |(named, _)| *named);
             let mut own = HashMap::<HolderId, u32>::new();
             let mut tenants = HashMap::<TenantId, (u32, u32)>::new();
             for (place, (tenant, owner)) in &self.places {
@@ -62,7 +63,7 @@ impl Found {
                 *held += 1;
                 match owner {
                     Some(id) => *own.entry(*id).or_default() += 1,
-                    None => *nobodys += u32::from(!self.named.contains_key(place)),
+                    None => *nobodys += u32::from(named(place) == 0),
                 }
             }
             accounts.assert_own(&own);
@@ -71,7 +72,7 @@ impl Found {
                 let (held, nobodys) = tenants.get(&tenant).copied().unwrap_or_default();
                 assert_eq!((line.held.blocks.0, line.nobodys.blocks.0), (held, nobodys), "what {tenant} holds");
             }
-            accounts.assert_sums(now, sums);
+            accounts.assert_sums(now, sums, self.full.values().map(|(named, _)| named).sum());
         });
         let waiting = places.accounts(|now, accounts| accounts.waiting(now).blocks);
         let used = places.total().get() - places.free().get();

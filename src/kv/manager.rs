@@ -427,6 +427,7 @@ impl Manager {
         let tenant_key = conversation.tenant_key;
         let mut parent = conversation.parent();
         let Activity::Running(running) = &mut conversation.activity else { panic!("the conversation runs") };
+        let mut full = Vec::new();
         for &token in tokens {
             let mut open = running.open.take().unwrap_or_else(|| {
                 OpenBlock::new(running.spare.pop().expect("the sequence has grown for its tokens"), size)
@@ -436,11 +437,16 @@ impl Manager {
                 Err(open) => running.open = Some(*open),
                 Ok(sealed) => {
                     parent = sealed.hash();
-                    let block = if self.settings.reuse { self.device_index.insert(sealed) } else { Arc::new(sealed) };
-                    running.ids[conversation.device.sealed.len()] = block.id();
-                    conversation.device.sealed.push(block);
+                    // While the next one's hash is made.
+                    self.device_index.prefetch(&sealed);
+                    full.push(sealed);
                 }
             }
+        }
+        for sealed in full {
+            let block = if self.settings.reuse { self.device_index.insert(sealed) } else { Arc::new(sealed) };
+            running.ids[conversation.device.sealed.len()] = block.id();
+            conversation.device.sealed.push(block);
         }
         if conversation.device.close() {
             running.reach(conversation.device.sealed.len());

@@ -48,7 +48,7 @@ impl<P: Place> BlockTable<P> {
 
     /// What the conversation holds of the tier, and has held.
     pub fn holding(&self) -> Holding {
-        self.account.holding(self.full().map(|block| block.id().index()))
+        self.account.holding(self.full().map(|block| *block.split().lock()))
     }
 
     /// Names the conversation's account; for tests.
@@ -215,8 +215,9 @@ impl<P: Place> BlockTable<P> {
 
     /// Blocks (private, shared): another conversation's table in this tier names a shared one too.
     pub fn shares(&self) -> (BlockCount, BlockCount) {
-        let (private, shared) = self.account.shares(self.full().map(|block| block.id().index()));
-        (BlockCount(private.0 + u32::from(self.tail.is_some())), shared)
+        let shared = self.full().filter(|block| block.split().lock().holders() > 1).count();
+        let shared = BlockCount(u32::try_from(shared).expect("a window bounds a table"));
+        (BlockCount(self.blocks().0 - shared.0), shared)
     }
 }
 

@@ -4,16 +4,17 @@
 //! scores, the dimensions of a head are the lanes for the values, so that neither needs sums across lanes.
 
 use std::arch::x86_64::{
-    __m256, _MM_HINT_T1, _mm_cvtss_f32, _mm_max_ps, _mm_max_ss, _mm_movehdup_ps, _mm_movehl_ps, _mm_prefetch,
-    _mm256_add_epi32, _mm256_add_ps, _mm256_castps_si256, _mm256_castps256_ps128, _mm256_castsi256_ps,
-    _mm256_cvtps_epi32, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_mul_ps,
-    _mm256_round_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps,
+    __m256, _mm_cvtss_f32, _mm_max_ps, _mm_max_ss, _mm_movehdup_ps, _mm_movehl_ps, _mm256_add_epi32, _mm256_add_ps,
+    _mm256_castps_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtps_epi32, _mm256_extractf128_ps,
+    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_round_ps, _mm256_set1_ps, _mm256_setzero_ps,
+    _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps,
 };
 
 use super::element::Element;
 use super::kernel::{Chunk, PlaneMut, Scales, Scores, Softmax, Tile};
 use super::scalar::{self, EXP2, EXP2_LOWEST};
 use super::{BLOCK_TOKENS, CHUNK_BLOCKS, CHUNK_TOKENS};
+use crate::kernels::prefetch::{self, Near};
 
 /// Most queries of a tile: with two vectors of sums each, they fill the 16 registers.
 pub(super) const TILE: usize = 6;
@@ -275,8 +276,7 @@ pub(super) fn write<E: Element>(
 /// Has the cache line of `values[at]` brought into the second cache, while another chunk is worked on.
 #[inline]
 pub(super) fn prefetch<T>(values: &[T], at: usize) {
-    // SAFETY: a prefetch does nothing that the program can see, whatever the address.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().wrapping_add(at).cast()) };
+    prefetch::prefetch(values.as_ptr().wrapping_add(at), Near::Second);
 }
 
 /// `scalar::exp2`, eight at a time, operation by operation.
