@@ -64,7 +64,7 @@ impl ColdForm {
             Self::Same => host.copy_from(to, device, from),
             Self::Int8(form) => host.with_bytes_mut(to, |to| {
                 form.narrow(device.bytes(from), to);
-                crc32c::crc32c(to)
+                crc_fast::crc32_iscsi(to)
             }),
         }
     }
@@ -75,7 +75,7 @@ impl ColdForm {
             Self::Same => device.copy_from(to, host, from),
             Self::Int8(form) => device.with_bytes_mut(to, |to| {
                 form.widen(host.bytes(from), to);
-                crc32c::crc32c(host.bytes(from))
+                crc_fast::crc32_iscsi(host.bytes(from))
             }),
         }
     }
@@ -377,7 +377,7 @@ mod tests {
         let block = block(5, &[1.0]);
         device.with_bytes_mut(0, |bytes| bytes.copy_from_slice(&block));
         let down_sum = cold.offload(&device, 0, &host, 0);
-        assert_eq!((down_sum, host.bytes(0)), (crc32c::crc32c(&down(&block)), &down(&block)[..]));
+        assert_eq!((down_sum, host.bytes(0)), (crc_fast::crc32_iscsi(&down(&block)), &down(&block)[..]));
         assert_eq!(cold.reload(&host, 0, &device, 1), down_sum);
         assert_eq!(device.bytes(1), up(&down(&block)));
         let mut room = Vec::new();

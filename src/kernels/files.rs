@@ -131,7 +131,7 @@ impl Page {
     }
 
     fn sum(&self) -> u32 {
-        crc32c::crc32c(&bytemuck::bytes_of(self)[..SUMMED])
+        crc_fast::crc32_iscsi(&bytemuck::bytes_of(self)[..SUMMED])
     }
 
     fn label(&self) -> Label {
@@ -270,7 +270,7 @@ impl Slots {
             room[..PAGE].fill(0);
             room[..UNFINISHED.len()].copy_from_slice(&UNFINISHED);
             room[PAGE..][..bytes.len()].copy_from_slice(bytes);
-            let sum = crc32c::crc32c(&room[PAGE..][..bytes.len()]);
+            let sum = crc_fast::crc32_iscsi(&room[PAGE..][..bytes.len()]);
             file.write_all_at(&room[..self.slot_bytes()], at)?;
             Ok(sum)
         })
@@ -328,7 +328,7 @@ impl Slots {
             return Err(ReadError::Label);
         }
         let bytes = &slot[PAGE..][..self.block_bytes];
-        if crc32c::crc32c(bytes) != page.bytes_sum {
+        if crc_fast::crc32_iscsi(bytes) != page.bytes_sum {
             return Err(ReadError::Checksum);
         }
         Ok((bytes, page.bytes_sum))
@@ -568,7 +568,7 @@ mod tests {
         let seen: Vec<_> = found.blocks.iter().map(|f| (f.slot, f.label.index, f.label.used, f.label.ended)).collect();
         assert_eq!(seen, [(0, 1, 41, true), (3, 0, 40, false)]);
         assert_eq!(found.unfinished, [2]);
-        assert_eq!(found.blocks[1].bytes_sum, crc32c::crc32c(&bytes(0)));
+        assert_eq!(found.blocks[1].bytes_sum, crc_fast::crc32_iscsi(&bytes(0)));
         assert_eq!(load(&slots, 3, 0).unwrap(), bytes(0));
         assert!(matches!(load(&slots, 2, 0), Err(ReadError::Label)));
         assert!(matches!(load(&slots, 0, 0), Err(ReadError::Label)), "another block of the conversation");

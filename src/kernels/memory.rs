@@ -79,19 +79,22 @@ impl Arena {
 
     /// Copies a block of `source` into block `to` and returns the CRC-32C of what was copied.
     ///
-    /// Each piece is summed where it comes from, which brings it into the first cache, and copied from there: the sum costs
-    /// little beside the copy. (To sum what was just written is half as fast, measured on Zen 4.)
+    /// Each piece is summed where it comes from, which brings it into the first cache, and copied from there: summed and
+    /// copied so it is there as soon as by a plain copy. (To sum what was just written takes half as long again, measured on
+    /// Zen 4.)
     pub fn copy_from(&self, to: u32, source: &Arena, from: u32) -> u32 {
         const PIECE: usize = 4 * 1024;
         assert_eq!(self.block_bytes, source.block_bytes, "blocks of two sizes");
         let from = source.bytes(from);
+        let mut sum = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
         self.with_bytes_mut(to, |to| {
-            to.chunks_mut(PIECE).zip(from.chunks(PIECE)).fold(0, |sum, (to, from)| {
-                let sum = crc32c::crc32c_append(sum, from);
+            for (to, from) in to.chunks_mut(PIECE).zip(from.chunks(PIECE)) {
+                sum.update(from);
                 to.copy_from_slice(from);
-                sum
-            })
-        })
+            }
+        });
+        // A sum of 32 bits in a number of 64.
+        sum.finalize() as u32
     }
 
     /// Overwrites a block with zeros, so that a forgotten conversation leaves nothing behind.
@@ -103,5 +106,24 @@ impl Arena {
 impl std::fmt::Debug for Arena {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Arena({} blocks of {} bytes)", self.blocks, self.block_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_is_summed_by_crc_32c_across_its_pieces() {
+        // The check value of CRC-32/ISCSI: RFC 3720, B.4, and the catalogue of CRCs.
+        assert_eq!(crc_fast::crc32_iscsi(b"123456789"), 0xe306_9283);
+        for bytes in [1, 4095, 4096, 4097, 10_000] {
+            let (from, to) = (Arena::new(2, bytes).unwrap(), Arena::new(2, bytes).unwrap());
+            from.with_bytes_mut(1, |block| {
+                block.iter_mut().enumerate().for_each(|(at, byte)| *byte = (at % 251) as u8)
+            });
+            let sum = to.copy_from(0, &from, 1);
+            assert_eq!((sum, to.bytes(0)), (crc_fast::crc32_iscsi(from.bytes(1)), from.bytes(1)), "{bytes} bytes");
+        }
     }
 }

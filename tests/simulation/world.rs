@@ -298,7 +298,7 @@ impl World {
         let found = slots.into_iter().map(|(slot, (label, bytes))| FoundSlot {
             slot: *slot,
             label: *label,
-            bytes_sum: crc32c::crc32c(bytes),
+            bytes_sum: crc_fast::crc32_iscsi(bytes),
         });
         let found = Contents { blocks: found.collect(), unfinished: Vec::new() };
         // A tenant that is gone, and a conversation that was deleted meanwhile.
@@ -752,7 +752,7 @@ impl World {
                 let mut damaged = false;
                 let stored = pairs.map(|(&(from, to), (label, expected))| {
                     let bytes = source.bytes(from).to_vec();
-                    let sum = crc32c::crc32c(&bytes);
+                    let sum = crc_fast::crc32_iscsi(&bytes);
                     damaged |= expected.is_some_and(|expected| expected != sum);
                     if !damaged {
                         assert!(self.disk.insert(to, (*label, bytes)).is_none(), "slot {to} was not overwritten first");
@@ -770,7 +770,7 @@ impl World {
                         == (wanted.tenant, wanted.index, wanted.parent, wanted.hash);
                     // The bytes are where they are to go before anybody knows what they are.
                     self.device.with_bytes_mut(to, |into| into.copy_from_slice(bytes));
-                    same.then(|| crc32c::crc32c(bytes))
+                    same.then(|| crc_fast::crc32_iscsi(bytes))
                 });
                 loaded.collect()
             }

@@ -166,7 +166,7 @@ fn framed(chunk: &[u8]) -> Vec<u8> {
     let length = u32::try_from(chunk.len()).unwrap_or(u32::MAX);
     let mut bytes = Vec::with_capacity(FRAME + chunk.len());
     bytes.extend(length.to_le_bytes());
-    bytes.extend(crc32c::crc32c(chunk).to_le_bytes());
+    bytes.extend(crc_fast::crc32_iscsi(chunk).to_le_bytes());
     bytes.extend_from_slice(chunk);
     bytes
 }
@@ -239,5 +239,5 @@ fn chunk<'a>(cursor: &mut Cursor<'a>) -> Option<&'a [u8]> {
     let length = u32::from_le_bytes(cursor.array()?);
     let sum = u32::from_le_bytes(cursor.array()?);
     let chunk = cursor.bytes(usize::try_from(length).ok()?)?;
-    (crc32c::crc32c(chunk) == sum).then_some(chunk)
+    (crc_fast::crc32_iscsi(chunk) == sum).then_some(chunk)
 }
