@@ -18,7 +18,7 @@ use crate::engine::replay::record::{How, Record};
 use crate::engine::replay::times::{Rates, Spread};
 use crate::engine::replay::trace::{Request, Trace};
 use crate::engine::replay::{FLIGHT_FOLDER, Given, Outcome, Policy, ReplaySettings, Reuse, replay};
-use crate::types::TenantId;
+use crate::types::{TenantId, counted};
 
 /// Replays a server's flight record, or a trace of turns, through the engine's scheduler, block manager and evictor, without
 /// a model.
@@ -399,14 +399,14 @@ fn sentences(settings: &ReplaySettings, outcome: &Outcome) -> impl Iterator<Item
 /// How a record was replayed, and what of it is missing.
 fn account(record: &Record, how: How) -> String {
     let (runs, with_beginning) = record.runs();
-    let turns = record.trace.requests.len();
+    let (runs, turns) = (counted(runs, "run", "runs"), counted(record.trace.requests.len(), "turn", "turns"));
     let how = match how {
         How::AsRecorded => format!(
-            "{with_beginning} of the record's {runs} runs ({turns} turns in all), each as recorded under its own settings: the same \
+            "{with_beginning} of the record's {runs} ({turns} in all), each as recorded under its own settings: the same \
              decisions, entry for entry\n"
         ),
         How::WhatIf => format!(
-            "the record's {turns} turns, of {runs} runs, as a trace: what would have happened, had memory been empty at the first \
+            "the record's {turns}, of {runs}, as a trace: what would have happened, had memory been empty at the first \
              and the server never restarted\n"
         ),
     };
@@ -421,7 +421,7 @@ fn table(arguments: &ReplayArgs, source: &Source, settings: &ReplaySettings, rep
         format!("{what:<24}{:>18}  {percent:6.2} %\n", grouped(tokens))
     };
     let sizes = format!(
-        "{} on {} tokens of device, {} of host and {} of disk; the trace has {} distinct ones\n",
+        "{} on {} tokens of device, {} of host and {} of disk; distinct in the trace: {}\n",
         policy_name(settings.policy),
         grouped(settings.device_tokens),
         grouped(settings.host_tokens),

@@ -19,7 +19,7 @@ use crate::api::body;
 use crate::api::error::ApiError;
 use crate::api::fields::Fields;
 use crate::engine::status::EngineStatus;
-use crate::types::TenantId;
+use crate::types::{TenantId, counted};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 /// What of the record counts.
@@ -142,8 +142,8 @@ async fn run(dashboard: &Dashboard, arguments: &[String]) -> Result<Value, ApiEr
 }
 
 fn answer(view: &View<'_>, status: &EngineStatus, base: &Value, sim: &Value) -> Value {
-    let counted = &base["record"]["counted"];
-    let (from, to) = (counted["from_ms"].as_i64().unwrap_or(0), counted["to_ms"].as_i64().unwrap_or(0));
+    let window = &base["record"]["counted"];
+    let (from, to) = (window["from_ms"].as_i64().unwrap_or(0), window["to_ms"].as_i64().unwrap_or(0));
     // What was measured is known by the time of the first token, which comes after the turn.
     let measured: Vec<_> = view.books.turns.since_tick(view.books.tick(from)).collect();
     let measured_of = |tenant: Option<TenantId>| {
@@ -178,8 +178,8 @@ fn answer(view: &View<'_>, status: &EngineStatus, base: &Value, sim: &Value) -> 
         "window": {
             "from": from,
             "to": to,
-            "turns": counted["turns"],
-            "trace": format!("{} runs of the flight record", base["record"]["runs"]),
+            "turns": window["turns"],
+            "trace": format!("{} of the flight record", counted(runs(base), "run", "runs")),
             "faults": base["record"]["faults"],
         },
         "seen": {
@@ -192,6 +192,11 @@ fn answer(view: &View<'_>, status: &EngineStatus, base: &Value, sim: &Value) -> 
         "by_tenant": by_tenant,
         "assumptions": assumptions(status, base, sim),
     })
+}
+
+/// Of how many processes the record is.
+fn runs(of: &Value) -> u64 {
+    of["record"]["runs"].as_u64().unwrap_or(0)
 }
 
 /// What a replay came to.
@@ -251,7 +256,7 @@ fn assumptions(status: &EngineStatus, base: &Value, sim: &Value) -> String {
                 .to_owned(),
         );
     }
-    if base["record"]["runs"].as_u64() > Some(1) {
+    if runs(base) > 1 {
         told.push(
             "Tenants are known by their numbers of today: where a run before had another tenants file, they may be others' there."
                 .to_owned(),

@@ -245,6 +245,7 @@ async fn nobody_else_gets_in_and_no_secret_gets_out() {
     let client = Client::with_key(&server.url, &tenants.a);
     let id = client.conversation().await;
     say(&client, &id, "Hello!").await.unwrap();
+    holds(script("words.mjs", &server.url, &tenants.admin, &[])).await;
     let more = [("REKINDLE_TENANT_KEY", tenants.a.clone()), ("REKINDLE_LOG", home.log().display().to_string())];
     holds(script("security.mjs", &server.url, &tenants.admin, &more)).await;
     server.terminate();

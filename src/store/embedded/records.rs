@@ -14,7 +14,7 @@ use super::{StoreError, responses};
 use crate::store::{
     Commit, ConversationRecord, Counted, ItemRecord, ListQuery, Listed, LogToken, LogWrite, StoredConversation,
 };
-use crate::types::TokenId;
+use crate::types::{TokenId, counted};
 
 /// Tokens of a full chunk: 3 KiB, so that a turn's commit rewrites little and a long history is few rows.
 pub(super) const CHUNK_TOKENS: usize = 512;
@@ -289,7 +289,10 @@ fn write_log(db: &Connection, head: &mut Head, write: &LogWrite) -> Result<(), S
     let LogWrite { keep, append } = write;
     let had = head.log_tokens as usize;
     if *keep > had {
-        return Err(StoreError::Failed(format!("the log has {had} tokens, so {keep} of them can't be kept")));
+        return Err(StoreError::Failed(format!(
+            "the log has {}, so {keep} can't be kept",
+            counted(had, "token", "tokens")
+        )));
     }
     if *keep == had && append.is_empty() {
         return Ok(());
@@ -328,7 +331,10 @@ fn read_log(db: &Connection, head: &Head) -> Result<Vec<LogToken>, StoreError> {
     }
     if log.len() != head.log_tokens as usize || head.encoded > head.log_tokens {
         let (has, says, encoded) = (log.len(), head.log_tokens, head.encoded);
-        return Err(head.corrupt(format!("its log has {has} tokens, its row says {says}, {encoded} of them encoded")));
+        return Err(head.corrupt(format!(
+            "its log has {}, its row says {says}, {encoded} of them encoded",
+            counted(has, "token", "tokens")
+        )));
     }
     Ok(log)
 }
@@ -356,7 +362,7 @@ fn to_bytes(tokens: &[LogToken]) -> Vec<u8> {
 fn from_bytes(head: &Head, chunk: usize, bytes: &[u8], log: &mut Vec<LogToken>) -> Result<(), StoreError> {
     let (tokens, rest) = bytes.as_chunks::<TOKEN_BYTES>();
     if !rest.is_empty() || tokens.is_empty() || tokens.len() > CHUNK_TOKENS {
-        return Err(head.corrupt(format!("chunk {chunk} of its log has {} bytes", bytes.len())));
+        return Err(head.corrupt(format!("chunk {chunk} of its log has {}", counted(bytes.len(), "byte", "bytes"))));
     }
     log.extend(tokens.iter().map(|&[a, b, c, d, e, f]| LogToken {
         id: TokenId(u32::from_le_bytes([a, b, c, d])),
