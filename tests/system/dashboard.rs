@@ -9,9 +9,16 @@ use serde_json::{Value, json};
 use super::accounts::say;
 use super::client::Client;
 use super::server::{Home, Server, eventually, machine};
-use super::tenants::Tenants;
+use super::tenants::{Served, Tenants};
 
 const SOON: Duration = Duration::from_secs(5);
+
+/// A server without tenants, a client of it, and its admin.
+fn start<'home>(home: &'home Home, settings: &[String]) -> (Server<'home>, Client, Client) {
+    let server = Server::start(home, settings);
+    let (client, admin) = (Client::of(&server.url), Client::with_key(&server.url, &home.admin_key()));
+    (server, client, admin)
+}
 
 /// What the dashboard says of a conversation, as soon as that is so.
 async fn until(admin: &Client, id: &str, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
@@ -28,10 +35,7 @@ async fn who_displaced_whom_is_told_as_the_metrics_have_it() {
     let _alone = machine().await;
     let home = Home::new();
     let tenants = Tenants::new(&home);
-    // Room for one window and no more: nobody has a floor.
-    let server = Server::start(&home, &tenants.settings());
-    let (a, b) = (Client::with_key(&server.url, &tenants.a), Client::with_key(&server.url, &tenants.b));
-    let admin = Client::with_key(&server.url, &tenants.admin);
+    let Served { server, a, b, admin } = tenants.serve(&home, &tenants.settings());
     let (ours, theirs) = (a.conversation().await, b.conversation().await);
     say(&a, &ours, &"My name is Ann. ".repeat(120)).await;
     let row = until(&admin, &ours, "the turn is told of", |row| row["rank"] == 1).await;
@@ -146,10 +150,7 @@ async fn who_displaced_whom_is_told_as_the_metrics_have_it() {
 async fn an_operator_evicts_warms_pins_and_drops_and_takes_it_back() {
     let _alone = machine().await;
     let home = Home::new();
-    let server = Server::start(&home, &[]);
-    let client = Client::of(&server.url);
-    let key = std::fs::read_to_string(home.data().join("admin.key")).unwrap();
-    let admin = Client::with_key(&server.url, key.trim());
+    let (server, client, admin) = start(&home, &[]);
     let id = client.conversation().await;
     say(&client, &id, &"My name is Ann. ".repeat(40)).await;
     until(&admin, &id, "it is idle", |row| row["state"] == "hot").await;
@@ -304,10 +305,7 @@ async fn read_until(
 async fn the_stream_tells_each_change_once_and_goes_on_where_it_was_cut() {
     let _alone = machine().await;
     let home = Home::new();
-    let server = Server::start(&home, &[]);
-    let client = Client::of(&server.url);
-    let key = std::fs::read_to_string(home.data().join("admin.key")).unwrap();
-    let admin = Client::with_key(&server.url, key.trim());
+    let (server, client, admin) = start(&home, &[]);
     let id = client.conversation().await;
     let mut stream = admin.get(&format!("/admin/api/stream?watch={id}")).send().await.unwrap().bytes_stream();
     let mut text = String::new();
@@ -349,12 +347,10 @@ async fn the_stream_tells_each_change_once_and_goes_on_where_it_was_cut() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_only_dashboard_shows_and_does_nothing() {
     let home = Home::new();
-    let server = Server::start(&home, &["admin.read_only=true".to_owned(), "admin.node=node-a".to_owned()]);
-    let key = std::fs::read_to_string(home.data().join("admin.key")).unwrap();
-    let admin = Client::with_key(&server.url, key.trim());
+    let (server, client, admin) = start(&home, &["admin.read_only=true".to_owned(), "admin.node=node-a".to_owned()]);
     assert_eq!(admin.json(admin.get("/admin/api/me")).await["read_only"], true);
     assert_eq!(admin.json(admin.get("/admin/api/overview")).await["node"]["id"], "node-a");
-    let id = Client::of(&server.url).conversation().await;
+    let id = client.conversation().await;
     let refused = admin.post(&format!("/admin/api/sessions/{id}/drop"), &json!({})).send().await.unwrap();
     assert_eq!(refused.json::<Value>().await.unwrap()["error"]["code"], "read_only");
     server.finish().await;
@@ -379,10 +375,7 @@ async fn among_a_hundred_thousand_conversations_no_answer_takes_long() {
     let _alone = machine().await;
     let home = Home::new();
     fill_store(&home, MANY).await;
-    let server = Server::start(&home, &[]);
-    let key = std::fs::read_to_string(home.data().join("admin.key")).unwrap();
-    let admin = Client::with_key(&server.url, key.trim());
-    let client = Client::of(&server.url);
+    let (server, client, admin) = start(&home, &[]);
     let id = client.conversation().await;
     say(&client, &id, "Hello!").await;
     until(&admin, &id, "the turn is told of", |row| row["state"] == "hot").await;

@@ -92,10 +92,6 @@ impl Load {
     }
 }
 
-fn admin_key(home: &Home) -> String {
-    std::fs::read_to_string(home.data().join("admin.key")).unwrap().trim().to_owned()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn every_page_looks_right_and_shows_what_the_engine_did() {
     let _alone = machine().await;
@@ -171,7 +167,7 @@ async fn what_an_operator_does_on_the_page_is_done() {
     // What is left beside a window's blocks is the pins' budget: enough for one, and not for all.
     let sizes = [format!("kv.device_bytes={}", (512 + 48) * BLOCK_BYTES), "admin.node=node-a".to_owned()];
     let server = Server::start(&home, &sizes);
-    let key = admin_key(&home);
+    let key = home.admin_key();
     // Before it is started, so that both have the same.
     std::fs::create_dir_all(other.data()).unwrap();
     std::fs::write(other.data().join("admin.key"), &key).unwrap();
@@ -194,7 +190,7 @@ async fn the_page_stays_true_through_cuts_and_restarts() {
     let _alone = machine().await;
     let home = Home::new();
     let mut server = Server::start(&home, &[]);
-    let (url, key) = (server.url.clone(), admin_key(&home));
+    let (url, key) = (server.url.clone(), home.admin_key());
     let load = Load::begin(&url, &[None, None], 4, Duration::from_millis(50)).await;
     // The script asks for a restart by a file, and waits for another.
     let (asked, done) = (home.data().with_file_name("restart"), home.data().with_file_name("restarted"));
@@ -232,7 +228,7 @@ async fn with_a_hundred_thousand_conversations_the_page_is_quick_and_stays_small
     load.end().await;
     let minutes = if std::env::var_os("REKINDLE_SOAK").is_some() { "10" } else { "0.2" };
     let more = [("SCALE_MINUTES", minutes.to_owned())];
-    holds(script("scale.mjs", &server.url, &admin_key(&home), &more)).await;
+    holds(script("scale.mjs", &server.url, &home.admin_key(), &more)).await;
     server.finish().await;
 }
 
