@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 
 use crate::config::Bytes;
 use crate::engine::replay::record::{How, Record};
-use crate::engine::replay::times::{Rates, Spread};
+use crate::engine::replay::times::{Encoding, Rates, Spread};
 use crate::engine::replay::trace::{Request, Trace};
 use crate::engine::replay::{FLIGHT_FOLDER, Given, Outcome, Policy, ReplaySettings, Reuse, replay};
-use crate::types::{TenantId, counted};
+use crate::types::{TenantId, TokenCount, counted};
 
 /// Replays a server's flight record, or a trace of turns, through the engine's scheduler, block manager and evictor, without
 /// a model.
@@ -121,9 +121,18 @@ struct DeviceSize {
 /// With them, it is foretold how soon first tokens would have come.
 #[derive(Args, Debug)]
 struct Speeds {
-    /// Tokens that the server encodes in a second, to foretell how soon first tokens would have come
+    /// Tokens that the server encodes in a second at the beginning of a prompt, to foretell how soon first tokens would have
+    /// come
     #[arg(long, value_name = "TOKENS")]
     prefill_per_s: Option<u64>,
+    /// Position at which encoding a token takes twice as long as at the beginning [default: all take as long]
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        requires = "prefill_per_s",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    prefill_doubles_at: Option<u32>,
     /// Bytes that it reloads from the host in a second
     #[arg(long, value_name = "BYTES", requires = "prefill_per_s")]
     reload_per_s: Option<u64>,
@@ -135,7 +144,10 @@ struct Speeds {
 impl Speeds {
     fn rates(&self) -> Rates {
         Rates {
-            prefill_tokens_per_s: self.prefill_per_s.unwrap_or(0),
+            encoding: Encoding {
+                first_per_s: self.prefill_per_s.unwrap_or(0),
+                doubles_at: self.prefill_doubles_at.map(TokenCount),
+            },
             reload_bytes_per_s: self.reload_per_s.unwrap_or(0),
             load_bytes_per_s: self.load_per_s.unwrap_or(0),
         }
@@ -545,6 +557,9 @@ mod tests {
         assert_eq!((&told["requests"], &told["ttft"]["p95_ms"]), (&json!(1), &json!(64)), "{told}");
         assert_eq!(told["tenants"][0]["ttft"], told["ttft"]);
         assert!(table.contains("first token, foretold"));
+        // They stand at 736 on the mean.
+        let (slower, _) = of(&["--prefill-per-s", "1000", "--prefill-doubles-at", "736"]);
+        assert_eq!(slower["ttft"]["p95_ms"], json!(128), "{slower}");
         assert!(of(&[]).0["ttft"].is_null());
     }
 
