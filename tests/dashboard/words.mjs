@@ -1,17 +1,14 @@
 // Is one of something told as one? The page's own words for counts, and all that it shows where there is one of most things.
 //
 // Expects: a server with a single session that had a single turn.
-import fs from "node:fs";
-import { ROUTES, ask, check, equal, expect, noFaults, open, run, server, settled } from "./lib.mjs";
+import { ROUTES, ask, check, equal, expect, noFaults, open, run, server, settled, words } from "./lib.mjs";
 
-const WORDS = new URL("../../src/dashboard/page/src/words.js", import.meta.url);
 /** What follows a 1 and ends with an s though it is no plural. */
 const SINGULAR = ["is", "was", "has", "waits", "runs", "matches", "ms"];
 
 await run(async (browser) => {
   await check("a count has the word that goes with it", async () => {
-    const source = Buffer.from(fs.readFileSync(WORDS)).toString("base64");
-    const { counted, noun } = await import(`data:text/javascript;base64,${source}`);
+    const { counted, noun } = await words();
     equal([0, 1, 2, 1234].map((n) => counted(n, "turn")), ["0 turns", "1 turn", "2 turns", "1,234 turns"], "turns");
     equal([counted(1, "matches", "match"), counted(2, "matches", "match")], ["1 matches", "2 match"], "verbs");
     equal([counted(null, "turn"), noun(1.2, "token"), noun(null, "token")], ["– turns", "token", "tokens"], "no data, and rounding");
@@ -39,7 +36,7 @@ function countsOfOne(singular) {
     if (element.children.length <= 2) said.push(element.textContent);
     said.push(element.getAttribute("aria-label"), element.getAttribute("title"));
   }
-  const words = said.filter(Boolean).flatMap((text) => [...text.matchAll(/(?<![\w.,:#×–-])1\s?([a-z]+)/g)]);
-  const plurals = words.filter(([, word]) => word.endsWith("s") && word !== "s" && !singular.includes(word));
-  return { found: words.length, plurals: [...new Set(plurals.map(([whole]) => whole))] };
+  const found = said.filter(Boolean).flatMap((text) => [...text.matchAll(/(?<![\w.,:#×–-])1\s?([a-z]+)/g)]);
+  const plurals = found.filter(([, word]) => word.endsWith("s") && word !== "s" && !singular.includes(word));
+  return { found: found.length, plurals: [...new Set(plurals.map(([whole]) => whole))] };
 }

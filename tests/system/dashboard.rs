@@ -10,6 +10,7 @@ use super::accounts::say;
 use super::client::Client;
 use super::server::{Home, Server, eventually, machine};
 use super::tenants::{Served, Tenants};
+use super::workload::BLOCK_BYTES;
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -26,6 +27,15 @@ async fn until(admin: &Client, id: &str, what: &str, is_so: impl Fn(&Value) -> b
         let response = admin.get(&format!("/admin/api/sessions/{id}")).send().await.unwrap();
         let row: Value = response.json().await.unwrap();
         is_so(&row).then_some(row)
+    })
+    .await
+}
+
+/// What a replay under these settings comes to, as soon as so many turns are in the record, which comes behind.
+async fn replayed(admin: &Client, settings: &Value, turns: u64) -> Value {
+    eventually(SOON, "all turns are recorded", async || {
+        let told = admin.json(admin.post("/admin/api/policy/replay", settings)).await;
+        (told["base"]["turns"] == turns).then_some(told)
     })
     .await
 }
@@ -97,8 +107,7 @@ async fn who_displaced_whom_is_told_as_the_metrics_have_it() {
 
     // What if: as it ran it is what was counted, and with four times the memory nothing is encoded again.
     let bytes = metrics.pool_bytes("device") * 4;
-    let asked = admin.post("/admin/api/policy/replay", &json!({"device_bytes": bytes}));
-    let replayed = admin.json(asked).await;
+    let replayed = replayed(&admin, &json!({"device_bytes": bytes}), 3).await;
     assert_eq!(
         (&replayed["base"]["turns"], &replayed["base"]["evictions"]),
         (&3.into(), &admin.metrics().await.count("rekindle_evictions_total").into()),
@@ -143,6 +152,58 @@ async fn who_displaced_whom_is_told_as_the_metrics_have_it() {
         let (status, refused) = ask(tenants).await;
         assert_eq!((status, &refused["error"]["param"]), (400, &param.into()), "{refused}");
     }
+    server.finish().await;
+}
+
+/// Blocks of the device that a floor may keep, besides those of one window.
+pub const SPARE_BLOCKS: u64 = 64;
+
+/// A server on which tenant `a` filled the pool while `b` was silent, whose conversation went, and `b` then went on. `a` goes
+/// on with nothing, so that a floor for `b` would have changed what `b` met with and nothing else.
+pub async fn displaced<'home>(home: &'home Home, tenants: &Tenants) -> Served<'home> {
+    const WINDOW_BLOCKS: u64 = 512;
+    let without_floor = "floor = { device = 0 }\nceiling = { device = \"100%\" }";
+    tenants.write(without_floor, without_floor);
+    let device = format!("kv.device_bytes={}", (WINDOW_BLOCKS + SPARE_BLOCKS) * BLOCK_BYTES);
+    let served = tenants.serve(home, &[tenants.setting(), device, "kv.host_bytes=0".to_owned()]);
+    let theirs = served.b.conversation().await;
+    say(&served.b, &theirs, &"My name is Ann. ".repeat(150)).await;
+    // Less than its ceiling, at which it would displace its own alone.
+    for (sea, length) in [("Baltic", 640), ("Aegean", 640), ("Adriatic", 500)] {
+        let ours = served.a.conversation().await;
+        say(&served.a, &ours, &format!("{sea}! {}", "My name is Tom. ".repeat(length))).await;
+    }
+    let back = say(&served.b, &theirs, "And now?").await;
+    assert_eq!(back["decision"], "reencode", "{back}");
+    replayed(&served.admin, &json!({}), 5).await;
+    served
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_if_a_tenant_had_a_floor_is_asked_by_its_name_and_changes_its_row_alone() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let tenants = Tenants::new(&home);
+    let Served { server, admin, .. } = displaced(&home, &tenants).await;
+    let ask = async |floor_of: &str, blocks: u64| {
+        let body = json!({"tenants": {floor_of: {"floor": blocks * BLOCK_BYTES}}});
+        let told = admin.json(admin.post("/admin/api/policy/replay", &body)).await;
+        let rows = told["by_tenant"].as_array().unwrap();
+        assert_eq!(rows.len(), 2, "{told}");
+        ["a", "b"].map(|tenant| {
+            let row = rows.iter().find(|row| row["id"] == tenant).unwrap();
+            ["base", "sim"].map(|side| {
+                [format!("{side}_reencoded_tokens"), format!("{side}_ms")].map(|of| row[&of].as_u64().unwrap())
+            })
+        })
+    };
+    // What was recorded has its own times, so that what-ifs are compared with a what-if in which nothing is another.
+    let without = ask("b", 0).await;
+    let [[a, a_if], [b, b_if]] = ask("b", SPARE_BLOCKS).await;
+    assert_eq!(([a, b], a_if), (without.map(|[base, _]| base), without[0][1]), "a floor for b changed what a met with");
+    assert!(without[1][1][0] > 200 && b_if[0] == 0, "b encoded tokens again: {without:?}, and with a floor {b_if:?}");
+    assert!(b_if[1] <= b[1], "{b_if:?}, {b:?}");
+    assert_eq!(ask("a", SPARE_BLOCKS).await, without, "a floor for a changed something, as if it were b's");
     server.finish().await;
 }
 

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::client::Client;
 use super::server::{Home, Server, eventually, machine};
-use super::tenants::Tenants;
+use super::tenants::{Served, Tenants};
 use super::workload::BLOCK_BYTES;
 
 fn folder() -> PathBuf {
@@ -157,6 +157,17 @@ async fn take_pictures(folder: &OsStr) {
     shots.env("SHOTS", folder);
     holds(shots).await;
     load.end().await;
+    server.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_shows_what_a_replay_came_to_and_leaves_none_behind() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let tenants = Tenants::new(&home);
+    let Served { server, .. } = super::dashboard::displaced(&home, &tenants).await;
+    let more = [("REKINDLE_PID", server.id().to_string()), ("REKINDLE_TENANT_KEY", tenants.a.clone())];
+    holds(script("whatif.mjs", &server.url, &tenants.admin, &more)).await;
     server.finish().await;
 }
 

@@ -144,6 +144,11 @@ impl<'home> Server<'home> {
     }
 
     /// Ends the process at once, as a power failure would.
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
