@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::accounts::say;
 use super::client::Client;
-use super::server::{Home, Server, eventually, machine};
+use super::server::{Home, Server, eventually, machine, program};
 use super::tenants::{Served, Tenants};
 use super::workload::BLOCK_BYTES;
 
@@ -203,6 +203,17 @@ async fn what_if_a_tenant_had_a_floor_is_asked_by_its_name_and_changes_its_row_a
     assert_eq!(([a, b], a_if), (without.map(|[base, _]| base), without[0][1]), "a floor for b changed what a met with");
     assert!(without[1][1][0] > 200 && b_if[0] == 0, "b encoded tokens again: {without:?}, and with a floor {b_if:?}");
     assert!(b_if[1] <= b[1], "{b_if:?}, {b:?}");
+    // The command knows the name by the tenants file.
+    let setting = tenants.setting();
+    let (_, file) = setting.split_once('=').unwrap();
+    let floor = format!("b={}:", SPARE_BLOCKS * BLOCK_BYTES);
+    let mut command =
+        program(&["replay", "--json", "--last", "3600", "--tenants", file, "--tenant", &floor, "--data-dir"]);
+    let told = command.arg(home.data()).output().unwrap();
+    assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
+    let told: Value = serde_json::from_slice(&told.stdout).unwrap();
+    let again = [0, 1].map(|tenant| told["tenants"][tenant]["reencoded_tokens"].as_u64().unwrap());
+    assert_eq!(again, [a_if[0], b_if[0]], "{told}");
     assert_eq!(ask("a", SPARE_BLOCKS).await, without, "a floor for a changed something, as if it were b's");
     server.finish().await;
 }
