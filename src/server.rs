@@ -140,6 +140,8 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
         tenant: counted.tenant.to_string(),
         tokens: counted.log_tokens,
         created_at: counted.created_at,
+        parent: counted.parent.map(KvKey),
+        turns: counted.turns,
     });
     let shown = dashboard::settings(&config, &spec, tick_zero_us);
     let dashboard = Dashboard::start(engine.clone(), sessions.clone(), Arc::clone(&tenants), known, shown);

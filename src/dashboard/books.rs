@@ -30,6 +30,8 @@ pub struct Stored {
     pub tokens: u32,
     /// Milliseconds since 1970.
     pub created: i64,
+    pub parent: Option<KvKey>,
+    pub turns: Option<u32>,
 }
 
 /// Totals at one moment, to take rates of.
@@ -114,8 +116,9 @@ impl Books {
             tick_zero_ms: tick_zero_us / 1000,
             ranks: HashMap::new(),
         };
-        for Stored { key, tenant, tokens, created } in stored {
-            books.index.put(key, Row { tokens, created: Some(created), stored: true, ..Row::blank(tenant) });
+        for Stored { key, tenant, tokens, created, parent, turns } in stored {
+            let created = Some(created);
+            books.index.put(key, Row { tokens, created, parent, turns, stored: true, ..Row::blank(tenant) });
         }
         books
     }

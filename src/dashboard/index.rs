@@ -50,7 +50,7 @@ pub struct Row {
     pub state: State,
     pub pinned: bool,
     pub tokens: u32,
-    /// Since the server knows of it; `None`: no turn of it has come since the start.
+    /// The number of its newest turn; `None`: it had none, or none since that is written down.
     pub turns: Option<u32>,
     /// Bytes of each tier, what is shared counted whole.
     pub bytes: [u64; 3],

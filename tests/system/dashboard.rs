@@ -417,6 +417,59 @@ async fn the_stream_tells_each_change_once_and_goes_on_where_it_was_cut() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn forks_and_numbers_of_turns_are_known_after_a_kill() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let (server, client, admin) = start(&home, &[]);
+    let (root, silent) = (client.conversation().await, client.conversation().await);
+    say(&client, &root, "My name is Ann.").await;
+    say(&client, &root, "And now?").await;
+    let fork = async |of: &str| {
+        let forked = client.json(client.post(&format!("/v1/conversations/{of}/fork"), &json!({}))).await;
+        forked["id"].as_str().unwrap().to_owned()
+    };
+    let (first, second) = (fork(&root).await, fork(&root).await);
+    say(&client, &first, "And then?").await;
+    let grandchild = fork(&first).await;
+    let family = [&root, &first, &second, &grandchild, &silent];
+    // The number of its newest turn, and who is of its family; nothing of what isn't told of yet.
+    let told = async |admin: &Client| {
+        let mut rows = Vec::new();
+        for id in family {
+            let answer = admin.get(&format!("/admin/api/sessions/{id}")).send().await.unwrap();
+            let row: Value = answer.json().await.unwrap();
+            let forks = row["forks"].as_array().into_iter().flatten();
+            let mut forks: Vec<String> = forks.map(|fork| format!("{} of {}", fork["id"], fork["parent"])).collect();
+            forks.sort_unstable();
+            rows.push((row["turns"].as_u64(), forks));
+        }
+        rows
+    };
+    let before = eventually(SOON, "all turns and forks are told of", async || {
+        let rows = told(&admin).await;
+        let sizes: Vec<_> = rows.iter().map(|(turns, forks)| (*turns, forks.len())).collect();
+        (sizes == [(Some(2), 3), (Some(3), 4), (None, 3), (None, 2), (None, 1)]).then_some(rows)
+    })
+    .await;
+    server.kill();
+
+    let (server, client, admin) = start(&home, &[]);
+    assert_eq!(told(&admin).await, before, "after the kill");
+    say(&client, &first, "And who?").await;
+    until(&admin, &first, "turns are counted on", |row| row["turns"] == 4).await;
+    client.delete_conversation(&root).await;
+    server.kill();
+
+    let (server, _, admin) = start(&home, &[]);
+    let orphan = admin.json(admin.get(&format!("/admin/api/sessions/{second}"))).await;
+    assert_eq!(
+        orphan["forks"],
+        json!([{"id": second, "parent": null, "tokens": orphan["tokens"], "state": "none", "self": true}])
+    );
+    server.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_read_only_dashboard_shows_and_does_nothing() {
     let home = Home::new();
     let (server, client, admin) = start(&home, &["admin.read_only=true".to_owned(), "admin.node=node-a".to_owned()]);
