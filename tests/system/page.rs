@@ -118,12 +118,12 @@ async fn every_page_looks_right_and_shows_what_the_engine_did() {
     holds(script("pictures.mjs", &server.url, &tenants.admin, &[])).await;
     server.finish().await;
     if let Some(folder) = std::env::var_os("REKINDLE_PICTURES") {
-        take_pictures(&folder).await;
+        take_picture(&folder).await;
     }
 }
 
-/// README's pictures, of a server as one has it in a day: three tenants past the pool, pins, ends, minutes of history.
-async fn take_pictures(folder: &OsStr) {
+/// README's picture, of a server as one has it in a day: three tenants past the pool, pins, ends, minutes of history.
+async fn take_picture(folder: &OsStr) {
     const NAMES: [&str; 3] = ["acme", "northwind", "pixelforge"];
     let home = Home::new();
     let admin_key = generate(KeyKind::Admin);
@@ -142,7 +142,7 @@ async fn take_pictures(folder: &OsStr) {
         settings.push(format!("kv.{tier}_bytes={}", blocks * BLOCK_BYTES));
     }
     let server = Server::start(&home, &settings);
-    let load = Load::begin(&server.url, &keys.clone().map(Some), 7, Duration::from_millis(900)).await;
+    let load = Load::begin(&server.url, &keys.clone().map(Some), 40, Duration::from_millis(300)).await;
     tokio::time::sleep(Duration::from_secs(60)).await;
     let admin = Client::with_key(&server.url, &admin_key);
     let listed = admin.json(admin.get("/admin/api/sessions?tenant=acme&sort=-turns&limit=3")).await;
