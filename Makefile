@@ -48,6 +48,11 @@ lint: ## Format and lints alone
 fmt: ## Put all code into its format
 	cargo fmt --all
 
+.PHONY: picture
+picture: ## README's picture of the dashboard anew, of a server after seven minutes of load; look at it
+	@scripts/setup test
+	REKINDLE_PICTURES=docs cargo test --profile ci --workspace --locked --test system -- every_page_looks_right
+
 .PHONY: bench
 bench: ## Measure the server on this machine, some minutes; ARGS are those of the load tests' `bench`
 	@scripts/setup

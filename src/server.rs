@@ -43,7 +43,7 @@ use crate::tenants::key::KeyHash;
 use crate::tenants::quota;
 use crate::tenants::secret::{Secret, SecretError};
 use crate::tenants::watch::Watch;
-use crate::types::{Grant, KvDtype, KvKey, TokenCount};
+use crate::types::{Grant, KvDtype, KvKey, TokenCount, counted};
 use settings::{api_settings, disk_settings, engine_settings, session_settings};
 
 /// HTTP work is parsing and copying: the model gets the cores.
@@ -140,6 +140,8 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
         tenant: counted.tenant.to_string(),
         tokens: counted.log_tokens,
         created_at: counted.created_at,
+        parent: counted.parent.map(KvKey),
+        turns: counted.turns,
     });
     let shown = dashboard::settings(&config, &spec, tick_zero_us);
     let dashboard = Dashboard::start(engine.clone(), sessions.clone(), Arc::clone(&tenants), known, shown);
@@ -429,7 +431,9 @@ fn capacity(config: &Config, spec: &ModelSpec, window: TokenCount) -> String {
     let tier = |tier: &str, bytes: config::Bytes, token_bytes: u64| {
         let tokens = bytes.0.checked_div(token_bytes * block_tokens).unwrap_or(0) * block_tokens;
         let conversations = tokens / CONVERSATION_TOKENS;
-        format!("{tier:7} {bytes}: {tokens} tokens, {conversations} conversations of {CONVERSATION_TOKENS} tokens\n")
+        let tokens = counted(tokens, "token", "tokens");
+        let conversations = counted(conversations, "conversation", "conversations");
+        format!("{tier:7} {bytes}: {tokens}, {conversations} of {CONVERSATION_TOKENS} tokens\n")
     };
     [
         format!("model   {name}, trained for {} tokens, window {window} tokens\n", spec.context_length),

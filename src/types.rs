@@ -143,6 +143,12 @@ impl BlockCount {
     }
 }
 
+/// So many of something, as a sentence says it: `1 block`, `12 blocks`; `1 token is`, `2 tokens are`.
+pub fn counted<N: Copy + fmt::Display + PartialEq + From<u8>>(number: N, one: &str, many: &str) -> String {
+    let words = if number == N::from(1) { one } else { many };
+    format!("{number} {words}")
+}
+
 macro_rules! display_inner {
     ($($name:ident),*) => {$(
         impl fmt::Display for $name {
@@ -241,5 +247,17 @@ impl BlockBytes {
             Tier::Device => self.device,
             Tier::Host | Tier::Disk => self.cold,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_of_something_is_not_said_as_several() {
+        let of = |blocks: u32| counted(blocks, "block is", "blocks are");
+        assert_eq!([0, 1, 2, 11].map(of), ["0 blocks are", "1 block is", "2 blocks are", "11 blocks are"]);
+        assert_eq!(counted(1_usize, "entry", "entries"), "1 entry");
     }
 }

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::codes;
 use crate::sessions::messages::{SessionError, TurnError};
 use crate::tenants::quota::{RateExceeded, SocketsExceeded};
+use crate::types::counted;
 
 const INVALID_REQUEST: &str = "invalid_request_error";
 const SERVER_ERROR: &str = "server_error";
@@ -425,7 +426,8 @@ impl From<RateExceeded> for ApiError {
         let limit = exceeded.left.limit;
         let message = match exceeded.retry_after {
             Some(wait) => format!(
-                "this tenant may send {limit} requests a minute, and they are spent; retry in {} ms",
+                "this tenant may send {} a minute, all spent; retry in {} ms",
+                counted(limit, "request", "requests"),
                 wait.as_millis()
             ),
             None => "this tenant may send no requests; ask who runs this server".to_owned(),

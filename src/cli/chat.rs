@@ -13,6 +13,8 @@ use futures_util::StreamExt;
 use rustyline::error::ReadlineError;
 use serde_json::{Value, json};
 
+use crate::types::counted;
+
 /// `rekindle chat`
 #[derive(Args, Clone, Debug)]
 pub struct ChatArgs {
@@ -277,7 +279,10 @@ impl Chat {
         let path = format!("/v1/conversations/{}/offload", self.id);
         let moved = self.server.post(&path, &json!({"to": to})).await?;
         let number = |name: &str| moved.get(name).and_then(Value::as_u64).unwrap_or(0);
-        println!("{}", dim(&format!("{} bytes left the device in {} ms", number("bytes"), number("ms"))));
+        println!(
+            "{}",
+            dim(&format!("{} left the device in {} ms", counted(number("bytes"), "byte", "bytes"), number("ms")))
+        );
         Ok(())
     }
 }
@@ -307,7 +312,8 @@ fn show(event: &Value) -> anyhow::Result<bool> {
 fn usage_line(response: &Value) -> String {
     let number = |path: &str| response.pointer(path).and_then(Value::as_u64).unwrap_or(0);
     let ours = |name: &str| number(&format!("/usage/rekindle/{name}"));
-    let mut parts = vec![format!("{} tokens reused", ours("resident_tokens") + ours("shared_tokens"))];
+    let tokens = |number: u64| counted(number, "token", "tokens");
+    let mut parts = vec![format!("{} reused", tokens(ours("resident_tokens") + ours("shared_tokens")))];
     if ours("reloaded_tokens") > 0 {
         parts.push(format!("{} reloaded in {} ms", ours("reloaded_tokens"), ours("reload_ms")));
     }
@@ -316,7 +322,7 @@ fn usage_line(response: &Value) -> String {
         parts.push(format!("{} of them again", ours("reencoded_tokens")));
     }
     parts.push(format!("first token {} ms", ours("ttft_ms")));
-    parts.push(format!("{} tokens in {} ms", number("/usage/output_tokens"), ours("decode_ms")));
+    parts.push(format!("{} in {} ms", tokens(number("/usage/output_tokens")), ours("decode_ms")));
     match response.get("status").and_then(Value::as_str) {
         Some("incomplete") => parts.push("cut at the limit".to_owned()),
         Some("cancelled") => parts.push("cancelled".to_owned()),
@@ -330,7 +336,8 @@ fn residency_line(shown: &Value) -> String {
     let state = shown.get("state").and_then(Value::as_str).unwrap_or("?");
     let tokens = shown.get("tokens").and_then(Value::as_u64).unwrap_or(0);
     dim(&format!(
-        "{state}: {tokens} tokens of history; device {}, host {}, disk {}",
+        "{state}: {} of history; device {}, host {}, disk {}",
+        counted(tokens, "token", "tokens"),
         tier("device"),
         tier("host"),
         tier("disk")

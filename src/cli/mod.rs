@@ -2,6 +2,7 @@
 
 pub mod chat;
 pub mod download;
+mod given;
 pub mod key;
 pub mod pull;
 pub mod replay;

@@ -9,16 +9,16 @@ use std::io::{self, BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use crate::config::Bytes;
+use super::given::{Asked, by_number};
 use crate::engine::replay::record::{How, Record};
-use crate::engine::replay::times::{Rates, Spread};
+use crate::engine::replay::times::{Encoding, Rates, Spread};
 use crate::engine::replay::trace::{Request, Trace};
-use crate::engine::replay::{FLIGHT_FOLDER, Given, Outcome, Policy, ReplaySettings, Reuse, replay};
-use crate::types::TenantId;
+use crate::engine::replay::{FLIGHT_FOLDER, Outcome, Policy, ReplaySettings, Reuse, replay};
+use crate::types::{TenantId, TokenCount, counted};
 
 /// Replays a server's flight record, or a trace of turns, through the engine's scheduler, block manager and evictor, without
 /// a model.
@@ -33,6 +33,7 @@ Examples:
   rekindle replay --journal 20                             and the last 20 decisions, in words
   rekindle replay --policy lru --device-share 0.05         what it would have done under other settings
   rekindle replay --last 3600 --tenant 0=1GiB:4GiB         the last hour, had the first tenant had these floor and ceiling
+  rekindle replay --tenants tenants.toml --tenant acme=1GiB:   all of it, had acme had this floor
   rekindle replay day.csv --device-share 0.02              what the default policy encodes again on a trace
   rekindle replay day.csv --device-share 0.02 --policy lru the same by silence alone
   rekindle replay day.csv --device-tokens 500000 --host-tokens 2000000 --json
@@ -82,15 +83,14 @@ pub struct ReplayArgs {
     /// Take all turns for one tenant's, so that there are no floors and ceilings
     #[arg(long)]
     one_tenant: bool,
-    /// Another floor and ceiling of the device for a tenant, by its number in the record or trace (a server numbers its
-    /// tenants from 0, in the order of their file); what is left out stays as it was
-    #[arg(
-        long = "tenant",
-        value_name = "NUMBER=FLOOR:CEILING",
-        value_parser = parse_given,
-        conflicts_with = "one_tenant"
-    )]
-    given: Vec<(TenantId, Given)>,
+    /// Another floor and ceiling of the device for a tenant, by its name (with --tenants), or by its number in the record or
+    /// trace; what is left out stays as it was
+    #[arg(long = "tenant", value_name = "TENANT=FLOOR:CEILING", conflicts_with = "one_tenant")]
+    given: Vec<Asked>,
+    /// The tenants file with which the server started: it numbers its tenants from 0 in that order, and those of later edits
+    /// after them
+    #[arg(long, value_name = "FILE", requires = "given")]
+    tenants: Option<PathBuf>,
     #[command(flatten)]
     speeds: Speeds,
     /// Position at which a token costs twice what the first one does, for the cost of encoding again [default: 30000]
@@ -121,9 +121,18 @@ struct DeviceSize {
 /// With them, it is foretold how soon first tokens would have come.
 #[derive(Args, Debug)]
 struct Speeds {
-    /// Tokens that the server encodes in a second, to foretell how soon first tokens would have come
+    /// Tokens that the server encodes in a second at the beginning of a prompt, to foretell how soon first tokens would have
+    /// come
     #[arg(long, value_name = "TOKENS")]
     prefill_per_s: Option<u64>,
+    /// Position at which encoding a token takes twice as long as at the beginning [default: all take as long]
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        requires = "prefill_per_s",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    prefill_doubles_at: Option<u32>,
     /// Bytes that it reloads from the host in a second
     #[arg(long, value_name = "BYTES", requires = "prefill_per_s")]
     reload_per_s: Option<u64>,
@@ -135,28 +144,14 @@ struct Speeds {
 impl Speeds {
     fn rates(&self) -> Rates {
         Rates {
-            prefill_tokens_per_s: self.prefill_per_s.unwrap_or(0),
+            encoding: Encoding {
+                first_per_s: self.prefill_per_s.unwrap_or(0),
+                doubles_at: self.prefill_doubles_at.map(TokenCount),
+            },
             reload_bytes_per_s: self.reload_per_s.unwrap_or(0),
             load_bytes_per_s: self.load_per_s.unwrap_or(0),
         }
     }
-}
-
-/// `3=1GiB:4GiB`, of which either size may be left out.
-fn parse_given(text: &str) -> Result<(TenantId, Given), String> {
-    let shape = || format!("`{text}` is no NUMBER=FLOOR:CEILING; write 3=1GiB:4GiB, 3=1GiB: or 3=:4GiB");
-    let (number, sizes) = text.split_once('=').ok_or_else(shape)?;
-    let (floor, ceiling) = sizes.split_once(':').ok_or_else(shape)?;
-    let number = number.parse().map_err(|_| shape())?;
-    let bytes = |size: &str| (!size.is_empty()).then(|| size.parse().map(|Bytes(bytes)| bytes)).transpose();
-    let given = Given { floor: bytes(floor)?, ceiling: bytes(ceiling)? };
-    if given == Given::default() {
-        return Err(shape());
-    }
-    if given.floor.zip(given.ceiling).is_some_and(|(floor, ceiling)| floor > ceiling) {
-        return Err(format!("`{text}` has a floor above its ceiling"));
-    }
-    Ok((TenantId(number), given))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -289,9 +284,6 @@ fn settings(arguments: &ReplayArgs, source: &Source) -> Result<ReplaySettings> {
         Ok(tokens.or(share.map(|share| (distinct as f64 * share) as u64)).unwrap_or(own))
     };
     let own = source.settings();
-    if let Some((unknown, _)) = arguments.given.iter().find(|(tenant, _)| !source.trace().knows(*tenant)) {
-        bail!("there is no tenant {unknown} in what is replayed; its tenants are numbered from 0");
-    }
     Ok(ReplaySettings {
         policy: arguments.policy.map_or(own.policy, PolicyName::policy),
         device_tokens: tokens("--device-share", device.device_tokens, device.device_share, own.device_tokens)?,
@@ -304,7 +296,7 @@ fn settings(arguments: &ReplayArgs, source: &Source) -> Result<ReplaySettings> {
         last: arguments.last.map(Duration::from_secs),
         ends: arguments.ends,
         one_tenant: arguments.one_tenant,
-        given: arguments.given.iter().copied().collect(),
+        given: by_number(&arguments.given, arguments.tenants.as_deref(), source.trace())?,
         doubles_at: arguments.doubles_at.unwrap_or(own.doubles_at),
         weighs_length: own.weighs_length || arguments.weigh_length,
         journal_entries: arguments.journal,
@@ -399,14 +391,14 @@ fn sentences(settings: &ReplaySettings, outcome: &Outcome) -> impl Iterator<Item
 /// How a record was replayed, and what of it is missing.
 fn account(record: &Record, how: How) -> String {
     let (runs, with_beginning) = record.runs();
-    let turns = record.trace.requests.len();
+    let (runs, turns) = (counted(runs, "run", "runs"), counted(record.trace.requests.len(), "turn", "turns"));
     let how = match how {
         How::AsRecorded => format!(
-            "{with_beginning} of the record's {runs} runs ({turns} turns in all), each as recorded under its own settings: the same \
+            "{with_beginning} of the record's {runs} ({turns} in all), each as recorded under its own settings: the same \
              decisions, entry for entry\n"
         ),
         How::WhatIf => format!(
-            "the record's {turns} turns, of {runs} runs, as a trace: what would have happened, had memory been empty at the first \
+            "the record's {turns}, of {runs}, as a trace: what would have happened, had memory been empty at the first \
              and the server never restarted\n"
         ),
     };
@@ -421,7 +413,7 @@ fn table(arguments: &ReplayArgs, source: &Source, settings: &ReplaySettings, rep
         format!("{what:<24}{:>18}  {percent:6.2} %\n", grouped(tokens))
     };
     let sizes = format!(
-        "{} on {} tokens of device, {} of host and {} of disk; the trace has {} distinct ones\n",
+        "{} on {} tokens of device, {} of host and {} of disk; distinct in the trace: {}\n",
         policy_name(settings.policy),
         grouped(settings.device_tokens),
         grouped(settings.host_tokens),
@@ -517,21 +509,6 @@ mod tests {
     }
 
     #[test]
-    fn a_tenant_is_given_what_it_is_asked_for_and_nobody_knows_a_stranger() {
-        let of = |given: &str| parse(&["t.csv", "--device-share", "0.5", "--tenant", given]);
-        let settings = |given: &str| settings(&of(given).unwrap(), &source());
-        let given = settings("0=1KiB:4096").unwrap().given;
-        assert_eq!(given[&TenantId(0)], Given { floor: Some(1024), ceiling: Some(4096) });
-        assert_eq!(settings("0=:7").unwrap().given[&TenantId(0)], Given { floor: None, ceiling: Some(7) });
-        assert!(settings("5=1:").unwrap_err().to_string().contains("no tenant 5"));
-        for (wrong, says) in
-            [("0", "FLOOR:CEILING"), ("a=1:2", "FLOOR:CEILING"), ("0=:", "3=1GiB:"), ("0=9:2", "above")]
-        {
-            assert!(of(wrong).unwrap_err().to_string().contains(says), "{wrong}");
-        }
-    }
-
-    #[test]
     fn first_tokens_are_foretold_where_a_speed_is_given() {
         let of = |more: &[&str]| {
             let arguments = parse(&[&["t.csv", "--device-tokens", "6400", "--last", "1"], more].concat()).unwrap();
@@ -545,6 +522,9 @@ mod tests {
         assert_eq!((&told["requests"], &told["ttft"]["p95_ms"]), (&json!(1), &json!(64)), "{told}");
         assert_eq!(told["tenants"][0]["ttft"], told["ttft"]);
         assert!(table.contains("first token, foretold"));
+        // They stand at 736 on the mean.
+        let (slower, _) = of(&["--prefill-per-s", "1000", "--prefill-doubles-at", "736"]);
+        assert_eq!(slower["ttft"]["p95_ms"], json!(128), "{slower}");
         assert!(of(&[]).0["ttft"].is_null());
     }
 

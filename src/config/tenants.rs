@@ -132,14 +132,24 @@ impl TenantsFile {
 
     /// The tenants of a text, which must fit pools of these sizes.
     pub fn parse(text: &str, kv: &Kv) -> Result<Self, TenantsError> {
+        let file = Self::of_any_pool(text)?;
+        file.check_pool("device", kv.device_bytes, TenantEntry::device)?;
+        file.check_pool("host", kv.host_bytes, TenantEntry::host)?;
+        file.check_pool("disk", kv.disk_bytes, TenantEntry::disk)?;
+        Ok(file)
+    }
+
+    /// The tenants' ids in the order of a text, whatever the pools' sizes are.
+    pub fn ids(text: &str) -> Result<Vec<String>, TenantsError> {
+        Ok(Self::of_any_pool(text)?.tenants.into_iter().map(|tenant| tenant.id).collect())
+    }
+
+    fn of_any_pool(text: &str) -> Result<Self, TenantsError> {
         let table: toml::Table =
             text.parse().map_err(|error: toml::de::Error| TenantsError::Syntax(error.to_string()))?;
         let file: Self = serde_path_to_error::deserialize(toml::Value::Table(table))
             .map_err(|error| impossible(error.path().to_string(), error.inner().message()))?;
         file.check_names()?;
-        file.check_pool("device", kv.device_bytes, TenantEntry::device)?;
-        file.check_pool("host", kv.host_bytes, TenantEntry::host)?;
-        file.check_pool("disk", kv.disk_bytes, TenantEntry::disk)?;
         Ok(file)
     }
 

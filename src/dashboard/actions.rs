@@ -19,7 +19,7 @@ use crate::api::error::ApiError;
 use crate::api::fields::Fields;
 use crate::sessions::messages::{ConversationId, OffloadTo};
 use crate::tenants::Tenant;
-use crate::types::KvKey;
+use crate::types::{KvKey, counted};
 
 const UNDO: Duration = Duration::from_secs(10);
 /// A pin, if nobody says for how long.
@@ -165,15 +165,16 @@ async fn perform(
     let (sessions, id) = (&api.sessions, ConversationId(key.0));
     let status = dashboard.inner.engine.status();
     let (has_host, has_disk) = (status.host.total.0 > 0, status.disk.total.0 > 0);
+    let device_bytes = |bytes: u64| counted(bytes, "device byte", "device bytes");
     let undoable = |sentence: String| Done { sentence, can_be_undone: true };
     Ok(match verb {
         Verb::Warm => {
             sessions.reopen(tenant, id).await?;
             match sessions.warm(tenant, id, None).await? {
                 Some(usage) => undoable(format!(
-                    "An operator warmed it: {} tokens came back and {} were encoded.",
-                    usage.prompt.reloaded(),
-                    usage.prompt.encoded
+                    "An operator warmed it: {} came back and {} encoded.",
+                    counted(usage.prompt.reloaded().0, "token", "tokens"),
+                    counted(usage.prompt.encoded.0, "was", "were")
                 )),
                 None => Done {
                     sentence: "An operator warmed it, and there was no history to bring.".into(),
@@ -206,20 +207,20 @@ async fn perform(
             let to = if has_host { to } else { OffloadTo::Disk };
             let moved = sessions.offload(tenant, id, to).await?;
             let tier = if to == OffloadTo::Disk { "disk" } else { "the host" };
-            undoable(format!("An operator offloaded it to {tier}: {} device bytes became free.", moved.bytes))
+            undoable(format!("An operator offloaded it to {tier}: {} became free.", device_bytes(moved.bytes)))
         }
         Verb::Evict => {
             let moved = sessions.offload(tenant, id, if has_host { OffloadTo::Host } else { OffloadTo::Disk }).await?;
             undoable(format!(
-                "An operator evicted it: {} device bytes became free, and a copy stays below.",
-                moved.bytes
+                "An operator evicted it: {} became free, and a copy stays below.",
+                device_bytes(moved.bytes)
             ))
         }
         Verb::Drop => {
             let moved = sessions.offload(tenant, id, OffloadTo::None).await?;
             let sentence = format!(
-                "An operator dropped its KV in every tier: {} device bytes became free, and its next turn encodes its history again.",
-                moved.bytes
+                "An operator dropped its KV in every tier: {} became free, and its next turn encodes its history again.",
+                device_bytes(moved.bytes)
             );
             Done { sentence, can_be_undone: false }
         }

@@ -30,6 +30,8 @@ pub struct Stored {
     pub tokens: u32,
     /// Milliseconds since 1970.
     pub created: i64,
+    pub parent: Option<KvKey>,
+    pub turns: Option<u32>,
 }
 
 /// Totals at one moment, to take rates of.
@@ -114,8 +116,9 @@ impl Books {
             tick_zero_ms: tick_zero_us / 1000,
             ranks: HashMap::new(),
         };
-        for Stored { key, tenant, tokens, created } in stored {
-            books.index.put(key, Row { tokens, created: Some(created), stored: true, ..blank(tenant) });
+        for Stored { key, tenant, tokens, created, parent, turns } in stored {
+            let created = Some(created);
+            books.index.put(key, Row { tokens, created, parent, turns, stored: true, ..Row::blank(tenant) });
         }
         books
     }
@@ -193,13 +196,13 @@ impl Books {
         match news {
             News::Made { tenant, id } => {
                 let key = KvKey(id.0);
-                let row = self.index.get(key).cloned().unwrap_or_else(|| blank(tenant));
+                let row = self.index.get(key).cloned().unwrap_or_else(|| Row::blank(tenant));
                 let created = Some(self.ms(self.now));
                 self.index.put(key, Row { created, stored: true, changed: seq, ..row });
             }
             News::Forked { tenant, of, fork, tokens } => {
                 let key = KvKey(fork.0);
-                let row = self.index.get(key).cloned().unwrap_or_else(|| blank(tenant));
+                let row = self.index.get(key).cloned().unwrap_or_else(|| Row::blank(tenant));
                 let (created, parent) = (Some(self.ms(self.now)), Some(KvKey(of.0)));
                 self.index.put(key, Row { created, parent, tokens: tokens.0, stored: true, changed: seq, ..row });
             }
@@ -228,7 +231,7 @@ impl Books {
             changes.rows.push(key);
             return;
         };
-        let row = known.unwrap_or_else(|| blank(found.tenant));
+        let row = known.unwrap_or_else(|| Row::blank(found.tenant));
         let state = match found.state {
             ResidencyState::Running => State::Running,
             ResidencyState::Reloading => State::Reloading,
@@ -280,7 +283,7 @@ impl Books {
                         changes.entries.push(self.journal.add(entry).clone());
                     }
                     // What is neither stored nor held anywhere is nobody's any more.
-                    let Some(row) = known.or_else(|| residency(note.key).map(|found| blank(found.tenant))) else {
+                    let Some(row) = known.or_else(|| residency(note.key).map(|found| Row::blank(found.tenant))) else {
                         continue;
                     };
                     let tokens = prompt.cached().0 + prompt.encoded.0;
@@ -415,27 +418,5 @@ pub fn predicted_ms(predicted: Predicted) -> u64 {
         ReturnPath::Resident => 0,
         ReturnPath::Reload => predicted.reload_ms.unwrap_or(predicted.reencode_ms),
         ReturnPath::Reencode => predicted.reencode_ms,
-    }
-}
-
-/// A conversation of which nothing is known yet.
-fn blank(tenant: TenantId) -> Row {
-    Row {
-        tenant,
-        state: State::None,
-        pinned: false,
-        tokens: 0,
-        turns: None,
-        bytes: [0; 3],
-        shared: 0,
-        last_used: None,
-        ttft_ms: None,
-        path: None,
-        return_ms: 0,
-        created: None,
-        changed: 0,
-        turn: None,
-        parent: None,
-        stored: false,
     }
 }

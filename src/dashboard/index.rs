@@ -50,7 +50,7 @@ pub struct Row {
     pub state: State,
     pub pinned: bool,
     pub tokens: u32,
-    /// Since the server knows of it; `None`: no turn of it has come since the start.
+    /// The number of its newest turn; `None`: it had none, or none since that is written down.
     pub turns: Option<u32>,
     /// Bytes of each tier, what is shared counted whole.
     pub bytes: [u64; 3],
@@ -71,6 +71,30 @@ pub struct Row {
     pub parent: Option<KvKey>,
     /// The store has it: it is there even if no tier has anything of it.
     pub stored: bool,
+}
+
+impl Row {
+    /// A conversation of which nothing is known yet.
+    pub fn blank(tenant: TenantId) -> Self {
+        Self {
+            tenant,
+            state: State::None,
+            pinned: false,
+            tokens: 0,
+            turns: None,
+            bytes: [0; 3],
+            shared: 0,
+            last_used: None,
+            ttft_ms: None,
+            path: None,
+            return_ms: 0,
+            created: None,
+            changed: 0,
+            turn: None,
+            parent: None,
+            stored: false,
+        }
+    }
 }
 
 /// By what rows are put in order.
@@ -371,22 +395,13 @@ mod tests {
 
     pub fn row(tenant: u32, state: State, tokens: u32, last_used: Option<u64>) -> Row {
         Row {
-            tenant: TenantId(tenant),
             state,
             pinned: tokens.is_multiple_of(10),
             tokens,
-            turns: None,
             bytes: [u64::from(tokens) * 10, 0, 0],
-            shared: 0,
             last_used: last_used.map(Tick),
-            ttft_ms: None,
-            path: None,
-            return_ms: 0,
-            created: None,
-            changed: 0,
-            turn: None,
-            parent: None,
             stored: true,
+            ..Row::blank(TenantId(tenant))
         }
     }
 

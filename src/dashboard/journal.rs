@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use serde_json::{Value, json};
 
 use crate::engine::status::{Decision, PromptUsage, Why};
-use crate::types::{KvKey, TenantId, Tick, Tier};
+use crate::types::{KvKey, TenantId, Tick, Tier, counted};
 
 const KEPT: usize = 10_000;
 
@@ -110,26 +110,30 @@ impl Entry {
             Some(ms) => format!("about {ms} ms"),
             None => "some time".to_owned(),
         };
+        let tokens = |tokens: u32| counted(tokens, "token", "tokens");
         let (host, disk, again) = (prompt.reloaded_host, prompt.reloaded_disk, prompt.reencoded);
         let mut parts = Vec::new();
         if host.0 > 0 {
-            parts.push(format!("{host} tokens from the host"));
+            parts.push(format!("{} from the host", tokens(host.0)));
         }
         if disk.0 > 0 {
-            parts.push(format!("{disk} tokens from disk"));
+            parts.push(format!("{} from disk", tokens(disk.0)));
         }
         let came = parts.join(" and ");
         let sentence = match decision {
             Decision::Reencode => format!(
-                "Its turn encoded {again} tokens again, since no tier had them or that was quicker: {}.",
+                "Its turn encoded {} again, since no tier had that part or encoding was quicker: {}.",
+                tokens(again.0),
                 encoding(again.0)
             ),
             _ => {
                 let spared = encoding(host.0 + disk.0);
                 let ms = prompt.reload_ms;
-                let split =
-                    if again.0 > 0 { format!(", and {again} were encoded again meanwhile") } else { String::new() };
-                format!("It came back: {came} in {ms} ms{split}; encoding those would have taken {spared}.")
+                let split = match again.0 {
+                    0 => String::new(),
+                    again => format!(", and {} encoded again meanwhile", counted(again, "was", "were")),
+                };
+                format!("It came back: {came} in {ms} ms{split}; encoding that would have taken {spared}.")
             }
         };
         let to = Some(Tier::Device);
@@ -247,7 +251,7 @@ mod tests {
         assert_eq!((entry.kind, entry.rule, entry.from), ("reload", "reload", Some(Tier::Disk)));
         assert_eq!(
             entry.sentence,
-            "It came back: 1600 tokens from the host and 400 tokens from disk in 12 ms; encoding those would have taken about 2000 ms."
+            "It came back: 1600 tokens from the host and 400 tokens from disk in 12 ms; encoding that would have taken about 2000 ms."
         );
         let again = PromptUsage { reencoded: TokenCount(50), ..PromptUsage::default() };
         let entry = Entry::came_back(Tick(5), KvKey(1), TenantId(0), &again, 0).unwrap();

@@ -122,6 +122,10 @@ pub struct Known {
     pub tokens: usize,
     /// Seconds since 1970.
     pub created_at: i64,
+    /// The conversation that it branched off.
+    pub parent: Option<KvKey>,
+    /// The number of its newest turn.
+    pub turns: Option<u32>,
 }
 
 impl Dashboard {
@@ -138,7 +142,8 @@ impl Dashboard {
             // One of a tenant that is gone is nobody's to look at.
             let tenant = *ids.get(&known.tenant)?;
             let tokens = u32::try_from(known.tokens).unwrap_or(u32::MAX);
-            Some(Stored { key: known.key, tenant, tokens, created: known.created_at * 1000 })
+            let Known { key, parent, turns, created_at, .. } = known;
+            Some(Stored { key, tenant, tokens, created: created_at * 1000, parent, turns })
         });
         let inner = Arc::new(Inner {
             books: RwLock::new(Books::new(settings.tick_zero_us, stored.collect())),

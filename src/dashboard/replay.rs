@@ -19,7 +19,7 @@ use crate::api::body;
 use crate::api::error::ApiError;
 use crate::api::fields::Fields;
 use crate::engine::status::EngineStatus;
-use crate::types::TenantId;
+use crate::types::{TenantId, counted};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 /// What of the record counts.
@@ -61,12 +61,13 @@ pub async fn replay(
     other.extend(given);
     let Some(_alone) = dashboard.inner.replaying.try_acquire().ok() else { return Err(ApiError::replay_running()) };
     let speeds = [
-        ("--prefill-per-s", status.prefill_tokens_per_s),
-        ("--reload-per-s", status.reload_bytes_per_s),
-        ("--load-per-s", status.load_bytes_per_s),
+        ("--prefill-per-s", Some(status.encoding.first_per_s)),
+        ("--prefill-doubles-at", status.encoding.doubles_at.map(|at| at.0.into())),
+        ("--reload-per-s", Some(status.reload_bytes_per_s)),
+        ("--load-per-s", Some(status.load_bytes_per_s)),
     ];
     let speeds: Vec<String> =
-        speeds.into_iter().flat_map(|(flag, per_s)| [flag.to_owned(), per_s.to_string()]).collect();
+        speeds.into_iter().filter_map(|(flag, seen)| Some([flag.to_owned(), seen?.to_string()])).flatten().collect();
     let base = run(&dashboard, &speeds).await?;
     let sim = if other.is_empty() { base.clone() } else { run(&dashboard, &[speeds, other].concat()).await? };
     let answer = dashboard.inner.read(|view| answer(view, &status, &base, &sim));
@@ -142,8 +143,8 @@ async fn run(dashboard: &Dashboard, arguments: &[String]) -> Result<Value, ApiEr
 }
 
 fn answer(view: &View<'_>, status: &EngineStatus, base: &Value, sim: &Value) -> Value {
-    let counted = &base["record"]["counted"];
-    let (from, to) = (counted["from_ms"].as_i64().unwrap_or(0), counted["to_ms"].as_i64().unwrap_or(0));
+    let window = &base["record"]["counted"];
+    let (from, to) = (window["from_ms"].as_i64().unwrap_or(0), window["to_ms"].as_i64().unwrap_or(0));
     // What was measured is known by the time of the first token, which comes after the turn.
     let measured: Vec<_> = view.books.turns.since_tick(view.books.tick(from)).collect();
     let measured_of = |tenant: Option<TenantId>| {
@@ -178,12 +179,13 @@ fn answer(view: &View<'_>, status: &EngineStatus, base: &Value, sim: &Value) -> 
         "window": {
             "from": from,
             "to": to,
-            "turns": counted["turns"],
-            "trace": format!("{} runs of the flight record", base["record"]["runs"]),
+            "turns": window["turns"],
+            "trace": format!("{} of the flight record", counted(runs(base), "run", "runs")),
             "faults": base["record"]["faults"],
         },
         "seen": {
-            "prefill_tokens_per_s": status.prefill_tokens_per_s,
+            "prefill_tokens_per_s": status.encoding.first_per_s,
+            "prefill_doubles_at": status.encoding.doubles_at.map(|at| at.0),
             "reload_bytes_per_s": status.reload_bytes_per_s,
             "load_bytes_per_s": status.load_bytes_per_s,
         },
@@ -192,6 +194,11 @@ fn answer(view: &View<'_>, status: &EngineStatus, base: &Value, sim: &Value) -> 
         "by_tenant": by_tenant,
         "assumptions": assumptions(status, base, sim),
     })
+}
+
+/// Of how many processes the record is.
+fn runs(of: &Value) -> u64 {
+    of["record"]["runs"].as_u64().unwrap_or(0)
 }
 
 /// What a replay came to.
@@ -232,7 +239,7 @@ fn assumptions(status: &EngineStatus, base: &Value, sim: &Value) -> String {
     let mut told = vec![how.to_owned()];
     if [base, sim].iter().any(|of| of["ttft"].is_null()) {
         let has = |tier: &str| [base, sim].iter().any(|of| of["hit_share"][tier].as_f64() > Some(0.0));
-        let unknown = if status.prefill_tokens_per_s == 0 {
+        let unknown = if status.encoding.first_per_s == 0 {
             "it has encoded nothing yet"
         } else if status.reload_bytes_per_s == 0 && has("host") {
             "it has brought nothing back from the host yet"
@@ -246,12 +253,12 @@ fn assumptions(status: &EngineStatus, base: &Value, sim: &Value) -> String {
         ));
     } else {
         told.push(
-            "Times to first tokens are foretold for both alike: tokens to encode over the encoding rate that this server has \
-             seen, and bytes over its tiers' rates; no turn waits for another, so that what was measured may be longer."
+            "Times to first tokens are foretold for both alike: tokens to encode by the encoding rate that this server has \
+             seen at their place in the prompt, and bytes over its tiers' rates; no turn waits for another, so that what was measured may be longer."
                 .to_owned(),
         );
     }
-    if base["record"]["runs"].as_u64() > Some(1) {
+    if runs(base) > 1 {
         told.push(
             "Tenants are known by their numbers of today: where a run before had another tenants file, they may be others' there."
                 .to_owned(),

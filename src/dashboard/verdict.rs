@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::books::{Books, Rates};
 use crate::engine::status::Path;
-use crate::types::{TenantId, Tick};
+use crate::types::{TenantId, Tick, counted};
 
 /// From here on a pressure is worth a word, and from there on it hurts.
 const WATCH: f64 = 0.6;
@@ -77,15 +77,21 @@ pub fn verdict(books: &Books, name: &dyn Fn(TenantId) -> String) -> Verdict {
         _ => "watch",
     };
     let title = match bottleneck {
-        "memory" if waits => format!("Memory: {} turns had to wait for it in the last minute", rates.waits),
+        "memory" if waits => {
+            let turns = counted(rates.waits, "turn", "turns");
+            format!("Memory: {turns} had to wait for it in the last minute")
+        }
         "memory" if again >= WATCH => {
-            format!("Memory: {} of {with_history} turns encoded their history again", of(Path::Reencoded))
+            let turns = counted(with_history, "turn", "turns");
+            format!("Memory: {} of {turns} encoded history again", of(Path::Reencoded))
         }
         "memory" if early >= WATCH => "Memory: much of what is evicted is back within a minute".to_owned(),
         "memory" => format!("Memory: running and pinned conversations keep {:.0} % of the device", kept * 100.0),
         "transfer" if rates.stalled_loads > 0 => "Transfer: loads from disk hang".to_owned(),
         "transfer" => format!("Transfer: tiers give {} as fast as they can", bytes_per_s(rates.in_bps)),
-        "compute" if waiting_for_rows => format!("Compute: {} turns wait for the model", status.queued),
+        "compute" if waiting_for_rows => {
+            format!("Compute: {} for the model", counted(status.queued, "turn waits", "turns wait"))
+        }
         "compute" => "Compute: the model is busy all the time".to_owned(),
         _ => "No bottleneck: turns find memory, rows and bytes when they need them".to_owned(),
     };
@@ -126,18 +132,22 @@ fn detail(books: &Books, rates: &Rates, bottleneck: &str, name: &dyn Fn(TenantId
             detail.push(json!(format!("{:.1} evictions a minute.", rates.evictions_per_min)));
         }
         "transfer" => detail.push(json!(format!(
-            "{} come up and {} go down; {} loads hung in the last minute.",
+            "{} come up and {} go down; {} hung in the last minute.",
             bytes_per_s(rates.in_bps),
             bytes_per_s(rates.out_bps),
-            rates.stalled_loads
+            counted(rates.stalled_loads, "load", "loads")
         ))),
         "compute" => detail.push(json!(format!(
-            "{} run and {} wait; {:.0} prompt tokens and {:.0} answer tokens a second.",
-            books.status.running, books.status.queued, rates.prefill_tokens_per_s, rates.tokens_per_s
+            "{} and {}; {} and {} a second.",
+            counted(books.status.running, "turn runs", "turns run"),
+            counted(books.status.queued, "waits", "wait"),
+            counted(rates.prefill_tokens_per_s.round(), "prompt token", "prompt tokens"),
+            counted(rates.tokens_per_s.round(), "answer token", "answer tokens")
         ))),
         _ => detail.push(json!(format!(
-            "{} turns run; {:.1} evictions a minute.",
-            books.status.running, rates.evictions_per_min
+            "{}; {:.1} evictions a minute.",
+            counted(books.status.running, "turn runs", "turns run"),
+            rates.evictions_per_min
         ))),
     }
     detail

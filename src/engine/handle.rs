@@ -24,12 +24,15 @@ use super::{TurnEvent, TurnRequest};
 use crate::kv::return_rate::Learned;
 use crate::kv::transfer::TransferDone;
 use crate::model::ModelSpec;
-use crate::types::{BlockSize, Grant, KvKey, TenantId, TenantKey, Tick, TokenCount, TurnId};
+use crate::types::{BlockSize, Grant, KvKey, TenantId, TenantKey, Tick, TokenCount, TurnId, counted};
 
 /// Why the engine did not take a command.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
-    #[error("{queued} turns wait already, the bound of `engine.queue_depth`; retry in a moment")]
+    #[error(
+        "{} already, the bound of `engine.queue_depth`; retry in a moment",
+        counted(*queued, "turn waits", "turns wait")
+    )]
     Overloaded { queued: usize },
     #[error("the prompt has {prompt} tokens and the window {window}; shorten it")]
     PromptTooLong { prompt: TokenCount, window: TokenCount },

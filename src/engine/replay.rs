@@ -27,7 +27,7 @@ use crate::kv::transfer::TransferDone;
 use crate::model::Logits;
 use crate::types::{
     BlockBytes, BlockCount, BlockSize, Grant, KvKey, PoolPart, TenantId, Tick, TierBudget, TokenCount, TokenId, TurnId,
-    Weight,
+    Weight, counted,
 };
 use times::Work;
 use trace::{End, Notice, Request, Told, Trace};
@@ -95,7 +95,7 @@ impl ReplaySettings {
 /// Why a replay came to no end.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError {
-    #[error("a device of {tokens} tokens has not {LEAST_BLOCKS} blocks of {block_tokens}; give it more")]
+    #[error("a device of {} has not {LEAST_BLOCKS} blocks of {block_tokens}; give it more", counted(*tokens, "token", "tokens"))]
     DeviceTooSmall { tokens: u64, block_tokens: u32 },
     #[error("{tokens} tokens are more blocks of {block_tokens} than there are numbers for; use larger blocks")]
     PoolTooLarge { tokens: u64, block_tokens: u32 },

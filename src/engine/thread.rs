@@ -31,7 +31,7 @@ use crate::kv::pins::{PinBudget, PinRefused};
 use crate::kv::{KvSettings, Manager};
 use crate::model::{Logits, Model};
 use crate::types::{
-    BlockBytes, BlockCount, BlockSize, KvDtype, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TurnId,
+    BlockBytes, BlockCount, BlockSize, KvDtype, KvKey, TenantId, TenantKey, Tick, Tier, TokenCount, TurnId, counted,
 };
 
 /// Sizes and switches of the engine.
@@ -78,8 +78,8 @@ pub struct DiskSettings {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(
-        "`kv.device_bytes` = {bytes} holds {blocks} blocks of {block_bytes} bytes, and a conversation needs {LEAST_BLOCKS} \
-         or more; set it to {} or more", block_bytes * u64::from(LEAST_BLOCKS)
+        "`kv.device_bytes` = {bytes} holds {} of {block_bytes} bytes, and a conversation needs {LEAST_BLOCKS} \
+         or more; set it to {} or more", counted(*blocks, "block", "blocks"), block_bytes * u64::from(LEAST_BLOCKS)
     )]
     DeviceTooSmall { bytes: u64, blocks: u32, block_bytes: u64 },
     #[error("`{key}` = {bytes} is more than {} blocks of {block_bytes} bytes", u32::MAX)]

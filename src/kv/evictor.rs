@@ -401,6 +401,22 @@ mod tests {
         evictor.victim(&by_silence(10), everyone).map(|victim| victim.key.0)
     }
 
+    fn class(number: u32) -> Class {
+        Class::after(TurnShape { number, new_tokens: TokenCount(1) })
+    }
+
+    /// Seen often enough to go by: after a first turn nobody came back, after a fifth all did.
+    fn where_only_fifth_turns_come_back() -> ReturnRates {
+        let mut rates = ReturnRates::default();
+        for round in 0..150u64 {
+            let (now, key) = (Tick(round * 100 * S), u128::from(round) * 2);
+            rates.begin(now, KvKey(key), class(1));
+            rates.begin(now, KvKey(key + 1), class(5));
+            rates.end(Tick(now.0 + 50 * S), KvKey(key + 1));
+        }
+        rates
+    }
+
     #[test]
     fn the_longest_silent_goes_first_whatever_its_tenant_and_class() {
         let mut evictor = Evictor::default();
@@ -456,14 +472,7 @@ mod tests {
 
     #[test]
     fn the_one_whose_like_comes_back_least_goes_first_once_enough_was_seen() {
-        let mut rates = ReturnRates::default();
-        let class = |number| Class::after(TurnShape { number, new_tokens: TokenCount(1) });
-        for round in 0..150u64 {
-            let (now, key) = (Tick(round * 100 * S), u128::from(round) * 2);
-            rates.begin(now, KvKey(key), class(1));
-            rates.begin(now, KvKey(key + 1), class(5));
-            rates.end(Tick(now.0 + 50 * S), KvKey(key + 1));
-        }
+        let rates = where_only_fifth_turns_come_back();
         let mut evictor = Evictor::default();
         let now = Tick(20_000 * S);
         evictor.add(A, KvKey(1), Tick(now.0 - 30 * S), Standing::Idle(class(5)), LENGTH);
@@ -482,14 +491,7 @@ mod tests {
 
     #[test]
     fn the_order_that_is_told_is_the_one_in_which_they_go() {
-        let mut rates = ReturnRates::default();
-        let class = |number| Class::after(TurnShape { number, new_tokens: TokenCount(1) });
-        for round in 0..150u64 {
-            let (now, key) = (Tick(round * 100 * S), u128::from(round) * 2);
-            rates.begin(now, KvKey(key), class(1));
-            rates.begin(now, KvKey(key + 1), class(5));
-            rates.end(Tick(now.0 + 50 * S), KvKey(key + 1));
-        }
+        let rates = where_only_fifth_turns_come_back();
         let now = Tick(20_000 * S);
         let judge = Judge::new(Policy::ReturnRate, None, &rates, now);
         let mut evictor = Evictor::default();

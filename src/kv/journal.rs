@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 
 use super::evictor::Reason;
-use crate::types::{BlockCount, BlockSize, KvKey, TenantId, Tick, Tier};
+use crate::types::{BlockCount, BlockSize, KvKey, TenantId, Tick, Tier, counted};
 
 /// Why a conversation lost its copy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -99,17 +99,20 @@ impl Entry {
                 return "Its turn has to wait: running turns and other tenants' floors hold the memory.".to_owned();
             }
             Rule::Checksum => {
-                let tokens = self.lost.tokens(block);
+                let tokens = counted(self.lost.tokens(block).0, "token is", "tokens are");
                 return format!(
-                    "What came back from the {from} tier was not what had been stored: {tokens} tokens are encoded again."
+                    "What came back from the {from} tier was not what had been stored: {tokens} encoded again."
                 );
             }
         };
         let cost = match self.lost.tokens(block).0 {
             0 => "nothing is lost by it".to_owned(),
-            tokens => format!("{tokens} tokens are encoded again if it goes on"),
+            tokens => {
+                format!("{} encoded again if it goes on", counted(tokens, "token is", "tokens are"))
+            }
         };
-        format!("It gave {} blocks of the {from} tier to {asked}, because {why}; {cost}.", self.freed)
+        let blocks = counted(self.freed.0, "block", "blocks");
+        format!("It gave {blocks} of the {from} tier to {asked}, because {why}; {cost}.")
     }
 }
 
@@ -209,5 +212,9 @@ mod tests {
             "It gave 12 blocks of the device tier to its own tenant, because it was silent the longest, for 2 h; nothing is \
              lost by it."
         );
+        let one = Entry { freed: BlockCount(1), lost: BlockCount(1), ..lru };
+        let sentence = one.sentence(BlockSize(1));
+        assert!(sentence.starts_with("It gave 1 block of the device tier"), "{sentence}");
+        assert!(sentence.ends_with("; 1 token is encoded again if it goes on."), "{sentence}");
     }
 }

@@ -19,7 +19,7 @@ use tokenizers::{
 
 use super::markup::{Markup, Part};
 use super::weights::gguf::{Metadata, MetadataError};
-use crate::types::TokenId;
+use crate::types::{TokenId, counted};
 
 const MODEL: &str = "tokenizer.ggml.model";
 const PRE: &str = "tokenizer.ggml.pre";
@@ -53,7 +53,7 @@ pub enum TokenizerError {
     UnknownModel(String),
     #[error("metadata key `{PRE}` is `{0}`, a way to split words that this build doesn't know; it won't guess another")]
     UnknownPre(String),
-    #[error("metadata key `{key}` has {found} entries, and `{TOKENS}` {wanted}")]
+    #[error("metadata key `{key}` has {}, and `{TOKENS}` {wanted}", counted(*found, "entry", "entries"))]
     Length { key: &'static str, found: usize, wanted: usize },
     #[error("metadata key `{TOKENS}` is empty, or has more than 2^31 entries")]
     NoTokens,
@@ -65,7 +65,7 @@ pub enum TokenizerError {
     NoSpace,
     #[error("metadata key `{MERGES}`: entry {index} is not two tokens with a space between, which join to a third")]
     Merge { index: usize },
-    #[error("metadata key `{key}` is {id}, and there are {tokens} tokens")]
+    #[error("metadata key `{key}` is {id}, of a vocabulary of {}", counted(*tokens, "token", "tokens"))]
     OutOfVocabulary { key: String, id: u32, tokens: usize },
     #[error("the vocabulary can't be searched or split by: {0}")]
     Build(String),

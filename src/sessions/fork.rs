@@ -48,6 +48,7 @@ impl Sessions {
             last_used_at: now,
             metadata: metadata.clone(),
             chain: false,
+            parent: Some(id.0),
         };
         let commit = Commit {
             items: rows(&items),

@@ -169,6 +169,7 @@ impl Sessions {
             last_used_at: now,
             metadata: metadata.clone(),
             chain: false,
+            parent: None,
         };
         self.shared.store.create(record, items).await?;
         self.shared.unread.add(News::Made { tenant: tenant.id, id: ConversationId(id) });

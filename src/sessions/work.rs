@@ -140,6 +140,7 @@ fn record(work: &Work, birth: &Birth) -> ConversationRecord {
         last_used_at: birth.created_at,
         metadata: birth.metadata.clone(),
         chain: birth.chain,
+        parent: None,
     }
 }
 
@@ -167,9 +168,11 @@ pub(super) async fn close(work: Work, kv: KvHandle, outcome: Outcome) -> (KvHand
     let mut commit = Commit { last_used_at: unix_now(), response: Some(ended), ..Commit::default() };
     let mut left = None;
     if answered.encoded {
+        let number = prompt.turn;
         let (log, write, mut known) = prompt.answered(&answered.said);
         commit.items = item.iter().map(|item| (item.id.clone(), stored::encode(item))).collect();
         (commit.log, commit.encoded) = (Some(write), Some(log.encoded()));
+        commit.turns = Some(number);
         if let Some(item) = &item {
             known = known.answered(&item.message);
             work.shared.recall.keep(work.who.tenant.id, KvKey(work.who.id.0), &known, log.clone());

@@ -48,6 +48,8 @@ pub struct ConversationRecord {
     pub metadata: BTreeMap<String, String>,
     /// Made for responses that continue each other: no client can name it, and it ends with the last of them.
     pub chain: bool,
+    /// The conversation that it branched off, while that is there; `None` also if nobody wrote it down then.
+    pub parent: Option<u128>,
 }
 
 /// An item's row. `seq` orders a conversation's items and has no gaps that mean anything.
@@ -137,6 +139,9 @@ pub struct Counted {
     /// Seconds since 1970.
     pub created_at: i64,
     pub log_tokens: usize,
+    pub parent: Option<u128>,
+    /// The number of its newest turn; `None`: it had none, or nobody wrote it down then.
+    pub turns: Option<u32>,
 }
 
 /// The result of a request that must not happen twice.
@@ -158,6 +163,8 @@ pub struct Commit {
     pub log: Option<LogWrite>,
     /// Tokens at the log's front whose KV has been computed once; `None` leaves what is stored.
     pub encoded: Option<usize>,
+    /// The number of the turn that this ends; `None` leaves what is stored.
+    pub turns: Option<u32>,
     pub last_used_at: i64,
     /// Added, or put in the place of the one with its id.
     pub response: Option<ResponseRecord>,

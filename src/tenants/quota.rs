@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use crate::types::counted;
+
 /// The limits' names, as in the tenants file.
 pub const REQUESTS_PER_MINUTE: &str = "requests_per_minute";
 pub const CONCURRENT_TURNS: &str = "concurrent_turns";
@@ -43,14 +45,20 @@ pub struct RateExceeded {
 
 /// So many turns of the tenant run already.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{limit} turns of this tenant run already, its limit `concurrent_turns`; retry when one has ended")]
+#[error(
+    "{} already, its limit `concurrent_turns`; retry when one has ended",
+    counted(*limit, "turn of this tenant runs", "turns of this tenant run")
+)]
 pub struct TurnsExceeded {
     pub limit: u32,
 }
 
 /// So many sockets of the tenant are open already.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{limit} sockets of this tenant are open already, its limit `sockets`; close one, or use fewer")]
+#[error(
+    "{} open already, its limit `sockets`; close one, or use fewer",
+    counted(*limit, "socket of this tenant is", "sockets of this tenant are")
+)]
 pub struct SocketsExceeded {
     pub limit: u32,
 }

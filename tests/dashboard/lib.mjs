@@ -199,6 +199,37 @@ export async function ask(route, { method = "GET", headers = {}, body } = {}) {
   return { status: response.status, headers: response.headers, text, body: parsed(text) };
 }
 
+/** The metrics page, a line for each series. */
+export async function metrics() {
+  const response = await fetch(`${server}/metrics`, { headers: { authorization: `Bearer ${key}` } });
+  expect(response.ok, `/metrics answers ${response.status}`);
+  return (await response.text()).split("\n").filter((line) => line && !line.startsWith("#"));
+}
+
+/** All series of a metric that have these labels, together. */
+export function sum(lines, name, labels = "") {
+  const mine = lines.filter((line) => line.startsWith(name) && /[ {]/.test(line[name.length]) && line.includes(labels));
+  return mine.reduce((total, line) => total + Number(line.split(" ").pop()), 0);
+}
+
+/** All decisions of the journal that match, newest first. */
+export async function wholeJournal(filter) {
+  const items = [];
+  let after = "";
+  do {
+    const { body } = await ask(`/evictions?${filter}&limit=100${after && `&after=${encodeURIComponent(after)}`}`);
+    items.push(...body.items);
+    after = body.next || "";
+  } while (after);
+  return items;
+}
+
+/** How the page itself says numbers, times and bytes. */
+export function words() {
+  const source = fs.readFileSync(new URL("../../src/dashboard/page/src/words.js", import.meta.url));
+  return import(`data:text/javascript;base64,${source.toString("base64")}`);
+}
+
 function parsed(text) {
   try {
     return JSON.parse(text);

@@ -3,13 +3,13 @@
 // Expects: two tenants (TENANT_A and TENANT_B, `a` and `b` if not set) driven past the device pool's size, the policy that
 // POLICY names (`lru` if not set), a journal that was not yet full, and no load while this runs. The verdict, the matrix,
 // the journal's sentences, the order of victims and the tiers' bytes on the page are those of the API and of /metrics.
-import { ask, check, equal, expect, key, open, run, server, settled, shot } from "./lib.mjs";
+import { ask, check, equal, expect, metrics, open, run, server, settled, shot, sum, wholeJournal } from "./lib.mjs";
 
 const A = process.env.TENANT_A || "a", B = process.env.TENANT_B || "b", POLICY = process.env.POLICY || "lru";
 const text = (page, selector) => page.$eval(selector, (el) => el.textContent.replace(/\s+/g, " ").trim());
 
 await run(async (browser) => {
-  const metrics = await readMetrics();
+  const counted = await metrics();
   const page = await open(browser, { route: "overview" });
   await settled(page);
   await shot(page, "truth-overview");
@@ -24,7 +24,7 @@ await run(async (browser) => {
   await check("there is no isolation fault, on the page, in the API and in /metrics", async () => {
     const { body } = await ask("/overview");
     equal(body.isolation_faults, 0, "API");
-    equal(sum(metrics, "rekindle_isolation_faults_total"), 0, "/metrics");
+    equal(sum(counted, "rekindle_isolation_faults_total"), 0, "/metrics");
     await page.goto(`${server}/admin#/tenants`);
     await settled(page);
     expect((await page.textContent("main")).includes("0 isolation faults"), "the page does not say it");
@@ -32,9 +32,9 @@ await run(async (browser) => {
 
   await check("the matrix is the counters of who made room for whom", async () => {
     const { body } = await ask("/tenants");
-    const counted = lossesOf(metrics);
-    equal(sorted(ownAndOther(body.displaced)), sorted(counted), "API against /metrics");
-    expect(Object.keys(counted).some((pair) => pair.startsWith(`${A}>`) || pair.startsWith(`${B}>`)), "neither tenant lost anything");
+    const losses = lossesOf(counted);
+    equal(sorted(ownAndOther(body.displaced)), sorted(losses), "API against /metrics");
+    expect(Object.keys(losses).some((pair) => pair.startsWith(`${A}>`) || pair.startsWith(`${B}>`)), "neither tenant lost anything");
     equal(sorted(await matrixOf(page)), sorted(body.displaced), "page against API");
   });
 
@@ -49,10 +49,10 @@ await run(async (browser) => {
   await check("the journal counts the evictions that /metrics counts", async () => {
     const rules = ["ended", "lru", "return_rate", "over_ceiling"];
     const evictions = (await wholeJournal("")).filter((entry) => rules.includes(entry.rule));
-    equal(evictions.length, sum(metrics, "rekindle_tenant_evictions_total"), "evictions by these rules");
+    equal(evictions.length, sum(counted, "rekindle_tenant_evictions_total"), "evictions by these rules");
     for (const rule of rules) {
       const found = evictions.filter((entry) => entry.rule === rule).length;
-      equal(found, sum(metrics, "rekindle_tenant_evictions_total", `rule="${rule}"`), rule);
+      equal(found, sum(counted, "rekindle_tenant_evictions_total", `rule="${rule}"`), rule);
     }
   });
 
@@ -73,8 +73,8 @@ await run(async (browser) => {
     const { body: { items } } = await ask("/tenants");
     for (const tier of tiers.filter((t) => t.enabled)) {
       const labels = `tier="${tier.tier}"`;
-      equal(tier.capacity_bytes, sum(metrics, "rekindle_pool_bytes", labels), `${tier.tier}: capacity`);
-      equal(tier.used_bytes, tier.capacity_bytes - sum(metrics, "rekindle_pool_free_bytes", labels), `${tier.tier}: used`);
+      equal(tier.capacity_bytes, sum(counted, "rekindle_pool_bytes", labels), `${tier.tier}: capacity`);
+      equal(tier.used_bytes, tier.capacity_bytes - sum(counted, "rekindle_pool_free_bytes", labels), `${tier.tier}: used`);
       const tenants = items.reduce((n, t) => n + (tier.tier === "device" ? t.device.used_bytes : t[`${tier.tier}_bytes`]), 0);
       equal(tenants + tier.waiting_bytes, tier.used_bytes, `${tier.tier}: tenants and what waits`);
     }
@@ -88,17 +88,6 @@ await run(async (browser) => {
     equal(sessions, overview.tiers.find((t) => t.tier === "device").sessions, "sessions on the device");
   });
 });
-
-async function readMetrics() {
-  const response = await fetch(`${server}/metrics`, { headers: { authorization: `Bearer ${key}` } });
-  expect(response.ok, `/metrics answers ${response.status}`);
-  return (await response.text()).split("\n").filter((line) => line && !line.startsWith("#"));
-}
-
-function sum(lines, name, labels = "") {
-  const mine = lines.filter((line) => line.startsWith(name) && /[ {]/.test(line[name.length]) && line.includes(labels));
-  return mine.reduce((total, line) => total + Number(line.split(" ").pop()), 0);
-}
 
 /** {"a>own": n, "a>other": n} of {"a>a": n, "a>b": n}: a scraper is not told of pairs. */
 function ownAndOther(pairs) {
@@ -134,15 +123,4 @@ async function matrixOf(page) {
     cells.forEach((cell, i) => { if (cell !== "·") pairs[`${lost}>${heads[i]}`] = Number(cell.replaceAll(",", "")); });
   }
   return pairs;
-}
-
-async function wholeJournal(filter) {
-  const items = [];
-  let after = "";
-  do {
-    const { body } = await ask(`/evictions?${filter}&limit=100${after && `&after=${encodeURIComponent(after)}`}`);
-    items.push(...body.items);
-    after = body.next || "";
-  } while (after);
-  return items;
 }

@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use super::client::{Client, Metrics};
-use super::server::{Home, Server, machine};
-use super::tenants::Tenants;
+use super::server::{Home, machine};
+use super::tenants::{Served, Tenants};
 
 /// A turn of two tokens, and its account.
 pub async fn say(client: &Client, conversation: &str, input: &str) -> Value {
@@ -30,10 +30,7 @@ async fn a_forced_eviction_is_told_of_by_whose_turn_it_was_by_path_and_as_an_ear
     let _alone = machine().await;
     let home = Home::new();
     let tenants = Tenants::new(&home);
-    // Room for one window and no more: nobody has a floor.
-    let server = Server::start(&home, &tenants.settings());
-    let (a, b) = (Client::with_key(&server.url, &tenants.a), Client::with_key(&server.url, &tenants.b));
-    let admin = Client::with_key(&server.url, &tenants.admin);
+    let Served { server, a, b, admin } = tenants.serve(&home, &tenants.settings());
     let (ours, theirs) = (a.conversation().await, b.conversation().await);
     say(&a, &ours, &"My name is Ann. ".repeat(120)).await;
     let again = say(&a, &ours, "And now?").await;

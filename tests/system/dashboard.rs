@@ -8,10 +8,18 @@ use serde_json::{Value, json};
 
 use super::accounts::say;
 use super::client::Client;
-use super::server::{Home, Server, eventually, machine};
-use super::tenants::Tenants;
+use super::server::{Home, Server, eventually, machine, program};
+use super::tenants::{Served, Tenants};
+use super::workload::BLOCK_BYTES;
 
 const SOON: Duration = Duration::from_secs(5);
+
+/// A server without tenants, a client of it, and its admin.
+fn start<'home>(home: &'home Home, settings: &[String]) -> (Server<'home>, Client, Client) {
+    let server = Server::start(home, settings);
+    let (client, admin) = (Client::of(&server.url), Client::with_key(&server.url, &home.admin_key()));
+    (server, client, admin)
+}
 
 /// What the dashboard says of a conversation, as soon as that is so.
 async fn until(admin: &Client, id: &str, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
@@ -23,15 +31,21 @@ async fn until(admin: &Client, id: &str, what: &str, is_so: impl Fn(&Value) -> b
     .await
 }
 
+/// What a replay under these settings comes to, as soon as so many turns are in the record, which comes behind.
+async fn replayed(admin: &Client, settings: &Value, turns: u64) -> Value {
+    eventually(SOON, "all turns are recorded", async || {
+        let told = admin.json(admin.post("/admin/api/policy/replay", settings)).await;
+        (told["base"]["turns"] == turns).then_some(told)
+    })
+    .await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn who_displaced_whom_is_told_as_the_metrics_have_it() {
     let _alone = machine().await;
     let home = Home::new();
     let tenants = Tenants::new(&home);
-    // Room for one window and no more: nobody has a floor.
-    let server = Server::start(&home, &tenants.settings());
-    let (a, b) = (Client::with_key(&server.url, &tenants.a), Client::with_key(&server.url, &tenants.b));
-    let admin = Client::with_key(&server.url, &tenants.admin);
+    let Served { server, a, b, admin } = tenants.serve(&home, &tenants.settings());
     let (ours, theirs) = (a.conversation().await, b.conversation().await);
     say(&a, &ours, &"My name is Ann. ".repeat(120)).await;
     let row = until(&admin, &ours, "the turn is told of", |row| row["rank"] == 1).await;
@@ -93,8 +107,7 @@ async fn who_displaced_whom_is_told_as_the_metrics_have_it() {
 
     // What if: as it ran it is what was counted, and with four times the memory nothing is encoded again.
     let bytes = metrics.pool_bytes("device") * 4;
-    let asked = admin.post("/admin/api/policy/replay", &json!({"device_bytes": bytes}));
-    let replayed = admin.json(asked).await;
+    let replayed = replayed(&admin, &json!({"device_bytes": bytes}), 3).await;
     assert_eq!(
         (&replayed["base"]["turns"], &replayed["base"]["evictions"]),
         (&3.into(), &admin.metrics().await.count("rekindle_evictions_total").into()),
@@ -142,14 +155,74 @@ async fn who_displaced_whom_is_told_as_the_metrics_have_it() {
     server.finish().await;
 }
 
+/// Blocks of the device that a floor may keep, besides those of one window.
+pub const SPARE_BLOCKS: u64 = 64;
+
+/// A server on which tenant `a` filled the pool while `b` was silent, whose conversation went, and `b` then went on. `a` goes
+/// on with nothing, so that a floor for `b` would have changed what `b` met with and nothing else.
+pub async fn displaced<'home>(home: &'home Home, tenants: &Tenants) -> Served<'home> {
+    const WINDOW_BLOCKS: u64 = 512;
+    let without_floor = "floor = { device = 0 }\nceiling = { device = \"100%\" }";
+    tenants.write(without_floor, without_floor);
+    let device = format!("kv.device_bytes={}", (WINDOW_BLOCKS + SPARE_BLOCKS) * BLOCK_BYTES);
+    let served = tenants.serve(home, &[tenants.setting(), device, "kv.host_bytes=0".to_owned()]);
+    let theirs = served.b.conversation().await;
+    say(&served.b, &theirs, &"My name is Ann. ".repeat(150)).await;
+    // Less than its ceiling, at which it would displace its own alone.
+    for (sea, length) in [("Baltic", 640), ("Aegean", 640), ("Adriatic", 500)] {
+        let ours = served.a.conversation().await;
+        say(&served.a, &ours, &format!("{sea}! {}", "My name is Tom. ".repeat(length))).await;
+    }
+    let back = say(&served.b, &theirs, "And now?").await;
+    assert_eq!(back["decision"], "reencode", "{back}");
+    replayed(&served.admin, &json!({}), 5).await;
+    served
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_if_a_tenant_had_a_floor_is_asked_by_its_name_and_changes_its_row_alone() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let tenants = Tenants::new(&home);
+    let Served { server, admin, .. } = displaced(&home, &tenants).await;
+    let ask = async |floor_of: &str, blocks: u64| {
+        let body = json!({"tenants": {floor_of: {"floor": blocks * BLOCK_BYTES}}});
+        let told = admin.json(admin.post("/admin/api/policy/replay", &body)).await;
+        let rows = told["by_tenant"].as_array().unwrap();
+        assert_eq!(rows.len(), 2, "{told}");
+        ["a", "b"].map(|tenant| {
+            let row = rows.iter().find(|row| row["id"] == tenant).unwrap();
+            ["base", "sim"].map(|side| {
+                [format!("{side}_reencoded_tokens"), format!("{side}_ms")].map(|of| row[&of].as_u64().unwrap())
+            })
+        })
+    };
+    // What was recorded has its own times, so that what-ifs are compared with a what-if in which nothing is another.
+    let without = ask("b", 0).await;
+    let [[a, a_if], [b, b_if]] = ask("b", SPARE_BLOCKS).await;
+    assert_eq!(([a, b], a_if), (without.map(|[base, _]| base), without[0][1]), "a floor for b changed what a met with");
+    assert!(without[1][1][0] > 200 && b_if[0] == 0, "b encoded tokens again: {without:?}, and with a floor {b_if:?}");
+    assert!(b_if[1] <= b[1], "{b_if:?}, {b:?}");
+    // The command knows the name by the tenants file.
+    let setting = tenants.setting();
+    let (_, file) = setting.split_once('=').unwrap();
+    let floor = format!("b={}:", SPARE_BLOCKS * BLOCK_BYTES);
+    let mut command =
+        program(&["replay", "--json", "--last", "3600", "--tenants", file, "--tenant", &floor, "--data-dir"]);
+    let told = command.arg(home.data()).output().unwrap();
+    assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
+    let told: Value = serde_json::from_slice(&told.stdout).unwrap();
+    let again = [0, 1].map(|tenant| told["tenants"][tenant]["reencoded_tokens"].as_u64().unwrap());
+    assert_eq!(again, [a_if[0], b_if[0]], "{told}");
+    assert_eq!(ask("a", SPARE_BLOCKS).await, without, "a floor for a changed something, as if it were b's");
+    server.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_evicts_warms_pins_and_drops_and_takes_it_back() {
     let _alone = machine().await;
     let home = Home::new();
-    let server = Server::start(&home, &[]);
-    let client = Client::of(&server.url);
-    let key = std::fs::read_to_string(home.data().join("admin.key")).unwrap();
-    let admin = Client::with_key(&server.url, key.trim());
+    let (server, client, admin) = start(&home, &[]);
     let id = client.conversation().await;
     say(&client, &id, &"My name is Ann. ".repeat(40)).await;
     until(&admin, &id, "it is idle", |row| row["state"] == "hot").await;
@@ -304,10 +377,7 @@ async fn read_until(
 async fn the_stream_tells_each_change_once_and_goes_on_where_it_was_cut() {
     let _alone = machine().await;
     let home = Home::new();
-    let server = Server::start(&home, &[]);
-    let client = Client::of(&server.url);
-    let key = std::fs::read_to_string(home.data().join("admin.key")).unwrap();
-    let admin = Client::with_key(&server.url, key.trim());
+    let (server, client, admin) = start(&home, &[]);
     let id = client.conversation().await;
     let mut stream = admin.get(&format!("/admin/api/stream?watch={id}")).send().await.unwrap().bytes_stream();
     let mut text = String::new();
@@ -347,14 +417,65 @@ async fn the_stream_tells_each_change_once_and_goes_on_where_it_was_cut() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn forks_and_numbers_of_turns_are_known_after_a_kill() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let (server, client, admin) = start(&home, &[]);
+    let (root, silent) = (client.conversation().await, client.conversation().await);
+    say(&client, &root, "My name is Ann.").await;
+    say(&client, &root, "And now?").await;
+    let fork = async |of: &str| {
+        let forked = client.json(client.post(&format!("/v1/conversations/{of}/fork"), &json!({}))).await;
+        forked["id"].as_str().unwrap().to_owned()
+    };
+    let (first, second) = (fork(&root).await, fork(&root).await);
+    say(&client, &first, "And then?").await;
+    let grandchild = fork(&first).await;
+    let family = [&root, &first, &second, &grandchild, &silent];
+    // The number of its newest turn, and who is of its family; nothing of what isn't told of yet.
+    let told = async |admin: &Client| {
+        let mut rows = Vec::new();
+        for id in family {
+            let answer = admin.get(&format!("/admin/api/sessions/{id}")).send().await.unwrap();
+            let row: Value = answer.json().await.unwrap();
+            let forks = row["forks"].as_array().into_iter().flatten();
+            let mut forks: Vec<String> = forks.map(|fork| format!("{} of {}", fork["id"], fork["parent"])).collect();
+            forks.sort_unstable();
+            rows.push((row["turns"].as_u64(), forks));
+        }
+        rows
+    };
+    let before = eventually(SOON, "all turns and forks are told of", async || {
+        let rows = told(&admin).await;
+        let sizes: Vec<_> = rows.iter().map(|(turns, forks)| (*turns, forks.len())).collect();
+        (sizes == [(Some(2), 3), (Some(3), 4), (None, 3), (None, 2), (None, 1)]).then_some(rows)
+    })
+    .await;
+    server.kill();
+
+    let (server, client, admin) = start(&home, &[]);
+    assert_eq!(told(&admin).await, before, "after the kill");
+    say(&client, &first, "And who?").await;
+    until(&admin, &first, "turns are counted on", |row| row["turns"] == 4).await;
+    client.delete_conversation(&root).await;
+    server.kill();
+
+    let (server, _, admin) = start(&home, &[]);
+    let orphan = admin.json(admin.get(&format!("/admin/api/sessions/{second}"))).await;
+    assert_eq!(
+        orphan["forks"],
+        json!([{"id": second, "parent": null, "tokens": orphan["tokens"], "state": "none", "self": true}])
+    );
+    server.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_read_only_dashboard_shows_and_does_nothing() {
     let home = Home::new();
-    let server = Server::start(&home, &["admin.read_only=true".to_owned(), "admin.node=node-a".to_owned()]);
-    let key = std::fs::read_to_string(home.data().join("admin.key")).unwrap();
-    let admin = Client::with_key(&server.url, key.trim());
+    let (server, client, admin) = start(&home, &["admin.read_only=true".to_owned(), "admin.node=node-a".to_owned()]);
     assert_eq!(admin.json(admin.get("/admin/api/me")).await["read_only"], true);
     assert_eq!(admin.json(admin.get("/admin/api/overview")).await["node"]["id"], "node-a");
-    let id = Client::of(&server.url).conversation().await;
+    let id = client.conversation().await;
     let refused = admin.post(&format!("/admin/api/sessions/{id}/drop"), &json!({})).send().await.unwrap();
     assert_eq!(refused.json::<Value>().await.unwrap()["error"]["code"], "read_only");
     server.finish().await;
@@ -379,10 +500,7 @@ async fn among_a_hundred_thousand_conversations_no_answer_takes_long() {
     let _alone = machine().await;
     let home = Home::new();
     fill_store(&home, MANY).await;
-    let server = Server::start(&home, &[]);
-    let key = std::fs::read_to_string(home.data().join("admin.key")).unwrap();
-    let admin = Client::with_key(&server.url, key.trim());
-    let client = Client::of(&server.url);
+    let (server, client, admin) = start(&home, &[]);
     let id = client.conversation().await;
     say(&client, &id, "Hello!").await;
     until(&admin, &id, "the turn is told of", |row| row["state"] == "hot").await;

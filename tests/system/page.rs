@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::client::Client;
 use super::server::{Home, Server, eventually, machine};
-use super::tenants::Tenants;
+use super::tenants::{Served, Tenants};
 use super::workload::BLOCK_BYTES;
 
 fn folder() -> PathBuf {
@@ -92,10 +92,6 @@ impl Load {
     }
 }
 
-fn admin_key(home: &Home) -> String {
-    std::fs::read_to_string(home.data().join("admin.key")).unwrap().trim().to_owned()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn every_page_looks_right_and_shows_what_the_engine_did() {
     let _alone = machine().await;
@@ -122,12 +118,12 @@ async fn every_page_looks_right_and_shows_what_the_engine_did() {
     holds(script("pictures.mjs", &server.url, &tenants.admin, &[])).await;
     server.finish().await;
     if let Some(folder) = std::env::var_os("REKINDLE_PICTURES") {
-        take_pictures(&folder).await;
+        take_picture(&folder).await;
     }
 }
 
-/// README's pictures, of a server as one has it in a day: three tenants past the pool, pins, ends, minutes of history.
-async fn take_pictures(folder: &OsStr) {
+/// README's picture, of a server as one has it in a day: three tenants past the pool, pins, ends, minutes of history.
+async fn take_picture(folder: &OsStr) {
     const NAMES: [&str; 3] = ["acme", "northwind", "pixelforge"];
     let home = Home::new();
     let admin_key = generate(KeyKind::Admin);
@@ -146,7 +142,7 @@ async fn take_pictures(folder: &OsStr) {
         settings.push(format!("kv.{tier}_bytes={}", blocks * BLOCK_BYTES));
     }
     let server = Server::start(&home, &settings);
-    let load = Load::begin(&server.url, &keys.clone().map(Some), 7, Duration::from_millis(900)).await;
+    let load = Load::begin(&server.url, &keys.clone().map(Some), 40, Duration::from_millis(300)).await;
     tokio::time::sleep(Duration::from_secs(60)).await;
     let admin = Client::with_key(&server.url, &admin_key);
     let listed = admin.json(admin.get("/admin/api/sessions?tenant=acme&sort=-turns&limit=3")).await;
@@ -165,13 +161,24 @@ async fn take_pictures(folder: &OsStr) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_page_shows_what_a_replay_came_to_and_leaves_none_behind() {
+    let _alone = machine().await;
+    let home = Home::new();
+    let tenants = Tenants::new(&home);
+    let Served { server, .. } = super::dashboard::displaced(&home, &tenants).await;
+    let more = [("REKINDLE_PID", server.id().to_string()), ("REKINDLE_TENANT_KEY", tenants.a.clone())];
+    holds(script("whatif.mjs", &server.url, &tenants.admin, &more)).await;
+    server.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_an_operator_does_on_the_page_is_done() {
     let _alone = machine().await;
     let (home, other) = (Home::new(), Home::new());
     // What is left beside a window's blocks is the pins' budget: enough for one, and not for all.
     let sizes = [format!("kv.device_bytes={}", (512 + 48) * BLOCK_BYTES), "admin.node=node-a".to_owned()];
     let server = Server::start(&home, &sizes);
-    let key = admin_key(&home);
+    let key = home.admin_key();
     // Before it is started, so that both have the same.
     std::fs::create_dir_all(other.data()).unwrap();
     std::fs::write(other.data().join("admin.key"), &key).unwrap();
@@ -194,7 +201,7 @@ async fn the_page_stays_true_through_cuts_and_restarts() {
     let _alone = machine().await;
     let home = Home::new();
     let mut server = Server::start(&home, &[]);
-    let (url, key) = (server.url.clone(), admin_key(&home));
+    let (url, key) = (server.url.clone(), home.admin_key());
     let load = Load::begin(&url, &[None, None], 4, Duration::from_millis(50)).await;
     // The script asks for a restart by a file, and waits for another.
     let (asked, done) = (home.data().with_file_name("restart"), home.data().with_file_name("restarted"));
@@ -232,7 +239,7 @@ async fn with_a_hundred_thousand_conversations_the_page_is_quick_and_stays_small
     load.end().await;
     let minutes = if std::env::var_os("REKINDLE_SOAK").is_some() { "10" } else { "0.2" };
     let more = [("SCALE_MINUTES", minutes.to_owned())];
-    holds(script("scale.mjs", &server.url, &admin_key(&home), &more)).await;
+    holds(script("scale.mjs", &server.url, &home.admin_key(), &more)).await;
     server.finish().await;
 }
 
@@ -245,6 +252,7 @@ async fn nobody_else_gets_in_and_no_secret_gets_out() {
     let client = Client::with_key(&server.url, &tenants.a);
     let id = client.conversation().await;
     say(&client, &id, "Hello!").await.unwrap();
+    holds(script("words.mjs", &server.url, &tenants.admin, &[])).await;
     let more = [("REKINDLE_TENANT_KEY", tenants.a.clone()), ("REKINDLE_LOG", home.log().display().to_string())];
     holds(script("security.mjs", &server.url, &tenants.admin, &more)).await;
     server.terminate();

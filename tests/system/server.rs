@@ -62,6 +62,11 @@ impl Home {
         self.folder.path().join("data")
     }
 
+    /// The admins' key that a server without a tenants file makes.
+    pub fn admin_key(&self) -> String {
+        std::fs::read_to_string(self.data().join("admin.key")).unwrap().trim().to_owned()
+    }
+
     pub fn log(&self) -> PathBuf {
         self.folder.path().join("log.jsonl")
     }
@@ -139,6 +144,11 @@ impl<'home> Server<'home> {
     }
 
     /// Ends the process at once, as a power failure would.
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();

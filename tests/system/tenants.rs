@@ -32,7 +32,7 @@ impl Tenants {
     }
 
     /// Writes the file, with more about each tenant.
-    fn write(&self, of_a: &str, of_b: &str) {
+    pub fn write(&self, of_a: &str, of_b: &str) {
         let hash = |key: &str| KeyHash::of(key).hex();
         let text = format!(
             "admin_key = [{{ sha256 = \"{}\" }}]\n\
@@ -50,9 +50,25 @@ impl Tenants {
         format!("tenants.file={}", self.file.display())
     }
 
+    /// Room for one window and no more, so that nobody has a floor.
     pub fn settings(&self) -> Vec<String> {
         vec![self.setting(), format!("kv.device_bytes={}", 128 * BLOCK_BYTES), "kv.host_bytes=0".to_owned()]
     }
+
+    /// Starts a server of theirs.
+    pub fn serve<'home>(&self, home: &'home Home, settings: &[String]) -> Served<'home> {
+        let server = Server::start(home, settings);
+        let [a, b, admin] = [&self.a, &self.b, &self.admin].map(|key| Client::with_key(&server.url, key));
+        Served { server, a, b, admin }
+    }
+}
+
+/// A server of two tenants, and who talks to it.
+pub struct Served<'home> {
+    pub server: Server<'home>,
+    pub a: Client,
+    pub b: Client,
+    pub admin: Client,
 }
 
 /// What an answer says, as far as it could tell one tenant of another.
@@ -96,8 +112,7 @@ async fn another_tenants_ids_are_as_if_they_never_were_on_every_route() {
     let _alone = machine().await;
     let home = Home::new();
     let tenants = Tenants::new(&home);
-    let server = Server::start(&home, &tenants.settings());
-    let (a, b) = (Client::with_key(&server.url, &tenants.a), Client::with_key(&server.url, &tenants.b));
+    let Served { server, a, b, .. } = tenants.serve(&home, &tenants.settings());
 
     let conversation = a.conversation().await;
     let turn = a.turn(&conversation, Some("My name is Ada.")).send().await.unwrap();
@@ -153,8 +168,7 @@ async fn an_equal_prefix_of_another_tenant_is_never_found_whatever_the_request_s
     let _alone = machine().await;
     let home = Home::new();
     let tenants = Tenants::new(&home);
-    let server = Server::start(&home, &tenants.settings());
-    let (a, b) = (Client::with_key(&server.url, &tenants.a), Client::with_key(&server.url, &tenants.b));
+    let Served { server, a, b, .. } = tenants.serve(&home, &tenants.settings());
     let model = a.json(a.get("/v1/models")).await["data"][0]["id"].clone();
     let said = "The harbour lantern swings above the copper river. ".repeat(12);
     let chat = json!({"model": model, "messages": [{"role": "user", "content": said}], "max_tokens": 1,
@@ -219,9 +233,7 @@ async fn an_edit_of_the_tenants_file_applies_at_once_and_a_bad_one_changes_nothi
     let _alone = machine().await;
     let home = Home::new();
     let tenants = Tenants::new(&home);
-    let server = Server::start(&home, &tenants.settings());
-    let (a, b) = (Client::with_key(&server.url, &tenants.a), Client::with_key(&server.url, &tenants.b));
-    let admin = Client::with_key(&server.url, &tenants.admin);
+    let Served { server: _server, a, b, admin } = tenants.serve(&home, &tenants.settings());
     let conversation = a.conversation().await;
     let until = async |what: &str, client: &Client, code: &str| {
         eventually(HEARD, what, async || {
@@ -320,8 +332,7 @@ async fn a_socket_that_is_open_heeds_what_the_tenants_file_says_by_now() {
     let _alone = machine().await;
     let home = Home::new();
     let tenants = Tenants::new(&home);
-    let server = Server::start(&home, &tenants.settings());
-    let (a, b) = (Client::with_key(&server.url, &tenants.a), Client::with_key(&server.url, &tenants.b));
+    let Served { server, a, b, .. } = tenants.serve(&home, &tenants.settings());
     let open = async |key: &str| {
         let key = format!("Bearer {key}");
         let opened = Socket::try_open(&server.url, "/v1/responses", &[("Authorization", &key)]).await;

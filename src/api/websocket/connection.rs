@@ -35,6 +35,7 @@ use crate::telemetry::metrics::SOCKETS;
 use crate::telemetry::trace;
 use crate::tenants::Tenant;
 use crate::tenants::quota::SocketPermit;
+use crate::types::counted;
 
 /// A ping is sent this often, and one without an answer ends the socket as late again.
 const PING_EVERY: Duration = Duration::from_secs(20);
@@ -221,10 +222,12 @@ impl Connection {
                 let Bounds { lanes, depth } = self.on.state.settings.sockets.bounds;
                 self.lanes.submit(lane, fields, &run).map_err(|full| match full {
                     Full::Lanes => ApiError::too_many_pending(format!(
-                        "{lanes} lanes of this socket have turns that run or wait, the bound of `ws.max_lanes`"
+                        "{} turns that run or wait, the bound of `ws.max_lanes`",
+                        counted(lanes, "lane of this socket has", "lanes of this socket have")
                     )),
                     Full::Depth => ApiError::too_many_pending(format!(
-                        "{depth} turns wait in this lane already, the bound of `ws.lane_depth`"
+                        "{} in this lane already, the bound of `ws.lane_depth`",
+                        counted(depth, "turn waits", "turns wait")
                     )),
                 })
             }

@@ -217,7 +217,13 @@ fn the_last_hour_is_counted_on_the_memory_that_came_before_it() {
     for (settings, expected) in [(&hour, How::AsRecorded), (&other, How::WhatIf)] {
         let (outcome, how) = record.replay(settings, &mut |_, _| {}).unwrap();
         assert_eq!((how, outcome.all.requests, outcome.all.device_tokens), (expected, 1, 160));
-        let work = Work { tenant: TenantId(0), encoded_tokens: 16, host_bytes: 0, disk_bytes: 0 };
+        let work = Work {
+            tenant: TenantId(0),
+            cached: TokenCount(160),
+            prompt: TokenCount(176),
+            host_bytes: 0,
+            disk_bytes: 0,
+        };
         assert_eq!(outcome.works, [work]);
     }
     // Where a step of the hour's run is missing, what really happened to all of its turns is not known.

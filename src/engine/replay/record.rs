@@ -17,7 +17,7 @@ use crate::engine::flight::reading::{Entry, HeldHashes, Reader, tenant_key};
 use crate::engine::flight::ring::{self, Part, ReadError};
 use crate::engine::flight::{Beginning, Outcome as Answers, Said, Step};
 use crate::kv::block::PrefixHash;
-use crate::types::{KvKey, TenantId, Tick, TokenCount, TokenId, TurnId};
+use crate::types::{KvKey, TenantId, Tick, TokenCount, TokenId, TurnId, counted};
 
 /// Why a record can't be replayed.
 #[derive(Debug, thiserror::Error)]
@@ -121,7 +121,7 @@ impl Record {
             has_beginning = false;
         }
         if lost > 0 {
-            tell(&format!("lacks {lost} steps in its middle"));
+            tell(&format!("lacks {} in its middle", counted(lost, "step", "steps")));
         }
         faults.iter().for_each(|fault| tell(&fault.to_string()));
         let (requests, is_whole) = (survey.trace.requests.len() - before, lost == 0 && faults.is_empty());

@@ -8,7 +8,7 @@
 use std::io::{self, BufRead};
 
 use crate::kv::return_rate::Learned;
-use crate::types::{Grant, KvKey, TenantId, Tick, Tier, TokenCount};
+use crate::types::{Grant, KvKey, TenantId, Tick, Tier, TokenCount, counted};
 
 /// Why a trace can't be replayed.
 #[derive(Debug, thiserror::Error)]
@@ -177,7 +177,10 @@ fn request(line: &str, places: &[usize; 9], before: &[Request]) -> Result<Reques
             let followed =
                 before.get(number).ok_or_else(|| format!("it follows request {number}, which is not before it"))?;
             if shared > followed.sequence().0 || shared > prompt.0 {
-                return Err(format!("it shares {shared} tokens with request {number}, more than one of both has"));
+                return Err(format!(
+                    "it shares {} with request {number}, more than one of both has",
+                    counted(shared, "token", "tokens")
+                ));
             }
             Some((number, TokenCount(shared)))
         }

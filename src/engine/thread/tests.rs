@@ -315,6 +315,6 @@ fn a_pool_too_small_for_any_conversation_is_refused_by_name() {
     let error = start(Box::new(FakeModel::new(VOCAB, TokenCount(100))), small).err().unwrap().to_string();
     assert_eq!(
         error,
-        "`kv.device_bytes` = 512 holds 1 blocks of 512 bytes, and a conversation needs 4 or more; set it to 2048 or more"
+        "`kv.device_bytes` = 512 holds 1 block of 512 bytes, and a conversation needs 4 or more; set it to 2048 or more"
     );
 }

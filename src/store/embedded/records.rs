@@ -14,7 +14,7 @@ use super::{StoreError, responses};
 use crate::store::{
     Commit, ConversationRecord, Counted, ItemRecord, ListQuery, Listed, LogToken, LogWrite, StoredConversation,
 };
-use crate::types::TokenId;
+use crate::types::{TokenId, counted};
 
 /// Tokens of a full chunk: 3 KiB, so that a turn's commit rewrites little and a long history is few rows.
 pub(super) const CHUNK_TOKENS: usize = 512;
@@ -26,14 +26,22 @@ pub(super) fn create(
     conversation: &ConversationRecord,
     items: &[(String, String)],
 ) -> Result<(), StoreError> {
-    let ConversationRecord { id, tenant, created_at, last_used_at, metadata, chain } = conversation;
+    let ConversationRecord { id, tenant, created_at, last_used_at, metadata, chain, parent } = conversation;
     let insert = db
         .prepare_cached(
             "INSERT INTO conversations
-                 (id, tenant, created_at, last_used_at, metadata, next_seq, log_tokens, encoded, chain)
-             VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 0, ?6)",
+                 (id, tenant, created_at, last_used_at, metadata, next_seq, log_tokens, encoded, chain, parent)
+             VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 0, ?6, ?7)",
         )?
-        .insert(params![id.to_be_bytes(), tenant, created_at, last_used_at, to_json(metadata)?, chain]);
+        .insert(params![
+            id.to_be_bytes(),
+            tenant,
+            created_at,
+            last_used_at,
+            to_json(metadata)?,
+            chain,
+            parent.map(u128::to_be_bytes)
+        ]);
     let row = insert.map_err(|error| match error.sqlite_error_code() {
         Some(ErrorCode::ConstraintViolation) => StoreError::Failed(format!("conversation {id:032x} is there already")),
         _ => error.into(),
@@ -48,7 +56,7 @@ pub(super) fn conversation(db: &Connection, tenant: &str, id: u128) -> Result<Op
 }
 
 pub(super) fn census(db: &Connection) -> Result<Vec<Counted>, StoreError> {
-    let mut query = db.prepare_cached("SELECT id, tenant, created_at, log_tokens FROM conversations")?;
+    let mut query = db.prepare_cached("SELECT id, tenant, created_at, log_tokens, parent, turns FROM conversations")?;
     // A name for each tenant, not for each conversation.
     let mut names: HashMap<String, Arc<str>> = HashMap::new();
     let rows = query.query_map([], |row| {
@@ -59,6 +67,8 @@ pub(super) fn census(db: &Connection) -> Result<Vec<Counted>, StoreError> {
             tenant,
             created_at: row.get(2)?,
             log_tokens: row.get::<_, u32>(3)? as usize,
+            parent: row.get::<_, Option<[u8; 16]>>(4)?.map(u128::from_be_bytes),
+            turns: row.get(5)?,
         })
     })?;
     Ok(rows.collect::<Result<_, _>>()?)
@@ -104,9 +114,10 @@ pub(super) fn append(db: &Connection, id: u128, commit: &Commit) -> Result<(), S
         None => head.encoded,
     };
     db.prepare_cached(
-        "UPDATE conversations SET last_used_at = ?2, next_seq = ?3, log_tokens = ?4, encoded = ?5 WHERE row = ?1",
+        "UPDATE conversations
+         SET last_used_at = ?2, next_seq = ?3, log_tokens = ?4, encoded = ?5, turns = coalesce(?6, turns) WHERE row = ?1",
     )?
-    .execute(params![head.row, commit.last_used_at, next_seq, head.log_tokens, encoded])?;
+    .execute(params![head.row, commit.last_used_at, next_seq, head.log_tokens, encoded, commit.turns])?;
     if let Some(response) = &commit.response {
         responses::put(db, head.row, response)?;
     }
@@ -133,6 +144,10 @@ pub(super) fn delete(db: &Connection, tenant: &str, id: u128) -> Result<bool, St
     let deleted = db
         .prepare_cached("DELETE FROM conversations WHERE id = ?1 AND tenant = ?2")?
         .execute(params![id.to_be_bytes(), tenant])?;
+    if deleted == 1 {
+        let sql = "UPDATE conversations SET parent = NULL WHERE parent = ?1";
+        db.prepare_cached(sql)?.execute([id.to_be_bytes()])?;
+    }
     Ok(deleted == 1)
 }
 
@@ -195,7 +210,7 @@ pub(super) fn list(db: &Connection, tenant: &str, query: &ListQuery) -> Result<O
     let mut found = db.prepare_cached(&sql)?;
     let limit = i64::try_from(query.limit).unwrap_or(i64::MAX);
     let rows = found.query_map(params![tenant, start, wanted, limit], |row| {
-        let id = u128::from_be_bytes(row.get(8)?);
+        let id = u128::from_be_bytes(row.get(9)?);
         Ok((Head::read(id, row)?, Rest::read(row)?))
     })?;
     let mut page = Vec::new();
@@ -230,7 +245,7 @@ pub(super) fn item(db: &Connection, tenant: &str, id: &str) -> Result<Option<Ite
     Ok(db.prepare_cached(sql)?.query_row(params![id, tenant], read).optional()?)
 }
 
-const RECORD_COLUMNS: &str = "created_at, last_used_at, metadata, chain";
+const RECORD_COLUMNS: &str = "created_at, last_used_at, metadata, chain, parent";
 
 /// What of a conversation's row is not its `Head`.
 struct Rest {
@@ -238,18 +253,26 @@ struct Rest {
     last_used_at: i64,
     metadata: String,
     chain: bool,
+    parent: Option<[u8; 16]>,
 }
 
 impl Rest {
     /// Behind the columns of a `Head`.
     fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
-        Ok(Self { created_at: row.get(4)?, last_used_at: row.get(5)?, metadata: row.get(6)?, chain: row.get(7)? })
+        Ok(Self {
+            created_at: row.get(4)?,
+            last_used_at: row.get(5)?,
+            metadata: row.get(6)?,
+            chain: row.get(7)?,
+            parent: row.get(8)?,
+        })
     }
 
     fn record(self, head: &Head, tenant: &str) -> Result<ConversationRecord, StoreError> {
-        let Self { created_at, last_used_at, metadata, chain } = self;
+        let Self { created_at, last_used_at, metadata, chain, parent } = self;
         let metadata = serde_json::from_str(&metadata).map_err(|error| head.corrupt(format!("metadata: {error}")))?;
-        Ok(ConversationRecord { id: head.id, tenant: tenant.to_owned(), created_at, last_used_at, metadata, chain })
+        let (id, tenant, parent) = (head.id, tenant.to_owned(), parent.map(u128::from_be_bytes));
+        Ok(ConversationRecord { id, tenant, created_at, last_used_at, metadata, chain, parent })
     }
 }
 
@@ -289,7 +312,10 @@ fn write_log(db: &Connection, head: &mut Head, write: &LogWrite) -> Result<(), S
     let LogWrite { keep, append } = write;
     let had = head.log_tokens as usize;
     if *keep > had {
-        return Err(StoreError::Failed(format!("the log has {had} tokens, so {keep} of them can't be kept")));
+        return Err(StoreError::Failed(format!(
+            "the log has {}, so {keep} can't be kept",
+            counted(had, "token", "tokens")
+        )));
     }
     if *keep == had && append.is_empty() {
         return Ok(());
@@ -328,7 +354,10 @@ fn read_log(db: &Connection, head: &Head) -> Result<Vec<LogToken>, StoreError> {
     }
     if log.len() != head.log_tokens as usize || head.encoded > head.log_tokens {
         let (has, says, encoded) = (log.len(), head.log_tokens, head.encoded);
-        return Err(head.corrupt(format!("its log has {has} tokens, its row says {says}, {encoded} of them encoded")));
+        return Err(head.corrupt(format!(
+            "its log has {}, its row says {says}, {encoded} of them encoded",
+            counted(has, "token", "tokens")
+        )));
     }
     Ok(log)
 }
@@ -356,7 +385,7 @@ fn to_bytes(tokens: &[LogToken]) -> Vec<u8> {
 fn from_bytes(head: &Head, chunk: usize, bytes: &[u8], log: &mut Vec<LogToken>) -> Result<(), StoreError> {
     let (tokens, rest) = bytes.as_chunks::<TOKEN_BYTES>();
     if !rest.is_empty() || tokens.is_empty() || tokens.len() > CHUNK_TOKENS {
-        return Err(head.corrupt(format!("chunk {chunk} of its log has {} bytes", bytes.len())));
+        return Err(head.corrupt(format!("chunk {chunk} of its log has {}", counted(bytes.len(), "byte", "bytes"))));
     }
     log.extend(tokens.iter().map(|&[a, b, c, d, e, f]| LogToken {
         id: TokenId(u32::from_le_bytes([a, b, c, d])),

@@ -9,7 +9,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::StoreError;
 
 /// What this build reads and writes; in the file's `user_version`.
-pub(super) const VERSION: i64 = 3;
+pub(super) const VERSION: i64 = 4;
 /// Marks the file as ours: "rkdl".
 const APPLICATION_ID: i64 = 0x726b_646c;
 /// A checkpoint waits this long for the readers' transactions, which take milliseconds.
@@ -79,6 +79,13 @@ const NOTES: &str = "
         name         TEXT    PRIMARY KEY,
         value        BLOB    NOT NULL
     ) STRICT, WITHOUT ROWID;
+";
+
+/// What version 4 added; neither is known of conversations from before it.
+const LINEAGE: &str = "
+    ALTER TABLE conversations ADD COLUMN parent BLOB;   -- the conversation that it branched off, while that is there
+    ALTER TABLE conversations ADD COLUMN turns INTEGER; -- the number of its newest turn
+    CREATE INDEX conversations_by_parent ON conversations (parent) WHERE parent IS NOT NULL;
 ";
 
 /// Opens the one connection that writes, and makes the tables in a new file.
@@ -157,18 +164,22 @@ fn prepare_writer(db: &Connection, path: &Path) -> Result<(), PrepareError> {
     match (application, version, tables) {
         (APPLICATION_ID, VERSION, _) => Ok(()),
         (APPLICATION_ID, 1, _) => Ok(db.execute_batch(&format!(
-            "BEGIN; ALTER TABLE conversations ADD COLUMN chain INTEGER NOT NULL DEFAULT 0; {RESPONSES} {NOTES}
+            "BEGIN; ALTER TABLE conversations ADD COLUMN chain INTEGER NOT NULL DEFAULT 0; {RESPONSES} {NOTES} {LINEAGE}
              PRAGMA user_version = {VERSION}; COMMIT;"
         ))?),
         (APPLICATION_ID, 2, _) => {
-            Ok(db.execute_batch(&format!("BEGIN; {NOTES} PRAGMA user_version = {VERSION}; COMMIT;"))?)
+            Ok(db.execute_batch(&format!("BEGIN; {NOTES} {LINEAGE} PRAGMA user_version = {VERSION}; COMMIT;"))?)
+        }
+        (APPLICATION_ID, 3, _) => {
+            Ok(db.execute_batch(&format!("BEGIN; {LINEAGE} PRAGMA user_version = {VERSION}; COMMIT;"))?)
         }
         (APPLICATION_ID, found, _) => {
             Err(PrepareError::Store(StoreError::Version { path: path(), found, expected: VERSION }))
         }
         // New, or its first start was cut off before the tables were there: all of this is one transaction.
         (0, 0, 0) => Ok(db.execute_batch(&format!(
-            "BEGIN; {TABLES} {RESPONSES} {NOTES} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}; COMMIT;"
+            "BEGIN; {TABLES} {RESPONSES} {NOTES} {LINEAGE} PRAGMA application_id = {APPLICATION_ID};
+             PRAGMA user_version = {VERSION}; COMMIT;"
         ))?),
         _ => {
             let reason = "it is a SQLite file, but not a store of rekindle".to_owned();

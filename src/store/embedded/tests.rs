@@ -22,6 +22,7 @@ fn record(tenant: &str, id: u128) -> ConversationRecord {
         last_used_at: 1_790_000_000,
         metadata,
         chain: false,
+        parent: None,
     }
 }
 
@@ -500,7 +501,7 @@ async fn a_sweep_forgets_what_is_over_and_names_the_chains_that_nothing_leads_to
 async fn a_note_is_what_was_kept_last_and_a_store_without_any_gets_room_for_them() {
     let dir = tempfile::tempdir().unwrap();
     drop(Embedded::open(dir.path()).unwrap());
-    tamper(dir.path(), "DROP TABLE notes; PRAGMA user_version = 2");
+    tamper(dir.path(), &format!("{WITHOUT_LINEAGE} DROP TABLE notes; PRAGMA user_version = 2"));
     let store = Embedded::open(dir.path()).unwrap();
     assert_eq!(store.note("habits").await.unwrap(), None);
     for value in [vec![1, 2], vec![3]] {
@@ -511,6 +512,46 @@ async fn a_note_is_what_was_kept_last_and_a_store_without_any_gets_room_for_them
     assert_eq!(store.note("habits").await.unwrap(), Some(vec![3]));
 }
 
+/// A store as it was before version 4.
+const WITHOUT_LINEAGE: &str = "DROP INDEX conversations_by_parent; ALTER TABLE conversations DROP COLUMN parent;
+    ALTER TABLE conversations DROP COLUMN turns;";
+
+#[tokio::test]
+async fn parents_and_turns_are_kept_and_those_of_an_older_store_are_not_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Embedded::open(dir.path()).unwrap();
+    let fork = |id| ConversationRecord { parent: Some(1), ..record("a", id) };
+    store.create(record("a", 1), Vec::new()).await.unwrap();
+    store.begin(fork(2), Commit { turns: Some(3), ..Commit::default() }).await.unwrap();
+    store.commit(2, Commit { items: vec![item("i0", "x")], ..Commit::default() }).await.unwrap();
+    drop(store);
+    let lineage = async |store: &Embedded| {
+        let mut told: Vec<_> = store
+            .census()
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|counted| (counted.id, counted.parent, counted.turns))
+            .collect();
+        told.sort_unstable();
+        told
+    };
+    let store = Embedded::open(dir.path()).unwrap();
+    assert_eq!(lineage(&store).await, [(1, None, None), (2, Some(1), Some(3))]);
+    assert_eq!(store.conversation("a", 2).await.unwrap(), Some(ConversationRecord { last_used_at: 0, ..fork(2) }));
+    drop(store);
+
+    tamper(dir.path(), &format!("{WITHOUT_LINEAGE} PRAGMA user_version = 3"));
+    let store = Embedded::open(dir.path()).unwrap();
+    assert_eq!(lineage(&store).await, [(1, None, None), (2, None, None)]);
+    store.commit(1, Commit { turns: Some(8), ..Commit::default() }).await.unwrap();
+    store.begin(fork(3), Commit::default()).await.unwrap();
+    assert_eq!(lineage(&store).await, [(1, None, Some(8)), (2, None, None), (3, Some(1), None)]);
+    // Nothing names what is deleted.
+    assert!(store.delete("a", 1).await.unwrap());
+    assert_eq!(lineage(&store).await, [(2, None, None), (3, None, None)]);
+}
+
 #[tokio::test]
 async fn a_store_of_the_first_release_is_opened_with_all_that_is_in_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -519,8 +560,10 @@ async fn a_store_of_the_first_release_is_opened_with_all_that_is_in_it() {
     drop(store);
     tamper(
         dir.path(),
-        "DROP TABLE notes; DROP TABLE responses; DROP TABLE results; DROP INDEX items_by_id; ALTER TABLE conversations DROP COLUMN chain;
-         PRAGMA user_version = 1",
+        &format!(
+            "{WITHOUT_LINEAGE} DROP TABLE notes; DROP TABLE responses; DROP TABLE results; DROP INDEX items_by_id;
+             ALTER TABLE conversations DROP COLUMN chain; PRAGMA user_version = 1"
+        ),
     );
     let store = Embedded::open(dir.path()).unwrap();
     let stored = store.load("a", 1).await.unwrap().unwrap();

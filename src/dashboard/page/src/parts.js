@@ -1,7 +1,7 @@
 /* Which small parts do all views share? Links to sessions and tenants, states, panels with their failures, dialogs. */
 import { createContext, html, useContext, useEffect, useRef } from "../vendor/preact-htm.js";
 import { ICON, SHAPE } from "./icons.js";
-import { PLAN, STATE, ms, shortId } from "./words.js";
+import { PLAN, STATE, counted, ms, shortId } from "./words.js";
 
 /** What a view may do to the page: `{args, go, open, act, scope, setScope, range, look, toast, ask}`. */
 export const Page = createContext({});
@@ -82,10 +82,9 @@ export function Bar({ ratio, mark, kind = "", label }) {
 
 export function Faults({ faults }) {
   const title = "Evictions for another tenant that took one below its floor, or that served a tenant at its ceiling";
-  const word = faults === 1 ? "isolation fault" : "isolation faults";
   return html`
     <span class=${"pill " + (faults > 0 ? "bad" : "ok")} title=${title}>
-      ${faults > 0 ? ICON.warn : ICON.ok}${faults} ${word}
+      ${faults > 0 ? ICON.warn : ICON.ok}${counted(faults, "isolation fault")}
     </span>`;
 }
 

@@ -8,6 +8,12 @@ const known = (x) => x != null && !Number.isNaN(x);
 
 export const count = (x) => (known(x) ? plain.format(Math.round(x)) : NONE);
 
+/** So many of something, as a sentence says it: 1 turn, 12 turns, – turns. */
+export const counted = (n, one, many = one + "s") => `${count(n)} ${noun(n, one, many)}`;
+
+/** The word beside a number that stands by itself. */
+export const noun = (n, one, many = one + "s") => (known(n) && Math.round(n) === 1 ? one : many);
+
 export function bytes(b) {
   if (!known(b)) return NONE;
   if (b === 0) return "0 B";

@@ -3,7 +3,7 @@ import { html, useContext, useEffect, useRef } from "../../vendor/preact-htm.js"
 import { colour } from "../look.js";
 import { Bar, Page, Session } from "../parts.js";
 import { useSnapshot } from "../store.js";
-import { PATH, STATE, bytes, count, minute, ms } from "../words.js";
+import { PATH, STATE, bytes, count, counted, minute, ms } from "../words.js";
 
 const COLUMNS = 50, MOST_CELLS = 300;
 const TIER_TOKEN = { device: "--hot1", host: "--warm0", disk: "--cold0" };
@@ -21,9 +21,11 @@ export function Blocks({ session: { blocks, bytes: held, holding } }) {
   const legend = Object.entries(byTier(blocks.total, runs)).filter(([, n]) => n > 0);
   return html`
     <canvas class="blocks" ref=${canvas} role="img"
-      aria-label=${`${blocks.total} blocks: ${legend.map(([tier, n]) => `${n} ${TIER_WORD[tier]}`).join(", ")}`}></canvas>
+      aria-label=${`${counted(blocks.total, "block")}: ${legend.map(([tier, n]) => `${n} ${TIER_WORD[tier]}`).join(", ")}`}></canvas>
     <div class="legend gap">
-      <span>${count(blocks.total)} blocks${size ? ` of ${size} tokens` : ""}${perCell > 1 ? ` (1 cell = ${perCell})` : ""}</span>
+      <span>
+        ${counted(blocks.total, "block")}${size ? ` of ${counted(size, "token")}` : ""}${perCell > 1 ? ` (1 cell = ${perCell})` : ""}
+      </span>
       ${legend.map(([tier, n]) => html`<span><i class=${"key tier-" + tier}></i>${count(n)} ${TIER_WORD[tier]}</span>`)}
       ${held.shared > 0 && html`<span>${bytes(held.shared)} shared${ofIt(holding)}</span>`}
     </div>`;
@@ -85,7 +87,7 @@ function Turn({ turn, longest }) {
     at += took;
     return took > 0 && html`<i class=${mark} style=${{ left: (left / longest) * 100 + "%", width: (took / longest) * 100 + "%" }}></i>`;
   });
-  const words = `${count(turn.history_tokens)} tokens of history, ${count(turn.input_tokens)} in, ${count(turn.output_tokens)} out`;
+  const words = `${counted(turn.history_tokens, "token")} of history, ${count(turn.input_tokens)} in, ${count(turn.output_tokens)} out`;
   return html`
     <div title=${`${PATH[turn.path] || turn.path}; ${words}; ${ms(turn.decode_ms)} to generate`}>
       <span class="muted">#${turn.n}</span><span class="muted">${minute(turn.ts)}</span>
@@ -106,7 +108,7 @@ export function Forks({ session }) {
         <li key=${fork.id} class=${fork.self ? "self" : ""}>
           <span style=${{ paddingLeft: depth(fork, parents) * 14 + "px" }}>${fork.parent ? "└ " : ""}<${Session} id=${fork.id} /></span>
           <${Bar} ratio=${(fork.tokens || 0) / longest} kind=${fork.self ? "hot" : ""} />
-          <span class="num r">${count(fork.tokens)} tokens</span>
+          <span class="num r">${counted(fork.tokens, "token")}</span>
           <span class="muted">${fork.self ? "this one" : (STATE[fork.state] || "").toLowerCase()}</span>
         </li>`)}
     </ul>`;

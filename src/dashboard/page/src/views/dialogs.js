@@ -3,7 +3,7 @@ import { html, useContext, useEffect, useState } from "../../vendor/preact-htm.j
 import { get } from "../api.js";
 import { Modal, Page } from "../parts.js";
 import { state } from "../store.js";
-import { bytes, count, ms, shortId } from "../words.js";
+import { bytes, counted, ms, shortId } from "../words.js";
 
 export function Dialog({ question, onClose }) {
   const kinds = { drop: DropKv, cancel: CancelTurn, config: Config, help: Help };
@@ -22,7 +22,7 @@ function DropKv({ row, onYes, onClose }) {
       <h2>Drop all KV of ${shortId(row.id)}?</h2>
       <p>
         Frees ${bytes(total - shared)} that is private to it, in all tiers.${stays} The transcript stays. The next turn encodes
-        ${" "}${count(session.tokens)} tokens again, about <b>${ms(session.return?.reencode_ms)}</b>. This cannot be undone.
+        ${" "}${counted(session.tokens, "token")} again, about <b>${ms(session.return?.reencode_ms)}</b>. This cannot be undone.
       </p>
       <label>Type <kbd>${wanted}</kbd> to confirm${" "}
         <input type="text" autocomplete="off" spellcheck="false" value=${typed} onInput=${(event) => setTyped(event.target.value)} />

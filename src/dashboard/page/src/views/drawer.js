@@ -5,7 +5,7 @@ import { get } from "../api.js";
 import { ICON } from "../icons.js";
 import { Bar, Failure, Page, State, Tenant } from "../parts.js";
 import { useRestart, useRows, useSnapshot, state as store, watch } from "../store.js";
-import { PLAN, WHEREABOUTS, bytes, copies, count, ms, span } from "../words.js";
+import { PLAN, WHEREABOUTS, bytes, copies, count, ms, noun, span } from "../words.js";
 import { Blocks, Forks, Turns } from "./anatomy.js";
 import { Brief } from "./journal.js";
 import { PinFor } from "./pin.js";
@@ -151,8 +151,8 @@ function Body({ session }) {
   return html`
     <div class="db">
       <div class="kv">
-        <div><b>${count(session.tokens)}</b>tokens</div><div><b>${bytes(session.bytes.total)}</b>KV</div>
-        <div><b>${count(session.turns)}</b>turns</div><div><b>${span(session.idle_s)}</b>idle</div>
+        <div><b>${count(session.tokens)}</b>${noun(session.tokens, "token")}</div><div><b>${bytes(session.bytes.total)}</b>KV</div>
+        <div><b>${count(session.turns)}</b>${noun(session.turns, "turn")}</div><div><b>${span(session.idle_s)}</b>idle</div>
       </div>
       <${IfAMessageCame} cost=${session.return} />
       <h3>Blocks <span class="muted">${whereabouts(session.bytes)}</span></h3>

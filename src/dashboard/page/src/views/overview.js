@@ -4,7 +4,7 @@ import { CHART, Chart, Spark } from "../charts.js";
 import { ICON } from "../icons.js";
 import { Failure, LineKey, Page, Panel, Session, Tenant } from "../parts.js";
 import { useSnapshot } from "../store.js";
-import { NONE, bytes, clock, count, ms, percent, span } from "../words.js";
+import { NONE, bytes, clock, count, counted, ms, percent, span } from "../words.js";
 import { RecentJournal } from "./journal.js";
 import { ResidencyMap } from "./residency.js";
 import { TenantsTable } from "./tenants.js";
@@ -64,7 +64,7 @@ function KeyFigures() {
       <${Tile} label="Evictions" value=${count(rates.evictions_per_min)} unit="/ min" note=${backSoon}
         column=${past.evm} token="--run" />
       <${Tile} label="Prefill saved" value=${percent(rates.prefill_saved_ratio, 1)}
-        note=${`${span(saved.device_seconds)} of device time, ${count(saved.turns)} turns`} column=${past.saved} token="--ok" />
+        note=${`${span(saved.device_seconds)} of device time, ${counted(saved.turns, "turn")}`} column=${past.saved} token="--ok" />
       <${Tile} label="Generated" value=${count(rates.tokens_per_s)} unit="tok/s"
         note=${`${count(sessions.running)} running, ${count(rates.queued)} queued`} column=${past.toks} token="--muted" />
       <${SessionsTile} sessions=${sessions} />
@@ -90,7 +90,7 @@ const TtftByPath = ({ ttft }) => html`
   <div class="ttft">
     ${PATHS.map(([path, word, token, dash]) => {
       const { p95_ms: p95, p50_ms: p50, turns } = ttft[path] || {};
-      const title = `${count(turns)} turns in the last minute; p50 ${ms(p50)}`;
+      const title = `${counted(turns, "turn")} in the last minute; p50 ${ms(p50)}`;
       return html`
         <div title=${title}>
           <${LineKey} token=${token} dash=${dash} /><span>${word}</span>

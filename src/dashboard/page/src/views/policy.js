@@ -3,7 +3,7 @@ import { html, useContext } from "../../vendor/preact-htm.js";
 import { ICON } from "../icons.js";
 import { Faults, Page, Panel, Session, Tenant } from "../parts.js";
 import { useSnapshot } from "../store.js";
-import { NONE, POLICY, bytes, count, ms, percent, ruleName, span } from "../words.js";
+import { NONE, POLICY, bytes, count, counted, ms, noun, percent, ruleName, span } from "../words.js";
 import { WhatIf } from "./whatif.js";
 
 const MOST_VICTIMS = 24;
@@ -75,8 +75,8 @@ function why({ rule, class: likeIt }) {
 function Protected({ groups: { running, pinned, below_floor: floor } }) {
   return html`
     <div class="pad muted">
-      Never chosen: ${count(running)} running, ${count(pinned)} pinned, and those of ${count(floor)} tenants that are at or below
-      their floor, for another tenant.
+      Never chosen: ${count(running)} running, ${count(pinned)} pinned, and those of${" "}
+      ${counted(floor, "tenant that is at or below its floor", "tenants that are at or below their floor")}, for another tenant.
     </div>`;
 }
 
@@ -121,9 +121,10 @@ function RuleInWords() {
 
 function Words({ active, free }) {
   const byRate = active.policy === "return_rate";
+  const silences = html`<b>${count(active.learned_silences)}</b> ${noun(active.learned_silences, "silence")}`;
   const learned = active.learned_enough
-    ? html`, judged from <b>${count(active.learned_silences)}</b> silences seen here`
-    : html`; until enough was seen (<b>${count(active.learned_silences)}</b> silences so far), the one silent the longest`;
+    ? html`, judged from ${silences} seen here`
+    : html`; until enough was seen (${silences} so far), the one silent the longest`;
   return html`
     <div class="pad">
       <ol class="rules">
@@ -133,9 +134,9 @@ function Words({ active, free }) {
         <li>Among those, conversations that <b>ended</b>; then ${byRate
           ? html`<b>the least likely to return</b>${learned}` : html`the one <b>silent the longest</b>`}.</li>
         ${active.eviction_doubles_at > 0 && html`
-          <li>Length counts: at <b>${count(active.eviction_doubles_at)}</b> tokens, a return is worth twice as much.</li>`}
+          <li>Length counts: at <b>${counted(active.eviction_doubles_at, "token")}</b>, a return is worth twice as much.</li>`}
         <li>Inside a session, <b>tail blocks first</b>${active.front_first_from
-          ? html`; from ${count(active.front_first_from)} tokens on, the front first` : ""}: prefixes are worth more.</li>
+          ? html`; from ${counted(active.front_first_from, "token")} on, the front first` : ""}: prefixes are worth more.</li>
         <li>${active.background_offload
           ? "Idle sessions are copied down ahead of need, so that evicting waits for no copy."
           : "Nothing is copied ahead of need: an eviction waits for its copy."}</li>

@@ -4,7 +4,7 @@ import { ICON, SHAPE } from "../icons.js";
 import { draw, idleOf, layOut } from "../map.js";
 import { Page, Panel } from "../parts.js";
 import { serverNow, useSnapshot } from "../store.js";
-import { STATE, TIER, bytes, count, percent, shortId, span } from "../words.js";
+import { STATE, TIER, bytes, count, counted, percent, shortId, span } from "../words.js";
 
 const HEIGHT = { device: 178, host: 38, disk: 38 };
 const COOLS_EVERY_MS = 5_000;
@@ -71,14 +71,14 @@ function Caption({ info }) {
   const facts = [
     info.pinned_bytes > 0 && `${bytes(info.pinned_bytes)} pinned`,
     info.waiting_bytes > 0 && `${bytes(info.waiting_bytes)} to be overwritten`,
-    info.bad_slots > 0 && `${count(info.bad_slots)} bad slots`,
+    info.bad_slots > 0 && counted(info.bad_slots, "bad slot"),
     `in ${bytes(info.in_bps)}/s · out ${bytes(info.out_bps)}/s`,
   ];
   return html`
     <div class="cap">
       <b>${TIER[info.tier]}</b>
       <span class="num">${bytes(info.used_bytes)} of ${bytes(info.capacity_bytes)} <span class="muted">· ${full}</span></span>
-      <span class="muted num">${count(info.sessions)} sessions</span>
+      <span class="muted num">${counted(info.sessions, "session")}</span>
       ${info.resting && html`
         <span class="pill watch" title="It refused a write a moment ago, and is left alone">${ICON.warn}resting</span>`}
       <span class="grow"></span>
@@ -158,7 +158,7 @@ function useBeat(everyMs) {
 }
 
 function describe({ cell, tenant }) {
-  if (!cell.s) return `${tenant.id}: ${count(cell.n)} sessions idle ${cell.bucket}, ${bytes(cell.bytes)}`;
+  if (!cell.s) return `${tenant.id}: ${counted(cell.n, "session")} idle ${cell.bucket}, ${bytes(cell.bytes)}`;
   const facts = [shortId(cell.s), tenant.id, STATE[cell.st], cell.pin && "pinned", bytes(cell.bytes)];
   const idle = idleOf(cell, serverNow());
   if (idle !== null) facts.push(`idle ${span(idle)}`);

@@ -7,7 +7,7 @@ import { get, query } from "../api.js";
 import { ICON, SHAPE } from "../icons.js";
 import { Failure, Figure, Page, ReturnCost, Session, State } from "../parts.js";
 import { useEvents, useRestart, useRows, useSnapshot, state as store } from "../store.js";
-import { NONE, PATH, STATE, bytes, copies, count, ms, percent, span } from "../words.js";
+import { NONE, PATH, STATE, bytes, copies, count, counted, ms, percent, span } from "../words.js";
 import { PinFor } from "./pin.js";
 
 const PAGE = 100, ROW = 32, MOST_ROWS = 60, SPARE_ROWS = 8;
@@ -155,7 +155,9 @@ function Age({ list }) {
   const note = list.truncated && html`
     <span class="k-refuse" title="The search had to stop early; narrow it down">, not all looked at</span>`;
   return html`
-    <span class="muted num">${count(list.total)} match${note} · ${old < 2 ? "order is fresh" : `order is ${span(old)} old`}</span>`;
+    <span class="muted num">
+      ${counted(list.total, "matches", "match")}${note} · ${old < 2 ? "order is fresh" : `order is ${span(old)} old`}
+    </span>`;
 }
 
 function Table({ list, filter, set }) {

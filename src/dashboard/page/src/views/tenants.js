@@ -4,7 +4,7 @@ import { get } from "../api.js";
 import { CHART, Chart } from "../charts.js";
 import { Faults, Page, Panel, Tenant } from "../parts.js";
 import { useSnapshot } from "../store.js";
-import { NONE, byteHours, bytes, count, ms, percent, span } from "../words.js";
+import { NONE, byteHours, bytes, count, counted, ms, percent, span } from "../words.js";
 
 /** A matrix of more tenants than this is read by nobody. */
 const MATRIX_LIMIT = 12;
@@ -144,7 +144,7 @@ function Matrix({ displaced, tenants }) {
       </table>
     </div>
     <div class="pad muted">
-      The diagonal is a tenant making room for itself.${left ? ` ${left} more tenants with fewer evictions are not shown.` : ""}
+      The diagonal is a tenant making room for itself.${left ? ` Not shown: ${counted(left, "more tenant")} with fewer evictions.` : ""}
     </div>`;
 }
 

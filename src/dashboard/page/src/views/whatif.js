@@ -3,7 +3,7 @@ import { html, useContext, useEffect, useRef, useState } from "../../vendor/prea
 import { post } from "../api.js";
 import { Bar, Failure, Page, Panel } from "../parts.js";
 import { useSnapshot } from "../store.js";
-import { NONE, POLICY, brief, bytes, clock, count, ms, percent } from "../words.js";
+import { NONE, POLICY, brief, bytes, clock, count, counted, ms, percent } from "../words.js";
 
 const SIZES = [0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4];
 const LENGTHS = [1024, 2048, 4096, 8192, 16_384, 32_768];
@@ -43,7 +43,7 @@ function Replay({ active, config, tenants }) {
         <//>`)}
       <${Choice} label="Weight of length" value=${choice.weight} onChange=${set("weight")}>
         <option value="">
-          as it is: ${active.eviction_doubles_at ? `doubles at ${count(active.eviction_doubles_at)} tokens` : "off"}
+          as it is: ${active.eviction_doubles_at ? `doubles at ${counted(active.eviction_doubles_at, "token")}` : "off"}
         </option>
         <option value="0">off</option>
         ${LENGTHS.map((n) => html`<option value=${String(n)}>doubles at ${count(n)} tokens</option>`)}
@@ -196,9 +196,10 @@ function Comparison({ result: { window, base, sim, by_tenant: tenants, assumptio
     <${TimesCompared} tenants=${tenants || []} base=${base} />
     <${TenantsCompared} tenants=${tenants || []} />
     <p class="pad muted">
-      ${count(window.turns)} turns from ${clock(window.from)} to ${clock(window.to)} UTC${window.trace ? `, ${window.trace}` : ""}.${" "}
+      ${counted(window.turns, "turn")} from ${clock(window.from)} to ${clock(window.to)} UTC,${" "}
+      ${window.trace}.${" "}
       ${base.measured && html`Measured then, with all waiting: <b>${ms(base.measured.p50_ms)}</b> at the median,
-        ${" "}<b>${ms(base.measured.p95_ms)}</b> at p95, of ${count(base.measured.turns)} turns. `}
+        ${" "}<b>${ms(base.measured.p95_ms)}</b> at p95, of ${counted(base.measured.turns, "turn")}. `}
       ${assumptions}
     </p>`;
 }
@@ -224,7 +225,7 @@ function TimesCompared({ tenants, base }) {
 }
 
 const timesTitle = ({ turns, measured_ms: measured }) =>
-  `${count(turns)} turns${measured == null ? "" : `; measured then, with all waiting: ${ms(measured)}`}`;
+  `${counted(turns, "turn")}${measured == null ? "" : `; measured then, with all waiting: ${ms(measured)}`}`;
 
 /** `good`: 1 where more is better, -1 where less is, 0 where neither is. */
 function Change({ from, to, good }) {
