@@ -142,7 +142,7 @@ async fn take_picture(folder: &OsStr) {
         settings.push(format!("kv.{tier}_bytes={}", blocks * BLOCK_BYTES));
     }
     let server = Server::start(&home, &settings);
-    let load = Load::begin(&server.url, &keys.clone().map(Some), 40, Duration::from_millis(300)).await;
+    let load = Load::begin(&server.url, &keys.clone().map(Some), 40, Duration::from_millis(500)).await;
     tokio::time::sleep(Duration::from_secs(60)).await;
     let admin = Client::with_key(&server.url, &admin_key);
     let listed = admin.json(admin.get("/admin/api/sessions?tenant=acme&sort=-turns&limit=3")).await;
