@@ -1,5 +1,5 @@
 /* What holds the page together? The route in the hash, the header, the keys, toasts and dialogs. */
-import { html, render, useEffect, useRef, useState } from "../vendor/preact-htm.js";
+import { html, render, useEffect, useLayoutEffect, useRef, useState } from "../vendor/preact-htm.js";
 import { actions } from "./actions.js";
 import { Banners, Empty, Header, PAGES, Skeleton, Toasts } from "./frame.js";
 import { forgetColours } from "./look.js";
@@ -150,7 +150,8 @@ function useToasts() {
 // ---------------------------------------------------------------- keys
 
 function useKeys({ route, args, go, open, ask }) {
-  useEffect(() => {
+  // With what is drawn, not after it: a key that follows at once finds the page that it sees.
+  useLayoutEffect(() => {
     const press = (event) => {
       if (event.metaKey || event.ctrlKey || event.altKey || document.querySelector("dialog[open]")) return;
       if (/INPUT|SELECT|TEXTAREA/.test(event.target.tagName)) return void (event.key === "Escape" && event.target.blur());
