@@ -2,8 +2,9 @@
 //!
 //! Conversations of 1,600 tokens, one after another in random order: each gives up half of its blocks, as a victim does, and
 //! as many new ones come into their places, as another's turn makes them. What that needs of a million blocks is in no cache
-//! of the processor's when its turn comes. Places, hashes and the blocks' own memory are scattered, as after a long life.
-//! Each stage's time is summed up by itself. Beside them: what one read costs here that waits for memory.
+//! of the processor's when its turn comes. Places and hashes are scattered, as after a long life; the blocks of one turn lie
+//! together in memory, and turns anywhere. Each stage's time is summed up by itself. Beside them: what one read costs here
+//! that waits for memory.
 
 use std::hint::black_box;
 use std::sync::Arc;

@@ -2,7 +2,8 @@
 //!
 //! The index owns nothing: it finds blocks that conversations hold, and an entry whose last holder has gone is no entry; the
 //! next block in its place takes its room. It is small, so that among a million blocks looking one up waits for memory as
-//! seldom as can be: an entry is eight bytes in a table with open addressing, and the block itself has the rest of its hash.
+//! seldom as can be: an entry is eight bytes in a table with open addressing, what a place is known for is sixteen, and the
+//! block itself has the rest of its hash.
 
 use std::sync::{Arc, Weak};
 
