@@ -52,11 +52,13 @@ vectorised! {
 }
 
 vectorised! {
-    /// `silu(gate) * up`. `gate_up`: `[2 * width]`, gates then ups; `out`: `[width]`.
-    pub fn swiglu(gate_up: &[f32], out: &mut [f32]) {
-        let (gate, up) = gate_up.split_at(gate_up.len() / 2);
-        for ((&gate, &up), out) in gate.iter().zip(up).zip(out) {
-            *out = gate / (1.0 + exp(-gate)) * up;
+    /// `silu(gate) * up` in the place of the gates. `rows`: `[rows, 2 * width]`, in each row gates, then ups.
+    pub fn swiglu(rows: &mut [f32], width: usize) {
+        for row in rows.chunks_exact_mut(2 * width) {
+            let (gate, up) = row.split_at_mut(width);
+            for (gate, up) in gate.iter_mut().zip(up) {
+                *gate = *gate / (1.0 + exp(-*gate)) * *up;
+            }
         }
     }
 }
@@ -155,19 +157,25 @@ mod tests {
     #[test]
     fn swiglu_is_silu_of_the_gate_times_up_and_the_same_bits_with_all_instructions() {
         let width = 37;
-        let gate_up: Vec<f32> = (0..2 * width).map(|i| ((i * 37) % 101) as f32 / 5.0 - 10.0).collect();
-        let mut plain = vec![0.0; width];
-        swiglu(Isa::Scalar, &gate_up, &mut plain);
-        for (index, out) in plain.iter().enumerate() {
-            let (gate, up) = (gate_up[index], gate_up[width + index]);
-            let wanted = gate / (1.0 + (-gate).exp()) * up;
-            assert!((out - wanted).abs() <= 2e-6 * wanted.abs(), "{out} for {wanted}");
+        let rows: Vec<f32> = (0..4 * width).map(|i| ((i * 37) % 101) as f32 / 5.0 - 10.0).collect();
+        let mut plain = rows.clone();
+        swiglu(Isa::Scalar, &mut plain, width);
+        for (row, out) in rows.chunks(2 * width).zip(plain.chunks(2 * width)) {
+            for column in 0..width {
+                let (gate, up, out) = (row[column], row[width + column], out[column]);
+                let wanted = gate / (1.0 + (-gate).exp()) * up;
+                assert!((out - wanted).abs() <= 2e-6 * wanted.abs(), "{out} for {wanted}");
+            }
+            assert_eq!(row[width..], out[width..], "the ups stay");
         }
         for isa in Isa::available() {
-            let mut out = vec![0.0; width];
-            swiglu(isa, &gate_up, &mut out);
+            let mut out = rows.clone();
+            swiglu(isa, &mut out, width);
             assert_eq!(bits(&out), bits(&plain), "{isa}");
         }
+        let mut bad = [f32::NAN, 1.0, f32::INFINITY, 1.0];
+        Isa::available().into_iter().for_each(|isa| swiglu(isa, &mut bad, 2));
+        assert!(bad[0].is_nan(), "what is no number stays none");
     }
 
     #[test]

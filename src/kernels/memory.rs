@@ -9,20 +9,53 @@ use std::cell::UnsafeCell;
 
 use memmap2::MmapMut;
 
-/// A fixed number of blocks of `block_bytes` bytes each, page aligned, zeroed at first.
-pub struct Arena {
-    /// Owns the mapping; its bytes are reached through `base` alone.
+/// Of a huge page, on x86 and, mostly, on ARM.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Zeroed memory in huge pages, where the system offers them; nothing depends on it.
+pub(super) struct Mapping {
+    /// Its bytes are reached through `base` alone.
     _map: UnsafeCell<MmapMut>,
     base: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: plain memory that is not tied to a thread; whoever reaches it through the pointer keeps readers and writers apart.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Pages are only used once they are written.
+    pub fn new(bytes: usize) -> std::io::Result<Self> {
+        // Linux before 6.7 puts a mapping anywhere, and a huge page begins at a multiple of its size.
+        let slack = if bytes < HUGE_PAGE_BYTES { 0 } else { HUGE_PAGE_BYTES };
+        let mut map = MmapMut::map_anon(bytes.saturating_add(slack).max(1))?;
+        #[cfg(target_os = "linux")]
+        if let Err(error) = map.advise(memmap2::Advice::HugePage) {
+            tracing::debug!(%error, "no huge pages");
+        }
+        let start = map.as_mut_ptr();
+        let base = if slack == 0 { start } else { start.wrapping_add(start.align_offset(HUGE_PAGE_BYTES)) };
+        Ok(Self { _map: UnsafeCell::new(map), base, bytes })
+    }
+
+    /// The first byte; of a huge page, if there is room for one.
+    pub fn base(&self) -> *mut u8 {
+        self.base
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// A fixed number of blocks of `block_bytes` bytes each, page aligned, zeroed at first.
+pub struct Arena {
+    mapping: Mapping,
     block_bytes: usize,
     blocks: usize,
 }
-
-// SAFETY: the mapping is plain memory, and the module's invariant (one writer or many readers a block) is what makes
-// sharing it sound; nothing in it is tied to a thread.
-unsafe impl Send for Arena {}
-// SAFETY: as above.
-unsafe impl Sync for Arena {}
 
 /// Why an arena could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -37,14 +70,8 @@ impl Arena {
     /// Reserves room for `blocks` blocks. Pages are only used once they are written.
     pub fn new(blocks: usize, block_bytes: usize) -> Result<Self, ArenaError> {
         let bytes = blocks.checked_mul(block_bytes).ok_or(ArenaError::TooLarge { blocks, block_bytes })?;
-        let mut map = MmapMut::map_anon(bytes.max(1)).map_err(|source| ArenaError::Map { bytes, source })?;
-        // Fewer TLB misses where the system offers it; nothing depends on it.
-        #[cfg(target_os = "linux")]
-        if let Err(error) = map.advise(memmap2::Advice::HugePage) {
-            tracing::debug!(%error, "no huge pages for a pool");
-        }
-        let base = map.as_mut_ptr();
-        Ok(Self { _map: UnsafeCell::new(map), base, block_bytes, blocks })
+        let mapping = Mapping::new(bytes).map_err(|source| ArenaError::Map { bytes, source })?;
+        Ok(Self { mapping, block_bytes, blocks })
     }
 
     pub fn blocks(&self) -> usize {
@@ -60,7 +87,7 @@ impl Arena {
         let block = block as usize;
         assert!(block < self.blocks, "block {block} is outside an arena of {} blocks", self.blocks);
         // SAFETY: the block lies inside the mapping, whose size is `blocks * block_bytes`.
-        unsafe { self.base.add(block * self.block_bytes) }
+        unsafe { self.mapping.base().add(block * self.block_bytes) }
     }
 
     /// The bytes of a block, to read.
@@ -112,6 +139,16 @@ impl std::fmt::Debug for Arena {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mapping_that_has_room_for_huge_pages_begins_with_one() {
+        for bytes in [HUGE_PAGE_BYTES, HUGE_PAGE_BYTES + 1, 5 * HUGE_PAGE_BYTES] {
+            let arena = Arena::new(1, bytes).unwrap();
+            assert_eq!(arena.block_ptr(0).align_offset(HUGE_PAGE_BYTES), 0);
+            arena.with_bytes_mut(0, |all| (all[0], all[bytes - 1]) = (1, 2));
+            assert_eq!((arena.bytes(0)[0], arena.bytes(0)[bytes - 1]), (1, 2));
+        }
+    }
 
     #[test]
     fn a_copy_is_summed_by_crc_32c_across_its_pieces() {

@@ -8,6 +8,7 @@ pub mod attention;
 pub mod cold;
 pub mod elementwise;
 pub mod files;
+pub mod huge_pages;
 pub mod isa;
 pub mod linear;
 pub mod mapped;

@@ -12,6 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
 use super::SharedOut;
 
@@ -19,6 +20,10 @@ use super::SharedOut;
 const WORKER_SPINS: usize = 1500;
 /// How often the caller looks whether the last chunks are done before it parks.
 const CALLER_SPINS: usize = 4000;
+
+/// How long a worker runs before it lets whoever waits for its core have it: less than a time slice, at whose end the
+/// system would take the core in the midst of a chunk.
+const TURN: Duration = Duration::from_micros(500);
 
 /// Rows that a thread takes at a time: one sequence's decode is not worth waking anybody.
 const ROWS_A_CHUNK: usize = 8;
@@ -228,6 +233,7 @@ impl Shared {
     /// A worker's life.
     fn work(&self, worker: usize) {
         let mut seen = 0;
+        let mut since = Instant::now();
         while let Some(job) = self.enter(worker, seen) {
             seen = job;
             // SAFETY: inside, where the caller doesn't write it.
@@ -246,6 +252,10 @@ impl Shared {
             if before & (State::OPEN | State::INSIDE) == 1 && self.caller_parked.swap(false, Ordering::SeqCst) {
                 let caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
                 caller.iter().for_each(Thread::unpark);
+            }
+            if since.elapsed() > TURN {
+                std::thread::yield_now();
+                since = Instant::now();
             }
         }
     }

@@ -12,7 +12,8 @@ use super::families::{self, Family, FamilyError, MAX_HEAD_DIM, Sizes};
 use super::weights::{OpenError, TensorError, WeightFile};
 use super::{Batch, ForwardError, KvShape, Logits, Model, ModelSpec};
 use crate::kernels::attention::{Attention, BLOCK_TOKENS, KvLayout, Plan, Rows};
-use crate::kernels::elementwise::{Rotation, rms_norm, swiglu};
+use crate::kernels::elementwise::{Rotation, rms_norm};
+use crate::kernels::huge_pages::HugePages;
 use crate::kernels::isa::Isa;
 pub use crate::kernels::isa::IsaError;
 use crate::kernels::linear::{Activations, Linear, Update};
@@ -105,14 +106,14 @@ struct Run {
     attention: Attention,
     /// Input of the next linear layer.
     input: Activations,
+    /// What gates let through: input of `Layer::down`.
+    gated: Activations,
     /// The residual stream: `[rows, hidden]`.
     x: Vec<f32>,
     /// `[rows, (heads + 2 * kv_heads) * head_dim]`.
     qkv: Vec<f32>,
     /// `[rows, heads * head_dim]`.
     attended: Vec<f32>,
-    /// `[rows, 2 * feed_forward]`.
-    gate_up: Vec<f32>,
 }
 
 impl Run {
@@ -124,11 +125,11 @@ impl Run {
             rotation: Rotation::new(head_dim, rope_base, weights.family.rope),
             attention: Attention::new(layout, heads, weights.isa, threads.count()),
             input: Activations::new(weights.isa, threads.count()),
+            gated: Activations::new(weights.isa, threads.count()),
             threads,
             x: Vec::new(),
             qkv: Vec::new(),
             attended: Vec::new(),
-            gate_up: Vec::new(),
         }
     }
 }
@@ -143,7 +144,14 @@ impl Decoder {
             _ => 0,
         };
         let mut threads = Threads::new(compute.threads)?;
-        let mut loader = Loader { file: &file, isa: compute.isa, threads: &mut threads, progress, done: 0 };
+        let mut loader = Loader {
+            file: &file,
+            isa: compute.isa,
+            threads: &mut threads,
+            memory: HugePages::default(),
+            progress,
+            done: 0,
+        };
         let Sizes { layers, kv_heads, head_dim, .. } = sizes;
         let kv = KvShape { layers, kv_heads, head_dim, dtype: compute.kv };
         let mut hash = [0; 32];
@@ -241,7 +249,7 @@ impl Weights {
 
     /// The rest of a layer: adds to `run.x` what attention found, and what the feed-forward network makes of it.
     fn feed_forward(&self, run: &mut Run, layer: &Layer) {
-        let Sizes { hidden, heads, head_dim, feed_forward, rms_epsilon, .. } = self.sizes;
+        let Sizes { hidden, heads, head_dim, rms_epsilon, .. } = self.sizes;
         let (isa, rows, width) = (self.isa, run.x.len() / hidden, heads * head_dim);
         let attended = &run.attended;
         run.input.fill(&mut run.threads, rows, width, layer.attention_out.wants(), |row, out| {
@@ -252,13 +260,8 @@ impl Weights {
         run.input.fill(&mut run.threads, rows, hidden, layer.gate_up.wants(), |row, out| {
             rms_norm(isa, &x[row * hidden..][..hidden], &layer.feed_forward_norm, rms_epsilon, out);
         });
-        run.gate_up.resize(rows * 2 * feed_forward, 0.0);
-        layer.gate_up.multiply(&mut run.threads, &run.input, Update::Set, &mut run.gate_up);
-        let gate_up = &run.gate_up;
-        run.input.fill(&mut run.threads, rows, feed_forward, layer.down.wants(), |row, out| {
-            swiglu(isa, &gate_up[row * 2 * feed_forward..][..2 * feed_forward], out);
-        });
-        layer.down.multiply(&mut run.threads, &run.input, Update::Add, &mut run.x);
+        layer.gate_up.multiply_gated(&mut run.threads, &run.input, layer.down.wants(), &mut run.gated);
+        layer.down.multiply(&mut run.threads, &run.gated, Update::Add, &mut run.x);
     }
 
     /// Logits of the rows that are left in `run.x`.
@@ -313,6 +316,8 @@ struct Loader<'a> {
     file: &'a WeightFile,
     isa: Isa,
     threads: &'a mut Threads,
+    /// For all weights.
+    memory: HugePages,
     progress: &'a mut dyn FnMut(u64, u64),
     done: u64,
 }
@@ -373,7 +378,7 @@ impl Loader<'_> {
 
     /// Packs matrices one below the other, and tells how far the loading is.
     fn linear(&mut self, parts: &[(&str, usize)], inputs: usize) -> Result<Linear, TensorError> {
-        let linear = self.file.linear(self.isa, self.threads, parts, inputs)?;
+        let linear = self.file.linear(self.isa, (self.threads, &mut self.memory), parts, inputs)?;
         self.done += parts.iter().map(|(name, _)| self.file.tensor_bytes(name)).sum::<u64>();
         (self.progress)(self.done, self.file.bytes().len() as u64);
         Ok(linear)

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::busy;
 use super::chats::Workload;
-use super::limits;
+use super::limits::Limits;
 use super::peer::{Level, Peer};
 use super::servers::{Arm, Pair, Room};
 use super::shapes::{Shape, Work};
@@ -55,9 +55,6 @@ pub struct Findings {
     raw: Map<String, Value>,
     /// Of everything that was timed.
     usage: Usage,
-    read_bytes_per_s: Vec<(usize, f64)>,
-    /// Of one core, with the instructions of each level.
-    multiply_adds_per_s: Vec<(Level, f64)>,
     chats: Vec<Vec<String>>,
 }
 
@@ -71,26 +68,30 @@ impl Findings {
     }
 
     pub fn limits(&mut self, threads: &[usize]) -> anyhow::Result<()> {
-        for threads in threads {
-            let watch = Watch::start(None)?;
-            let rate = limits::read_bytes_per_s(*threads);
-            self.usage += watch.usage()?;
-            eprintln!("[compare] reading memory, {threads} threads: {} GB/s", figure(rate / 1e9));
-            self.read_bytes_per_s.push((*threads, rate));
-        }
-        let row = |(threads, rate): &(usize, f64)| vec![threads.to_string(), figure(rate / 1e9)];
-        let rows = self.read_bytes_per_s.iter().map(row).collect();
-        self.tables.push(Table { heading: "This machine", columns: vec!["threads", "reads memory, GB/s"], rows });
+        let mut rows = Vec::new();
         for level in Level::ALL {
-            if let Some(rate) = limits::multiply_adds_per_s(level.isa()) {
-                let (name, isa, giga) = (level.name(), level.isa(), figure(rate / 1e9));
-                eprintln!("[compare] multiplying bytes, {name}: {giga} G/s");
-                self.notes.push(format!("`{name}` is {isa}: one core does {giga} G multiply-adds of bytes a second."));
-                self.multiply_adds_per_s.push((level, rate));
+            for threads in threads {
+                let watch = Watch::start(None)?;
+                let limits = Limits::measure(level.isa(), *threads);
+                self.usage += watch.usage()?;
+                let row = vec![
+                    level.name().to_owned(),
+                    level.isa().to_string(),
+                    threads.to_string(),
+                    figure(limits.read_bytes_per_s / 1e9),
+                    limits.multiply_adds_per_s.map_or("unknown".into(), |rate| figure(rate / 1e9)),
+                ];
+                eprintln!("[compare] limits: {}", row.join(", "));
+                rows.push(row);
             }
         }
-        let raw = |(threads, rate): &(usize, f64)| json!({"threads": threads, "read_bytes_per_s": rate});
-        self.raw.insert("limits".into(), self.read_bytes_per_s.iter().map(raw).collect());
+        let raw = |row: &Vec<String>| json!(row);
+        self.raw.insert("limits".into(), rows.iter().map(raw).collect());
+        self.tables.push(Table {
+            heading: "This machine",
+            columns: vec!["level", "instructions", "threads", "reads memory, GB/s", "a core multiplies bytes, G/s"],
+            rows,
+        });
         Ok(())
     }
 
@@ -113,9 +114,10 @@ impl Findings {
                 );
             }
         }
+        let mut shares = Vec::new();
         for row in &rows {
-            self.share_of_memory(row)?;
-            self.share_of_multiplying(row)?;
+            shares.extend(self.share_of_memory(row)?);
+            shares.extend(self.share_of_multiplying(row)?);
         }
         self.tables.push(Table {
             heading: "The model alone, tokens/s",
@@ -133,6 +135,17 @@ impl Findings {
             ],
             rows: rows.iter().map(speed_row).collect(),
         });
+        self.tables.push(Table {
+            heading: "Beside the machine's own limit, measured just before and after",
+            columns: vec!["work", "file", "instructions", "threads", "limited by", "machine", "rekindle", "share"],
+            rows: shares,
+        });
+        self.notes.push(
+            "The machine reads memory that lies as the weights do, in huge pages, and multiplies bytes in registers. A \
+             decode reads the file's bytes once a token; a prefill multiplies its layers' weights with every row. What else a \
+             step does (attention, norms, scales of blocks) counts as time, not as work."
+                .into(),
+        );
         self.notes.push(format!(
             "`prefill@D`: 512 tokens in one step after D others. `decodeB@D`: B conversations, D tokens in, one token each a \
              step; 64 steps, 32 with several. Logits of a prefill's last token, of each decoded one; no token is chosen. \
@@ -144,40 +157,36 @@ impl Findings {
         Ok(())
     }
 
-    /// What reading the weights alone allows one conversation, where the machine's own limit was measured too.
-    fn share_of_memory(&mut self, row: &Row) -> anyhow::Result<()> {
-        let is_alone = row.shape == Shape::DECODE_ALONE;
-        let limit = self.read_bytes_per_s.last().filter(|(threads, _)| *threads == row.cell.threads);
-        if let Some((_, limit)) = limit
-            && is_alone
-        {
-            let weights = std::fs::metadata(&row.cell.file)?.len() as f64;
-            let share = row.ours * weights / limit;
-            self.at_least(
-                format!("share of memory's bandwidth: {}, {}", row.shape, row.cell.name()),
-                share,
-                DECODE_SHARE,
-            );
+    /// What reading the weights alone allows one conversation.
+    fn share_of_memory(&mut self, row: &Row) -> anyhow::Result<Option<Vec<String>>> {
+        if row.shape != Shape::DECODE_ALONE {
+            return Ok(None);
         }
-        Ok(())
+        let did = row.ours * std::fs::metadata(&row.cell.file)?.len() as f64;
+        let bound = ("memory's bandwidth", "reading, GB/s", DECODE_SHARE);
+        Ok(row.limits.map(|limits| self.share(row, bound, did, limits.read_bytes_per_s)))
     }
 
-    /// What multiplying the layers' weights alone allows a prefill, where that limit was measured too.
-    fn share_of_multiplying(&mut self, row: &Row) -> anyhow::Result<()> {
-        let limit = self.multiply_adds_per_s.iter().find(|(level, _)| *level == row.cell.level);
-        if let Some((_, limit)) = limit
-            && row.shape == Shape::PREFILL
-        {
-            let file = WeightFile::open(&row.cell.file)?;
-            let (_, sizes) = families::read(file.metadata())?;
-            let share = row.ours * sizes.multiply_adds_a_row() as f64 / (limit * row.cell.threads as f64);
-            self.at_least(
-                format!("share of multiplying bytes: {}, {}", row.shape, row.cell.name()),
-                share,
-                PREFILL_SHARE,
-            );
+    /// What multiplying the layers' weights alone allows a prefill, where it is known how fast that could be.
+    fn share_of_multiplying(&mut self, row: &Row) -> anyhow::Result<Option<Vec<String>>> {
+        if row.shape != Shape::PREFILL {
+            return Ok(None);
         }
-        Ok(())
+        let file = WeightFile::open(&row.cell.file)?;
+        let (_, sizes) = families::read(file.metadata())?;
+        let did = row.ours * sizes.multiply_adds_a_row() as f64;
+        let limit = row.limits.and_then(|limits| limits.multiply_adds_per_s);
+        let bound = ("multiplying bytes", "multiplying, G/s", PREFILL_SHARE);
+        Ok(limit.map(|limit| self.share(row, bound, did, limit * row.cell.threads as f64)))
+    }
+
+    fn share(&mut self, row: &Row, bound: (&str, &str, f64), did: f64, limit: f64) -> Vec<String> {
+        let ((name, unit, wanted), share) = (bound, did / limit);
+        self.at_least(format!("share of {name}: {}, {}", row.shape, row.cell.name()), share, wanted);
+        let Cell { format, level, threads, .. } = &row.cell;
+        let (work, giga) = (format!("`{}`", row.shape), |rate: f64| figure(rate / 1e9));
+        let what = [work, format.clone(), level.name().to_owned(), threads.to_string(), unit.to_owned()];
+        what.into_iter().chain([giga(limit), giga(did), figure(share)]).collect()
     }
 
     /// On busy cores, several threads must do what one does at least.

@@ -9,6 +9,7 @@ use std::process::Command;
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
+use super::limits::Limits;
 use super::peer::{Level, Peer};
 use super::shapes::{Group, PREFILL_TOKENS, Shape};
 use crate::numbers::figure;
@@ -75,6 +76,8 @@ pub struct Row {
     pub peer: f64,
     /// Whether llama.cpp was faster with flash attention.
     pub flash: bool,
+    /// What the machine could do meanwhile, where it was measured.
+    pub limits: Option<Limits>,
     /// CPU seconds a second of the whole processes, loading included.
     pub ours_busy: f64,
     pub peer_busy: f64,
@@ -97,6 +100,9 @@ pub struct Measured {
 
 pub fn measure(peer: &Peer, cell: &Cell, rounds: usize) -> anyhow::Result<Measured> {
     let shapes = cell.group.shapes();
+    // Before and after: what a machine gives changes with what its neighbours do.
+    let limits = || (cell.group == Group::Short).then(|| Limits::measure(cell.level.isa(), cell.threads));
+    let before = limits();
     let mut usage = Usage::default();
     let mut all: Vec<Runs> = Side::ALL.map(|side| Runs::new(side, shapes.len())).into();
     for round in 0..rounds {
@@ -111,7 +117,8 @@ pub fn measure(peer: &Peer, cell: &Cell, rounds: usize) -> anyhow::Result<Measur
         "file": cell.format, "level": cell.level.name(), "threads": cell.threads,
         "sides": all.iter().map(|runs| runs.json(shapes)).collect::<Vec<_>>(),
     });
-    let rows = shapes.iter().enumerate().map(|(index, shape)| row(cell, *shape, index, &all));
+    let limits = before.zip(limits()).map(|(before, after)| before.or_better(after));
+    let rows = shapes.iter().enumerate().map(|(index, shape)| row(cell, *shape, index, &all, limits));
     Ok(Measured { rows: rows.collect::<anyhow::Result<_>>()?, usage, raw })
 }
 
@@ -129,7 +136,7 @@ fn drop_the_slower(all: &mut Vec<Runs>) {
     }
 }
 
-fn row(cell: &Cell, shape: Shape, index: usize, all: &[Runs]) -> anyhow::Result<Row> {
+fn row(cell: &Cell, shape: Shape, index: usize, all: &[Runs], limits: Option<Limits>) -> anyhow::Result<Row> {
     let ours = all.iter().find(|runs| runs.side == Side::Ours).context("our side was not run")?;
     let fastest = |runs: &Runs| runs.fastest()[index];
     let peer = all
@@ -142,6 +149,7 @@ fn row(cell: &Cell, shape: Shape, index: usize, all: &[Runs]) -> anyhow::Result<
         shape,
         ours: fastest(ours),
         peer: fastest(peer),
+        limits,
         flash: peer.side == Side::Peer { flash: true },
         ours_busy: ours.usage.cpu_s / ours.usage.wall_s,
         peer_busy: peer.usage.cpu_s / peer.usage.wall_s,
@@ -298,7 +306,7 @@ mod tests {
             runs(Side::Ours, [300.0, 60.0]),
             runs(Side::Peer { flash: true }, [80.0, 60.0]),
         ];
-        let rows = [0, 1].map(|index| row(&cell(), Group::Short.shapes()[index], index, &all).unwrap());
+        let rows = [0, 1].map(|index| row(&cell(), Group::Short.shapes()[index], index, &all, None).unwrap());
         assert_eq!(rows.each_ref().map(Row::ratio), [3.0, 1.0]);
         assert_eq!(rows.each_ref().map(|row| row.flash), [false, true]);
         assert_eq!(rows[0].ours_busy, 1.5);

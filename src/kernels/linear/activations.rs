@@ -6,6 +6,9 @@
 //! Invariant: a row's quants are its own, whatever else is in the batch. A row with a value that is not finite gives
 //! outputs that are not finite, rather than wrong ones.
 
+use std::marker::PhantomData;
+use std::ops::Range;
+
 use super::SharedOut;
 use super::quantised::{BLOCK, GROUP, GROUPS};
 use crate::kernels::isa::Isa;
@@ -39,7 +42,7 @@ pub struct Activations {
     sums: Vec<f32>,
     /// `[rows, inputs]`.
     floats: Vec<f32>,
-    /// A row for each thread.
+    /// What each thread works in.
     scratch: Vec<Vec<f32>>,
 }
 
@@ -102,6 +105,20 @@ impl Activations {
         wants: Wants,
         make: impl Fn(usize, &mut [f32]) + Sync,
     ) {
+        let chunk = ROWS_A_CHUNK.next_multiple_of(self.tile);
+        let (places, scratch) = self.places(rows, inputs, wants);
+        scratch.iter_mut().for_each(|row| row.resize(inputs, 0.0));
+        threads.run_with(scratch, rows.div_ceil(chunk), |scratch, index| {
+            for row in index * chunk..rows.min((index + 1) * chunk) {
+                make(row, scratch);
+                // SAFETY: borrowed for the whole run; only this call has this row.
+                unsafe { places.put(row..row + 1, 0..inputs, scratch, inputs) };
+            }
+        });
+    }
+
+    /// Makes room for rows that are put in by parts, and what each thread may work in. What is not put in is anything.
+    pub(super) fn places(&mut self, rows: usize, inputs: usize, wants: Wants) -> (Places<'_>, &mut [Vec<f32>]) {
         (self.rows, self.inputs, self.wants) = (rows, inputs, wants);
         if wants.quantised {
             assert!(inputs.is_multiple_of(BLOCK), "{inputs} columns are not whole blocks");
@@ -113,36 +130,24 @@ impl Activations {
         if wants.float {
             self.floats.resize(rows * inputs, 0.0);
         }
-        for row in &mut self.scratch {
-            row.resize(inputs, 0.0);
-        }
-        let (isa, tile) = (self.isa, self.tile);
-        let parts = Parts {
+        let places = Places {
+            isa: self.isa,
+            tile: self.tile,
+            rows,
+            inputs,
+            wants,
             quants: SharedOut::new(&mut self.quants),
             scales: SharedOut::new(&mut self.scales),
             counts: SharedOut::new(&mut self.counts),
             sums: SharedOut::new(&mut self.sums),
+            floats: SharedOut::new(&mut self.floats),
+            borrowed: PhantomData,
         };
-        let floats = SharedOut::new(&mut self.floats);
-        let chunk = ROWS_A_CHUNK.next_multiple_of(tile);
-        threads.run_with(&mut self.scratch, rows.div_ceil(chunk), |scratch, index| {
-            for row in index * chunk..rows.min((index + 1) * chunk) {
-                make(row, scratch);
-                if wants.float {
-                    // SAFETY: borrowed for the whole run; only this call has this row.
-                    unsafe { floats.write(row * inputs, scratch) };
-                }
-                if wants.quantised {
-                    let first = row / tile * tile;
-                    let place = Place { first: first * inputs, rows: tile.min(rows - first), row: row - first };
-                    // SAFETY: borrowed for the whole run, and a chunk is whole tiles.
-                    unsafe { quantise(isa, scratch, place, &parts) };
-                }
-            }
-        });
+        (places, &mut self.scratch)
     }
 
     /// The tile with this number.
+    #[inline]
     pub(super) fn tile(&self, index: usize) -> Tile<'_> {
         let first = index * self.tile;
         let rows = self.tile.min(self.rows - first);
@@ -158,9 +163,26 @@ impl Activations {
     }
 
     /// Rows of a whole tile.
-    #[cfg(test)]
     pub(super) fn tile_rows(&self) -> usize {
         self.tile
+    }
+
+    /// Whether both hold the same rows in the same forms, bit for bit.
+    #[cfg(test)]
+    pub(super) fn equals(&self, other: &Self) -> bool {
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        let of = |rows: &Self| {
+            let (quants, counts) = (rows.quants.clone(), rows.counts.clone());
+            (
+                rows.rows,
+                rows.inputs,
+                rows.wants,
+                quants,
+                counts,
+                [&rows.scales, &rows.sums, &rows.floats].map(|f| bits(f)),
+            )
+        };
+        of(self) == of(other)
     }
 
     /// `[rows, inputs]`.
@@ -169,80 +191,102 @@ impl Activations {
     }
 }
 
-/// Where quantised rows are written.
-struct Parts {
+/// Where rows are put, from several threads.
+pub(super) struct Places<'a> {
+    isa: Isa,
+    tile: usize,
+    rows: usize,
+    inputs: usize,
+    wants: Wants,
     quants: SharedOut<i8>,
     scales: SharedOut<f32>,
     counts: SharedOut<i32>,
     sums: SharedOut<f32>,
+    floats: SharedOut<f32>,
+    borrowed: PhantomData<&'a mut Activations>,
 }
 
-/// A row's place: in a tile of `rows` rows whose first value is value `first` of all.
-#[derive(Clone, Copy)]
-struct Place {
-    first: usize,
-    rows: usize,
-    row: usize,
-}
-
-/// # Safety
-/// The parts are borrowed, and no other thread has the place's tile.
-unsafe fn quantise(isa: Isa, values: &[f32], place: Place, parts: &Parts) {
-    #[cfg(target_arch = "x86_64")]
-    match isa {
-        // SAFETY: whoever chose the instructions checked for them; the rest is the caller's promise.
-        Isa::Avx512 => return unsafe { quantise_avx512(values, place, parts) },
-        // SAFETY: as above.
-        Isa::AvxVnni | Isa::Avx2 => return unsafe { quantise_avx2(values, place, parts) },
-        _ => {}
-    }
-    let _ = isa;
-    // SAFETY: the caller's promise.
-    unsafe { quantise_row(values, place, parts) }
-}
-
-/// The same code as `quantise_row`; the compiler vectorises it for the features named here.
-///
-/// # Safety
-/// As `quantise`.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
-unsafe fn quantise_avx512(values: &[f32], place: Place, parts: &Parts) {
-    // SAFETY: the caller's promise.
-    unsafe { quantise_row(values, place, parts) }
-}
-
-/// As above.
-///
-/// # Safety
-/// As `quantise`.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn quantise_avx2(values: &[f32], place: Place, parts: &Parts) {
-    // SAFETY: the caller's promise.
-    unsafe { quantise_row(values, place, parts) }
-}
-
-/// # Safety
-/// As `quantise`.
-#[inline(always)]
-unsafe fn quantise_row(values: &[f32], place: Place, parts: &Parts) {
-    let (blocks, _) = values.as_chunks::<BLOCK>();
-    for (index, values) in blocks.iter().enumerate() {
-        let Block { quants, scale, count } = quantise_block(values);
-        let at = place.first / BLOCK + index * place.rows + place.row;
-        let (groups, _) = quants.as_chunks::<GROUP>();
-        for (group, quants) in groups.iter().enumerate() {
-            let at = place.first + ((index * GROUPS + group) * place.rows + place.row) * GROUP;
+impl Places<'_> {
+    /// Puts in some columns of some rows, which start every `stride` values of `values`; whole blocks of columns, if they
+    /// are quantised.
+    ///
+    /// # Safety
+    /// No other thread has these columns of these rows.
+    pub(super) unsafe fn put(&self, rows: Range<usize>, columns: Range<usize>, values: &[f32], stride: usize) {
+        if self.wants.float {
+            for (row, values) in rows.clone().zip(values.chunks(stride)) {
+                // SAFETY: the caller's promise.
+                unsafe { self.floats.write(row * self.inputs + columns.start, &values[..columns.len()]) };
+            }
+        }
+        if self.wants.quantised {
             // SAFETY: the caller's promise.
-            unsafe { parts.quants.write(at, quants) };
+            unsafe { self.quantise(rows, columns, values, stride) };
+        }
+    }
+
+    /// # Safety
+    /// As `put`.
+    unsafe fn quantise(&self, rows: Range<usize>, columns: Range<usize>, values: &[f32], stride: usize) {
+        #[cfg(target_arch = "x86_64")]
+        match self.isa {
+            // SAFETY: whoever chose the instructions checked for them; the rest is the caller's promise.
+            Isa::Avx512 => return unsafe { self.quantise_avx512(rows, columns, values, stride) },
+            // SAFETY: as above.
+            Isa::AvxVnni | Isa::Avx2 => return unsafe { self.quantise_avx2(rows, columns, values, stride) },
+            _ => {}
         }
         // SAFETY: the caller's promise.
-        unsafe { parts.scales.write(at, &[scale]) };
+        unsafe { self.quantise_plain(rows, columns, values, stride) }
+    }
+
+    /// The same code as `quantise_plain`; the compiler vectorises it for the features named here.
+    ///
+    /// # Safety
+    /// As `put`.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
+    unsafe fn quantise_avx512(&self, rows: Range<usize>, columns: Range<usize>, values: &[f32], stride: usize) {
         // SAFETY: the caller's promise.
-        unsafe { parts.counts.write(at, &[count]) };
+        unsafe { self.quantise_plain(rows, columns, values, stride) }
+    }
+
+    /// As above.
+    ///
+    /// # Safety
+    /// As `put`.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn quantise_avx2(&self, rows: Range<usize>, columns: Range<usize>, values: &[f32], stride: usize) {
         // SAFETY: the caller's promise.
-        unsafe { parts.sums.write(at, &[scale * count as f32]) };
+        unsafe { self.quantise_plain(rows, columns, values, stride) }
+    }
+
+    /// # Safety
+    /// As `put`.
+    #[inline(always)]
+    unsafe fn quantise_plain(&self, rows: Range<usize>, columns: Range<usize>, values: &[f32], stride: usize) {
+        for (row, values) in rows.zip(values.chunks(stride)) {
+            let first = row / self.tile * self.tile;
+            let (rows, place) = (self.tile.min(self.rows - first), row - first);
+            let (blocks, _) = values[..columns.len()].as_chunks::<BLOCK>();
+            for (block, values) in (columns.start / BLOCK..).zip(blocks) {
+                let Block { quants, scale, count } = quantise_block(values);
+                let (groups, _) = quants.as_chunks::<GROUP>();
+                for (group, quants) in groups.iter().enumerate() {
+                    let at = first * self.inputs + ((block * GROUPS + group) * rows + place) * GROUP;
+                    // SAFETY: the caller's promise.
+                    unsafe { self.quants.write(at, quants) };
+                }
+                let at = first * self.inputs / BLOCK + block * rows + place;
+                // SAFETY: the caller's promise.
+                unsafe { self.scales.write(at, &[scale]) };
+                // SAFETY: the caller's promise.
+                unsafe { self.counts.write(at, &[count]) };
+                // SAFETY: the caller's promise.
+                unsafe { self.sums.write(at, &[scale * count as f32]) };
+            }
+        }
     }
 }
 

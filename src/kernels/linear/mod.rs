@@ -6,11 +6,15 @@
 
 pub mod activations;
 mod float;
+mod gated;
 pub mod quantised;
+
+use std::ops::Range;
 
 use half::{bf16, f16};
 
 use super::SharedOut;
+use super::huge_pages::HugePages;
 use super::isa::Isa;
 use super::threads::Threads;
 pub use activations::{Activations, Wants};
@@ -86,16 +90,23 @@ impl Linear {
     }
 
     /// Packs a matrix of `outputs` rows below those that the layer has.
-    pub fn push<E: Send>(&mut self, threads: &mut Threads, outputs: usize, source: Source<'_, E>) -> Result<(), E> {
+    pub fn push<E: Send>(
+        &mut self,
+        (threads, memory): (&mut Threads, &mut HugePages),
+        outputs: usize,
+        source: Source<'_, E>,
+    ) -> Result<(), E> {
         let inputs = self.inputs;
         let matrix = match source {
             Source::Blocks(encoding, bytes) => {
-                Matrix::Quantised(quantised::Panels::pack(threads, outputs, inputs, encoding, bytes))
+                Matrix::Quantised(quantised::Panels::pack((threads, memory), outputs, inputs, encoding, bytes))
             }
-            Source::F32(bytes) => Matrix::F32(float::Panels::pack(threads, outputs, inputs, bytes)),
-            Source::F16(bytes) => Matrix::F16(float::Panels::pack(threads, outputs, inputs, bytes)),
-            Source::BF16(bytes) => Matrix::BF16(float::Panels::pack(threads, outputs, inputs, bytes)),
-            Source::Quantise(fill) => Matrix::Quantised(quantised::Panels::quantise(threads, outputs, inputs, fill)?),
+            Source::F32(bytes) => Matrix::F32(float::Panels::pack((threads, memory), outputs, inputs, bytes)),
+            Source::F16(bytes) => Matrix::F16(float::Panels::pack((threads, memory), outputs, inputs, bytes)),
+            Source::BF16(bytes) => Matrix::BF16(float::Panels::pack((threads, memory), outputs, inputs, bytes)),
+            Source::Quantise(fill) => {
+                Matrix::Quantised(quantised::Panels::quantise((threads, memory), outputs, inputs, fill)?)
+            }
         };
         self.parts.push((self.outputs, matrix));
         self.outputs += outputs;
@@ -140,9 +151,8 @@ impl Linear {
     /// filled for this layer.
     pub fn multiply(&self, threads: &mut Threads, input: &Activations, update: Update, out: &mut [f32]) {
         let rows = input.rows();
-        let (wants, has) = (self.wants(), input.wants());
-        assert!(input.inputs() == self.inputs && out.len() == rows * self.outputs, "a product of another shape");
-        assert!(has.quantised >= wants.quantised && has.float >= wants.float, "an input of another form");
+        self.check(input);
+        assert_eq!(out.len(), rows * self.outputs, "a product of another shape");
         if rows == 0 {
             return;
         }
@@ -160,24 +170,33 @@ impl Linear {
                 let range = chunk * a_chunk..matrix.panels().min((chunk + 1) * a_chunk);
                 let next = self.parts.iter().map(|(first, _)| *first).find(|first| first > first_output);
                 let outputs = next.unwrap_or(self.outputs) - first_output;
-                let out = Out { out, row: 0, first: *first_output, outputs, stride: self.outputs, update };
-                return self.multiply_part(matrix, range, input, out);
+                let out = Out { out, row: 0, panel: 0, first: *first_output, outputs, stride: self.outputs, update };
+                return self.multiply_part(matrix, range, input, 0..rows, out);
             }
         });
     }
 
-    /// Some panels of one matrix by all rows.
-    fn multiply_part(&self, matrix: &Matrix, range: std::ops::Range<usize>, input: &Activations, out: Out) {
+    /// Panics if the input was not filled for this layer.
+    fn check(&self, input: &Activations) {
+        let (wants, has) = (self.wants(), input.wants());
+        assert_eq!(input.inputs(), self.inputs, "an input of another width");
+        assert!(has.quantised >= wants.quantised && has.float >= wants.float, "an input of another form");
+    }
+
+    /// Some panels of one matrix by some rows, from the start of a tile.
+    fn multiply_part(&self, matrix: &Matrix, range: Range<usize>, input: &Activations, rows: Range<usize>, out: Out) {
+        let floats = || &input.floats()[rows.start * self.inputs..rows.end * self.inputs];
         match matrix {
             Matrix::Quantised(panels) => {
                 let (kernel, tile_rows) = quantised::kernel(self.isa);
-                let tiles = input.rows().div_ceil(tile_rows);
+                let tiles = rows.start / tile_rows..rows.end.div_ceil(tile_rows);
                 let at_once = (INPUT_BLOCK_BYTES / (self.inputs * tile_rows)).max(1);
-                for first_tile in (0..tiles).step_by(at_once) {
-                    for panel in range.clone().step_by(PANELS_AT_ONCE) {
-                        for tile in first_tile..tiles.min(first_tile + at_once) {
-                            let out = Out { row: tile * tile_rows, ..out };
-                            let panel = panel..range.end.min(panel + PANELS_AT_ONCE);
+                let panels_at_once = if tiles.len() == 1 { range.len() } else { PANELS_AT_ONCE };
+                for first_tile in tiles.clone().step_by(at_once) {
+                    for panel in range.clone().step_by(panels_at_once) {
+                        for tile in first_tile..tiles.end.min(first_tile + at_once) {
+                            let out = Out { row: out.row + tile * tile_rows - rows.start, ..out };
+                            let panel = panel..range.end.min(panel + panels_at_once);
                             // SAFETY: the instructions were checked for when they were chosen; these panels' columns are
                             // this chunk's alone, and `out` is borrowed until all chunks are done.
                             unsafe { kernel(panels, panel, &input.tile(tile), &out) };
@@ -185,9 +204,9 @@ impl Linear {
                     }
                 }
             }
-            Matrix::F32(panels) => panels.multiply(self.isa, range, input.floats(), &out),
-            Matrix::F16(panels) => panels.multiply(self.isa, range, input.floats(), &out),
-            Matrix::BF16(panels) => panels.multiply(self.isa, range, input.floats(), &out),
+            Matrix::F32(panels) => panels.multiply(self.isa, range, floats(), &out),
+            Matrix::F16(panels) => panels.multiply(self.isa, range, floats(), &out),
+            Matrix::BF16(panels) => panels.multiply(self.isa, range, floats(), &out),
         }
     }
 }
@@ -196,13 +215,15 @@ impl Linear {
 #[derive(Clone, Copy)]
 struct Out {
     out: SharedOut<f32>,
-    /// The tile's first row.
+    /// Where the tile's first row is.
     row: usize,
-    /// The matrix' first output.
+    /// The panel whose outputs come first.
+    panel: usize,
+    /// Where they are in a row.
     first: usize,
-    /// Outputs of the matrix.
+    /// Outputs from there on that the matrix has, or that are wanted.
     outputs: usize,
-    /// Outputs of the layer.
+    /// From one row to the next.
     stride: usize,
     update: Update,
 }
@@ -218,7 +239,7 @@ impl Out {
     /// The row is one of the product.
     #[inline(always)]
     unsafe fn whole(&self, row: usize, panel: usize) -> Option<*mut f32> {
-        let column = panel * PANEL;
+        let column = (panel - self.panel) * PANEL;
         let at = (self.row + row) * self.stride + self.first + column;
         (column + PANEL <= self.outputs).then(|| self.out.at(at, PANEL))
     }
@@ -237,7 +258,7 @@ impl Out {
     /// # Safety
     /// As `put`.
     unsafe fn put_part(&self, row: usize, panel: usize, lane: usize, sums: &[f32]) {
-        let column = panel * PANEL + lane;
+        let column = (panel - self.panel) * PANEL + lane;
         let width = sums.len().min(self.outputs.saturating_sub(column));
         if width == 0 {
             return;

@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use proptest::prelude::*;
 
 use super::*;
+use crate::kernels::elementwise::swiglu;
 
 /// Values in -1..1 out of a seed, with some zeros.
 fn values(seed: u64, count: usize) -> Vec<f32> {
@@ -32,6 +33,7 @@ enum Kind {
 /// A layer of parts; and its weights as they were rounded, `[outputs, inputs]`.
 fn layer(isa: Isa, inputs: usize, parts: &[(usize, Kind)], seed: u64) -> (Linear, Vec<f32>) {
     let mut threads = Threads::new(2).unwrap();
+    let mut memory = HugePages::default();
     let mut layer = Linear::new(isa, inputs);
     let mut weights = Vec::new();
     for (index, &(outputs, kind)) in parts.iter().enumerate() {
@@ -52,7 +54,7 @@ fn layer(isa: Isa, inputs: usize, parts: &[(usize, Kind)], seed: u64) -> (Linear
             Kind::BF16 => Source::BF16(&bytes),
             Kind::Quantised => Source::Quantise(&fill),
         };
-        layer.push(&mut threads, outputs, source).unwrap();
+        layer.push((&mut threads, &mut memory), outputs, source).unwrap();
     }
     for row in 0..layer.outputs() {
         let start = weights.len();
@@ -110,6 +112,40 @@ proptest! {
                 Some(first) => prop_assert_eq!(first, &bits(&out), "{}", isa),
                 None => first = Some(bits(&out)),
             }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn a_gated_layer_gives_the_bits_of_a_product_then_swiglu_then_the_next_input(
+        rows in prop_oneof![1..20_usize, 250..270_usize],
+        width in 1..140_usize,
+        kinds in [kind(), kind()],
+        wants in prop_oneof![Just((true, false)), Just((false, true)), Just((true, true))],
+        threads in 1..4_usize,
+        seed in any::<u64>(),
+    ) {
+        let (inputs, wants) = (64, Wants { quantised: wants.0, float: wants.1 });
+        let width = if wants.quantised { width.next_multiple_of(32) } else { width };
+        let input = values(seed ^ 9, rows * inputs);
+        for isa in Isa::available() {
+            let (layer, _) = layer(isa, inputs, &[(width, kinds[0]), (width, kinds[1])], seed);
+            let mut products = product(&layer, 1, &input);
+            swiglu(isa, &mut products, width);
+            let mut pool = Threads::new(threads).unwrap();
+            let mut wanted = Activations::new(isa, threads);
+            wanted.fill(&mut pool, rows, width, wants, |row, out| {
+                out.copy_from_slice(&products[row * 2 * width..][..width]);
+            });
+            let (mut filled, mut gated) = (Activations::new(isa, threads), Activations::new(isa, threads));
+            filled.fill(&mut pool, rows, inputs, layer.wants(), |row, out| {
+                out.copy_from_slice(&input[row * inputs..][..inputs]);
+            });
+            layer.multiply_gated(&mut pool, &filled, wants, &mut gated);
+            prop_assert!(gated.equals(&wanted), "{}", isa);
         }
     }
 }

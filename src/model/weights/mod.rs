@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::{GgmlDType, ggml_file};
 use candle_core::{Device, Tensor};
 
+use crate::kernels::huge_pages::HugePages;
 use crate::kernels::isa::Isa;
 use crate::kernels::linear::{Encoding, FillRow, Linear, Source};
 use crate::kernels::mapped::MappedFile;
@@ -99,7 +100,7 @@ impl WeightFile {
     pub fn linear(
         &self,
         isa: Isa,
-        threads: &mut Threads,
+        (threads, memory): (&mut Threads, &mut HugePages),
         parts: &[(&str, usize)],
         inputs: usize,
     ) -> Result<Linear, TensorError> {
@@ -109,7 +110,7 @@ impl WeightFile {
             let file = self.bytes();
             let bytes = file.get(tensor.bytes.clone()).unwrap_or(&[]);
             let dequantise = |row: usize, values: &mut [f32]| read_rows(file, tensor, row, values);
-            layer.push(threads, rows, source(tensor.dtype, bytes, &dequantise))?;
+            layer.push((threads, memory), rows, source(tensor.dtype, bytes, &dequantise))?;
             if !layer.is_finite() {
                 return Err(TensorError::Scales { name: name.to_owned() });
             }

@@ -12,6 +12,7 @@ use std::ops::Range;
 
 use super::{Out, PANEL};
 use crate::kernels::SharedOut;
+use crate::kernels::huge_pages::{HugePages, Piece};
 use crate::kernels::isa::Isa;
 use crate::kernels::threads::Threads;
 use weight::Weight;
@@ -26,7 +27,7 @@ pub struct Panels<W> {
     outputs: usize,
     inputs: usize,
     /// `[panel][column]` of 16 rows; rows past the last are zeros.
-    panels: Vec<[W; PANEL]>,
+    panels: Piece<[W; PANEL]>,
 }
 
 /// Some panels to multiply.
@@ -38,9 +39,14 @@ struct Task<'a, W> {
 
 impl<W: Weight> Panels<W> {
     /// Packs a matrix of `outputs` rows from their bytes. Panics if they are of another size.
-    pub fn pack(threads: &mut Threads, outputs: usize, inputs: usize, bytes: &[u8]) -> Self {
+    pub fn pack(
+        (threads, memory): (&mut Threads, &mut HugePages),
+        outputs: usize,
+        inputs: usize,
+        bytes: &[u8],
+    ) -> Self {
         assert_eq!(bytes.len(), outputs * inputs * size_of::<W>(), "bytes of another shape");
-        let mut panels = vec![[W::default(); PANEL]; outputs.div_ceil(PANEL) * inputs];
+        let mut panels = memory.zeroed::<[W; PANEL]>(outputs.div_ceil(PANEL) * inputs);
         let shared = SharedOut::new(&mut panels);
         threads.run(outputs.div_ceil(PANEL), |panel| {
             // SAFETY: borrowed for the whole run; only this call has this panel.

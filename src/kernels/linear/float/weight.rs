@@ -8,7 +8,9 @@ use super::PANEL;
 use super::avx2;
 
 /// A form of weight that the kernels read.
-pub(in crate::kernels::linear) trait Weight: Copy + Default + Send + Sync {
+pub(in crate::kernels::linear) trait Weight:
+    Copy + bytemuck::Zeroable + Send + Sync
+{
     fn from_le_bytes(bytes: &[u8]) -> Self;
     fn to_f32(self) -> f32;
     /// Sixteen weights as two vectors.

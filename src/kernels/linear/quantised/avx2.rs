@@ -3,14 +3,15 @@
 //! `maddubs` multiplies unsigned bytes by signed ones and adds pairs in 16 bits, with saturation. Nibbles fit: all eight
 //! products of a lane's block add up in 16 bits (8 * 2 * 15 * 127 = 30,480). Of 8-bit weights the absolute value is taken,
 //! and their sign given to the row's byte, which is never -128: 2 * 128 * 127 fits. A tile is half a panel (8 rows of
-//! weights) by up to four rows of input.
+//! weights) by up to six rows of input.
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_loadu_si128, _mm_prefetch, _mm256_abs_epi8,
-    _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_cvtepi32_ps, _mm256_cvtph_ps,
-    _mm256_fmadd_ps, _mm256_load_si256, _mm256_loadu_ps, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps,
-    _mm256_or_si256, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_setzero_si256, _mm256_sign_epi8, _mm256_sll_epi16, _mm256_srl_epi16, _mm256_srli_epi16, _mm256_storeu_ps,
+    __m128i, __m256, __m256i, _MM_HINT_T0, _MM_HINT_T1, _mm_cvtsi32_si128, _mm_loadu_si128, _mm_prefetch,
+    _mm256_abs_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_cvtepi32_ps,
+    _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_load_si256, _mm256_loadu_ps, _mm256_madd_epi16, _mm256_maddubs_epi16,
+    _mm256_mul_ps, _mm256_or_si256, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_setzero_si256, _mm256_sign_epi8, _mm256_sll_epi16, _mm256_srl_epi16, _mm256_srli_epi16,
+    _mm256_storeu_ps,
 };
 use std::ops::Range;
 
@@ -19,9 +20,11 @@ use super::super::{Out, PANEL};
 use super::{GROUP, GROUPS, Packing, Panels, with_packing};
 
 /// Rows of a tile: with half a panel, sums and weights fill the 16 registers.
-pub const TILE: usize = 4;
-/// How far ahead weights are read from memory.
-const PREFETCH_BYTES: usize = 2048;
+pub const TILE: usize = 6;
+/// How far ahead quants are asked for: bytes into the first cache, nibbles, which are multiplied faster than memory gives
+/// them, earlier and into the second. Each was a sixth faster than the other's way on Zen 4.
+const BYTES_AHEAD: usize = 4096;
+const NIBBLES_AHEAD: usize = 8192;
 /// Weights of a vector.
 const HALF: usize = PANEL / 2;
 
@@ -47,21 +50,30 @@ pub(super) unsafe fn rows<F: Packing>(panels: &Panels, range: Range<usize>, tile
             1 => unsafe { multiply_tile::<F, 1, 2>(panels, panel, 0, tile, out) },
             // SAFETY: as above.
             2 => unsafe { multiply_tile::<F, 2, 2>(panels, panel, 0, tile, out) },
-            3 => {
-                // SAFETY: as above.
-                unsafe { multiply_tile::<F, 3, 1>(panels, panel, 0, tile, out) };
-                // SAFETY: as above.
-                unsafe { multiply_tile::<F, 3, 1>(panels, panel, 1, tile, out) };
-            }
-            TILE => {
-                // SAFETY: as above.
-                unsafe { multiply_tile::<F, TILE, 1>(panels, panel, 0, tile, out) };
-                // SAFETY: as above.
-                unsafe { multiply_tile::<F, TILE, 1>(panels, panel, 1, tile, out) };
-            }
+            // SAFETY: as above.
+            3 => unsafe { multiply_halves::<F, 3>(panels, panel, tile, out) },
+            // SAFETY: as above.
+            4 => unsafe { multiply_halves::<F, 4>(panels, panel, tile, out) },
+            // SAFETY: as above.
+            5 => unsafe { multiply_halves::<F, 5>(panels, panel, tile, out) },
+            // SAFETY: as above.
+            TILE => unsafe { multiply_halves::<F, TILE>(panels, panel, tile, out) },
             rows => unreachable!("a tile of {rows} rows"),
         }
     }
+}
+
+/// `T` rows by one half of a panel after the other.
+///
+/// # Safety
+/// As `Kernel`; the tile has `T` rows.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn multiply_halves<F: Packing, const T: usize>(panels: &Panels, panel: usize, tile: &Tile<'_>, out: &Out) {
+    // SAFETY: the caller's promise.
+    unsafe { multiply_tile::<F, T, 1>(panels, panel, 0, tile, out) };
+    // SAFETY: as above.
+    unsafe { multiply_tile::<F, T, 1>(panels, panel, 1, tile, out) };
 }
 
 /// `T` rows by `H` halves of a panel, from half `first`.
@@ -99,7 +111,11 @@ unsafe fn multiply_tile<F: Packing, const T: usize, const H: usize>(
         for line in 0..if F::BYTES { GROUPS } else { GROUPS / 2 } {
             // SAFETY: as above.
             let at = unsafe { walk.quants.add((block * F::LINES + line) * 64) };
-            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(PREFETCH_BYTES).cast());
+            if F::BYTES {
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(BYTES_AHEAD).cast());
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(NIBBLES_AHEAD).cast());
+            }
             let mut weights = [_mm256_setzero_si256(); H];
             for (h, weights) in weights.iter_mut().enumerate() {
                 // SAFETY: half a line, aligned as one.

@@ -25,6 +25,7 @@ use half::f16;
 
 use super::activations::Tile;
 use super::{Out, PANEL};
+use crate::kernels::huge_pages::Piece;
 use crate::kernels::isa::Isa;
 pub use pack::Encoding;
 
@@ -127,7 +128,7 @@ macro_rules! with_packing {
 use with_packing;
 
 /// One group of a panel: a cache line.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, bytemuck::Zeroable)]
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
@@ -138,11 +139,11 @@ pub struct Panels {
     /// Blocks of a row.
     blocks: usize,
     /// `[panel][block][line]`; rows past the last are zeros.
-    quants: Vec<Line>,
+    quants: Piece<Line>,
     /// `[panel][block]` of 16 rows.
-    scales: Vec<[f16; PANEL]>,
+    scales: Piece<[f16; PANEL]>,
     /// As `scales`; empty if the form has none.
-    mins: Vec<[f16; PANEL]>,
+    mins: Piece<[f16; PANEL]>,
 }
 
 /// Multiplies some panels by a tile of rows.

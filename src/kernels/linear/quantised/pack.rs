@@ -8,6 +8,7 @@ use half::f16;
 
 use super::{BLOCK, Form, GROUP, GROUPS, Line, PANEL, Panels};
 use crate::kernels::SharedOut;
+use crate::kernels::huge_pages::HugePages;
 use crate::kernels::threads::Threads;
 
 /// How a file keeps rows whose blocks become panels without loss.
@@ -72,11 +73,17 @@ pub(super) struct Block {
 
 impl Panels {
     /// Packs a matrix of `outputs` rows and `inputs` columns from the bytes of its rows. Panics if they are too few.
-    pub fn pack(threads: &mut Threads, outputs: usize, inputs: usize, encoding: Encoding, bytes: &[u8]) -> Self {
+    pub fn pack(
+        with: (&mut Threads, &mut HugePages),
+        outputs: usize,
+        inputs: usize,
+        encoding: Encoding,
+        bytes: &[u8],
+    ) -> Self {
         let row_bytes = encoding.row_bytes(inputs);
         assert!(inputs.is_multiple_of(encoding.columns()), "{inputs} columns are not whole blocks");
         assert_eq!(bytes.len(), outputs * row_bytes, "bytes of another shape");
-        Self::from_blocks(threads, encoding.form(), outputs, inputs, |row, put| {
+        Self::from_blocks(with, encoding.form(), outputs, inputs, |row, put| {
             let row = &bytes[row * row_bytes..][..row_bytes];
             (0..inputs / BLOCK).for_each(|block| put(block, &decode(encoding, row, block)));
             Ok::<_, std::convert::Infallible>(())
@@ -86,12 +93,12 @@ impl Panels {
 
     /// Quantises rows to 8 bits: what ggml's `Q8_0` does. `fill(row, values)` writes a row, on any thread.
     pub fn quantise<E: Send>(
-        threads: &mut Threads,
+        with: (&mut Threads, &mut HugePages),
         outputs: usize,
         inputs: usize,
         fill: impl Fn(usize, &mut [f32]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
-        Self::from_blocks(threads, Form::Eight, outputs, inputs, |row, put| {
+        Self::from_blocks(with, Form::Eight, outputs, inputs, |row, put| {
             let mut values = vec![0.0; inputs];
             fill(row, &mut values)?;
             let (blocks, _) = values.as_chunks::<BLOCK>();
@@ -102,11 +109,11 @@ impl Panels {
 
     /// Whether all scales are numbers. Scales of K-quants, multiplied out, may leave the range of f16.
     pub fn is_finite(&self) -> bool {
-        self.scales.iter().chain(&self.mins).flatten().all(|scale| scale.is_finite())
+        self.scales.iter().chain(self.mins.iter()).flatten().all(|scale| scale.is_finite())
     }
 
     fn from_blocks<E: Send>(
-        threads: &mut Threads,
+        (threads, memory): (&mut Threads, &mut HugePages),
         form: Form,
         outputs: usize,
         inputs: usize,
@@ -115,9 +122,9 @@ impl Panels {
         assert!(outputs > 0 && inputs > 0 && inputs.is_multiple_of(BLOCK), "{outputs} rows of {inputs} columns");
         let blocks = inputs / BLOCK;
         let panels = outputs.div_ceil(PANEL);
-        let mut quants = vec![Line([0; 64]); panels * blocks * form.lines()];
-        let mut scales = vec![[f16::ZERO; PANEL]; panels * blocks];
-        let mut mins = vec![[f16::ZERO; PANEL]; if form.is_affine() { panels * blocks } else { 0 }];
+        let mut quants = memory.zeroed::<Line>(panels * blocks * form.lines());
+        let mut scales = memory.zeroed::<[f16; PANEL]>(panels * blocks);
+        let mut mins = memory.zeroed::<[f16; PANEL]>(if form.is_affine() { panels * blocks } else { 0 });
         let failure = std::sync::Mutex::new(None);
         let parts = (SharedOut::new(&mut quants), SharedOut::new(&mut scales), SharedOut::new(&mut mins));
         threads.run(panels, |panel| {

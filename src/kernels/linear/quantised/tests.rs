@@ -7,6 +7,7 @@ use super::super::{Linear, Source, Update};
 use super::pack::{Block, Encoding, decode};
 use super::*;
 use crate::kernels::SharedOut;
+use crate::kernels::huge_pages::HugePages;
 use crate::kernels::threads::Threads;
 
 const ENCODINGS: [Encoding; 7] =
@@ -64,7 +65,7 @@ fn multiply(kernel: Kernel, panels: &Panels, input: &Activations, update: Update
     let (stride, shared) = (panels.outputs, SharedOut::new(out));
     for tile in 0..input.rows().div_ceil(input.tile_rows()) {
         let row = tile * input.tile_rows();
-        let out = Out { out: shared, row, first: 0, outputs: panels.outputs, stride, update };
+        let out = Out { out: shared, row, panel: 0, first: 0, outputs: panels.outputs, stride, update };
         // SAFETY: the kernel is one that this machine can run, and all of `out` is this thread's.
         unsafe { kernel(panels, 0..panels.panels(), &input.tile(tile), &out) };
     }
@@ -87,7 +88,7 @@ proptest! {
         let values: Vec<f32> = (0..rows * inputs).map(|_| random.float() * 3.0).collect();
         let before: Vec<f32> = (0..rows * outputs).map(|_| random.float()).collect();
         let mut threads = Threads::new(2).unwrap();
-        let panels = Panels::pack(&mut threads, outputs, inputs, encoding, &bytes);
+        let panels = Panels::pack((&mut threads, &mut HugePages::default()), outputs, inputs, encoding, &bytes);
         let mut first: Option<Vec<u32>> = None;
         for (name, isa, kernel) in kernels() {
             let mut input = Activations::new(isa, 2);
@@ -137,7 +138,7 @@ proptest! {
     ) {
         let inputs = 256;
         let bytes = file(encoding, outputs, inputs, &mut Random(seed));
-        let panels = Panels::pack(&mut Threads::new(1).unwrap(), outputs, inputs, encoding, &bytes);
+        let panels = Panels::pack((&mut Threads::new(1).unwrap(), &mut HugePages::default()), outputs, inputs, encoding, &bytes);
         let wanted = dequantised(encoding, &bytes, outputs, inputs);
         let mut row = vec![0.0; inputs];
         for at in 0..outputs {
@@ -190,7 +191,7 @@ fn the_largest_and_the_smallest_quants_saturate_nowhere() {
                 }
             }
             let mut threads = Threads::new(1).unwrap();
-            let panels = Panels::pack(&mut threads, 16, inputs, encoding, &bytes);
+            let panels = Panels::pack((&mut threads, &mut HugePages::default()), 16, inputs, encoding, &bytes);
             for value in [1.0, -1.0] {
                 for (name, isa, kernel) in kernels() {
                     let mut input = Activations::new(isa, 1);
@@ -214,7 +215,7 @@ fn quantising_keeps_every_value_within_half_a_step() {
     let mut random = Random(5);
     let values: Vec<f32> = (0..outputs * inputs).map(|_| random.float()).collect();
     let mut threads = Threads::new(2).unwrap();
-    let panels = Panels::quantise(&mut threads, outputs, inputs, |row, out| {
+    let panels = Panels::quantise((&mut threads, &mut HugePages::default()), outputs, inputs, |row, out| {
         out.copy_from_slice(&values[row * inputs..][..inputs]);
         Ok::<_, ()>(())
     })
@@ -227,7 +228,9 @@ fn quantising_keeps_every_value_within_half_a_step() {
             assert!((found - wanted).abs() <= largest / 127.0 * 0.55, "{found} for {wanted}");
         }
     }
-    let failed = Panels::quantise(&mut threads, 40, 32, |row, _| if row == 33 { Err("row 33") } else { Ok(()) });
+    let failed = Panels::quantise((&mut threads, &mut HugePages::default()), 40, 32, |row, _| {
+        if row == 33 { Err("row 33") } else { Ok(()) }
+    });
     assert_eq!(failed.err(), Some("row 33"));
 }
 
@@ -238,7 +241,9 @@ fn what_is_not_finite_in_a_row_is_not_finite_in_its_outputs_and_touches_no_other
     let bytes = file(Encoding::Q4_1, 20, inputs, &mut Random(3));
     for isa in Isa::available() {
         let mut layer = Linear::new(isa, inputs);
-        layer.push::<()>(&mut threads, 20, Source::Blocks(Encoding::Q4_1, &bytes)).unwrap();
+        layer
+            .push::<()>((&mut threads, &mut HugePages::default()), 20, Source::Blocks(Encoding::Q4_1, &bytes))
+            .unwrap();
         let mut input = Activations::new(isa, 1);
         input.fill(&mut threads, 3, inputs, layer.wants(), |row, out| {
             out.fill(0.5);
