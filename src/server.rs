@@ -213,6 +213,7 @@ fn load(config: &Config) -> Result<(Decoder, Language), ServeError> {
         return Err(ServeError::NoModel { path: path.clone() });
     }
     let started = Instant::now();
+    process::look_for_huge_pages();
     let compute = Compute::choose(config.engine.thread_count(), &config.engine.instructions, config.kv.dtype)?;
     let file = WeightFile::open(path).map_err(|source| ServeError::Open { path: path.clone(), source })?;
     let language = Language::from_metadata(file.metadata())

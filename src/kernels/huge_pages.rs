@@ -2,7 +2,7 @@
 //!
 //! In large mappings for which huge pages are asked, one weight behind the other. A decode step reads all weights once, as
 //! fast as memory gives them: with pages of 4 KiB the processor stops at the end of each to look up the next, and one
-//! thread reads a quarter slower (README has it measured). Where the system has no huge pages, nothing else changes.
+//! thread reads 24 GB/s where it reads 30 in pages of 2 MiB (Zen 4). Where the system has none, nothing else changes.
 //! Invariant: pieces don't overlap, and a mapping lives as long as one of its pieces.
 
 use std::alloc::{Layout, handle_alloc_error};
