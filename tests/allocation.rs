@@ -102,15 +102,20 @@ fn a_step_no_larger_than_one_before_it_allocates_nothing() {
     let prefill = [(100, 0), (17, 0), (1, 60), (1, 3)];
     let decode: Vec<Shape> = (0..16).map(|sequence| (1, 20 + sequence)).collect();
     let mixed: Vec<Shape> = (0..16).map(|sequence| (1 + sequence % 4, 50 + sequence)).collect();
-    let mut round = |memory: &mut Memory| {
+    let round = |model: &mut Decoder, memory: &mut Memory| {
         for shapes in [&prefill[..], &decode, &mixed, &decode[..1], &decode[..7]] {
-            run(&mut model, &arena, &tables, shapes, memory);
+            run(model, &arena, &tables, shapes, memory);
         }
     };
-    round(&mut memory);
+    round(&mut model, &mut memory);
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     // The counter counts: it has seen the model's loading.
     assert!(before > 1000, "{before} allocations of loading");
-    (0..3).for_each(|_| round(&mut memory));
+    (0..3).for_each(|_| round(&mut model, &mut memory));
     assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0, "allocations of 15 steps");
+    // Of sizes that there were not before, all smaller.
+    for rows in [2, 5, 31, 64, 65, 100, 118] {
+        run(&mut model, &arena, &tables, &[(rows, 0)], &mut memory);
+        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0, "allocations of a step of {rows} rows");
+    }
 }

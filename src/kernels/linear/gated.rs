@@ -29,7 +29,8 @@ impl Linear {
         let blocks = width.div_ceil(BLOCK) / (CHUNKS_A_THREAD * threads.count());
         let a_chunk = BLOCK * blocks.min(WAITING / (2 * BLOCK * rows)).clamp(1, BLOCKS_A_CHUNK);
         let at_once = (WAITING / (2 * a_chunk * input.tile_rows())).max(1) * input.tile_rows();
-        scratch.iter_mut().for_each(|products| products.resize(at_once.min(rows) * 2 * a_chunk, 0.0));
+        // Always as many, so that no later step needs more.
+        scratch.iter_mut().for_each(|products| products.resize(WAITING, 0.0));
         threads.run_with(scratch, width.div_ceil(a_chunk), |products, chunk| {
             let columns = chunk * a_chunk..width.min((chunk + 1) * a_chunk);
             let panels = columns.start / PANEL..columns.end.div_ceil(PANEL);
