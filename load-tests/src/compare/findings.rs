@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::busy;
 use super::chats::Workload;
-use super::limits::Limits;
+use super::limits;
 use super::peer::{Level, Peer};
 use super::servers::{Arm, Pair, Room};
 use super::shapes::{Shape, Work};
@@ -68,30 +68,26 @@ impl Findings {
     }
 
     pub fn limits(&mut self, threads: &[usize]) -> anyhow::Result<()> {
-        let mut rows = Vec::new();
+        let mut rates = Vec::new();
+        for threads in threads {
+            let watch = Watch::start(None)?;
+            let rate = limits::read_bytes_per_s(*threads);
+            self.usage += watch.usage()?;
+            eprintln!("[compare] reading memory, {threads} threads: {} GB/s", figure(rate / 1e9));
+            rates.push((*threads, rate));
+        }
+        let row = |(threads, rate): &(usize, f64)| vec![threads.to_string(), figure(rate / 1e9)];
+        let rows = rates.iter().map(row).collect();
+        self.tables.push(Table { heading: "This machine", columns: vec!["threads", "reads memory, GB/s"], rows });
         for level in Level::ALL {
-            for threads in threads {
-                let watch = Watch::start(None)?;
-                let limits = Limits::measure(level.isa(), *threads);
-                self.usage += watch.usage()?;
-                let row = vec![
-                    level.name().to_owned(),
-                    level.isa().to_string(),
-                    threads.to_string(),
-                    figure(limits.read_bytes_per_s / 1e9),
-                    limits.multiply_adds_per_s.map_or("unknown".into(), |rate| figure(rate / 1e9)),
-                ];
-                eprintln!("[compare] limits: {}", row.join(", "));
-                rows.push(row);
+            if let Some(rate) = limits::multiply_adds_per_s(level.isa()) {
+                let (name, isa, giga) = (level.name(), level.isa(), figure(rate / 1e9));
+                eprintln!("[compare] multiplying bytes, {name}: {giga} G/s");
+                self.notes.push(format!("`{name}` is {isa}: one core does {giga} G multiply-adds of bytes a second."));
             }
         }
-        let raw = |row: &Vec<String>| json!(row);
-        self.raw.insert("limits".into(), rows.iter().map(raw).collect());
-        self.tables.push(Table {
-            heading: "This machine",
-            columns: vec!["level", "instructions", "threads", "reads memory, GB/s", "a core multiplies bytes, G/s"],
-            rows,
-        });
+        let raw = |(threads, rate): &(usize, f64)| json!({"threads": threads, "read_bytes_per_s": rate});
+        self.raw.insert("limits".into(), rates.iter().map(raw).collect());
         Ok(())
     }
 
@@ -135,17 +131,19 @@ impl Findings {
             ],
             rows: rows.iter().map(speed_row).collect(),
         });
-        self.tables.push(Table {
-            heading: "Beside the machine's own limit, measured just before and after",
-            columns: vec!["work", "file", "instructions", "threads", "limited by", "machine", "rekindle", "share"],
-            rows: shares,
-        });
-        self.notes.push(
-            "The machine reads memory that lies as the weights do, in huge pages, and multiplies bytes in registers. A \
-             decode reads the file's bytes once a token; a prefill multiplies its layers' weights with every row. What else a \
-             step does (attention, norms, scales of blocks) counts as time, not as work."
-                .into(),
-        );
+        if !shares.is_empty() {
+            self.tables.push(Table {
+                heading: "Beside the machine's own limit, measured just before and after",
+                columns: vec!["work", "file", "instructions", "threads", "limited by", "machine", "rekindle", "share"],
+                rows: shares,
+            });
+            self.notes.push(
+                "The machine reads memory that lies as the weights do, in huge pages, and multiplies bytes in registers. A \
+                 decode reads the file's bytes once a token; a prefill multiplies its layers' weights with every row. What else a \
+                 step does (attention, norms, scales of blocks) counts as time, not as work."
+                    .into(),
+            );
+        }
         self.notes.push(format!(
             "`prefill@D`: 512 tokens in one step after D others. `decodeB@D`: B conversations, D tokens in, one token each a \
              step; 64 steps, 32 with several. Logits of a prefill's last token, of each decoded one; no token is chosen. \

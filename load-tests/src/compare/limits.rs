@@ -8,6 +8,7 @@ use std::time::Instant;
 use rekindle::kernels::huge_pages::HugePages;
 use rekindle::kernels::isa::Isa;
 use rekindle::kernels::peak;
+use serde_json::{Value, json};
 
 /// Far more than any cache holds.
 const BYTES: usize = 256 << 20;
@@ -31,6 +32,10 @@ impl Limits {
         Self { read_bytes_per_s: read_bytes_per_s(threads), multiply_adds_per_s: multiply_adds_per_s(isa) }
     }
 
+    pub fn json(self) -> Value {
+        json!({"read_bytes_per_s": self.read_bytes_per_s, "multiply_adds_per_s": self.multiply_adds_per_s})
+    }
+
     /// Of two measurements the better: what disturbs one only ever makes it slower.
     pub fn or_better(self, other: Self) -> Self {
         let of_multiplying = [self, other].into_iter().filter_map(|limits| limits.multiply_adds_per_s).reduce(f64::max);
@@ -43,7 +48,7 @@ impl Limits {
 
 /// How fast a large buffer is read again and again, each thread its own part, in bytes/s; the fastest of some measurements.
 /// The buffer lies as weights do.
-fn read_bytes_per_s(threads: usize) -> f64 {
+pub fn read_bytes_per_s(threads: usize) -> f64 {
     let mut words = HugePages::default().zeroed::<u64>(BYTES / 8);
     // Pages that nobody wrote are all the same one.
     (0..).zip(words.iter_mut()).for_each(|(value, word)| *word = value);
@@ -63,7 +68,7 @@ fn read_bytes_per_s(threads: usize) -> f64 {
 const ROUNDS: usize = 80_000_000;
 
 /// The most multiply-adds of bytes that one core does a second with these instructions; `None` if it is not known how.
-fn multiply_adds_per_s(isa: Isa) -> Option<f64> {
+pub fn multiply_adds_per_s(isa: Isa) -> Option<f64> {
     let measure = |_| {
         let started = Instant::now();
         let done = peak::multiply_bytes(isa, ROUNDS)?;

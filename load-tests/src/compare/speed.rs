@@ -113,11 +113,12 @@ pub fn measure(peer: &Peer, cell: &Cell, rounds: usize) -> anyhow::Result<Measur
         }
         drop_the_slower(&mut all);
     }
+    let limits = before.zip(limits()).map(|(before, after)| before.or_better(after));
     let raw = json!({
         "file": cell.format, "level": cell.level.name(), "threads": cell.threads,
+        "limits": limits.map(Limits::json),
         "sides": all.iter().map(|runs| runs.json(shapes)).collect::<Vec<_>>(),
     });
-    let limits = before.zip(limits()).map(|(before, after)| before.or_better(after));
     let rows = shapes.iter().enumerate().map(|(index, shape)| row(cell, *shape, index, &all, limits));
     Ok(Measured { rows: rows.collect::<anyhow::Result<_>>()?, usage, raw })
 }
