@@ -11,15 +11,19 @@ const EXP_HIGHEST: f32 = 88.0;
 /// Coefficients of 2^f for f in -0.5..=0.5, highest power first: `ln(2)^n / n!`. Relative error below 2e-7.
 const EXP2: [f32; 7] = [1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, 6.931_472e-1, 1.0];
 
-/// `e^x`, clamped to the range of normal floats.
+/// Added to a small number, it leaves the nearest whole one, even at ties, in the lowest bits: 1.5 * 2^23.
+const ROUND: f32 = 12_582_912.0;
+
+/// `e^x`, clamped to the range of normal floats; for NaN, any number.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     let scaled = x.clamp(EXP_LOWEST, EXP_HIGHEST) * std::f32::consts::LOG2_E;
-    let whole = scaled.round_ties_even();
-    let fraction = scaled - whole;
+    // Not `as i32`, which asks each lane of a vector whether it is NaN.
+    let rounded = scaled + ROUND;
+    let fraction = scaled - (rounded - ROUND);
     let power = EXP2[1..].iter().fold(EXP2[0], |power, &coefficient| power.mul_add(fraction, coefficient));
-    // Adds `whole` to the exponent; the clamp keeps it in range.
-    f32::from_bits(power.to_bits().wrapping_add_signed((whole as i32) << 23))
+    // Adds the whole number to the exponent; the clamp keeps it in range.
+    f32::from_bits(power.to_bits().wrapping_add(rounded.to_bits() << 23))
 }
 
 /// Sums kept side by side, so that a vector's lanes can hold them.

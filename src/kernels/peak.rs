@@ -71,13 +71,15 @@ fn avxvnni(rounds: usize) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn avx2(rounds: usize) {
+    use std::arch::asm;
     use std::arch::x86_64::{_mm256_add_epi16, _mm256_maddubs_epi16, _mm256_set1_epi8, _mm256_setzero_si256};
-    let b = _mm256_set1_epi8(black_box(5));
+    let (mut a, b) = (_mm256_set1_epi8(black_box(3)), _mm256_set1_epi8(black_box(5)));
     let mut sums = [_mm256_setzero_si256(); CHAINS];
     for _ in 0..rounds {
-        // Multiplies the sum itself, since a product that is always the same would be computed once for all rounds.
         for sum in &mut sums {
-            *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(*sum, b));
+            // SAFETY: no instruction. The compiler takes it for a change of `a`; else it would multiply once for all rounds.
+            unsafe { asm!("/* {0} */", inout(ymm_reg) a, options(nomem, nostack, preserves_flags)) };
+            *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(a, b));
         }
     }
     black_box(sums);

@@ -250,11 +250,8 @@ impl Weights {
     /// The rest of a layer: adds to `run.x` what attention found, and what the feed-forward network makes of it.
     fn feed_forward(&self, run: &mut Run, layer: &Layer) {
         let Sizes { hidden, heads, head_dim, rms_epsilon, .. } = self.sizes;
-        let (isa, rows, width) = (self.isa, run.x.len() / hidden, heads * head_dim);
-        let attended = &run.attended;
-        run.input.fill(&mut run.threads, rows, width, layer.attention_out.wants(), |row, out| {
-            out.copy_from_slice(&attended[row * width..][..width]);
-        });
+        let (isa, rows) = (self.isa, run.x.len() / hidden);
+        run.input.take(&mut run.threads, &run.attended, heads * head_dim, layer.attention_out.wants());
         layer.attention_out.multiply(&mut run.threads, &run.input, Update::Add, &mut run.x);
         let x = &run.x;
         run.input.fill(&mut run.threads, rows, hidden, layer.gate_up.wants(), |row, out| {

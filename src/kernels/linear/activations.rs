@@ -2,7 +2,7 @@
 //!
 //! Quantised weights take rows of int8: blocks of 32 columns, each with the scale `largest / 127`, after ggml's `Q8_1`.
 //! Rows lie in the tiles that the kernel works on, `[tile][block][group][row][4]`: what a kernel reads for all rows of a
-//! tile lies together. Float weights take the rows as they are.
+//! tile lies together. AVX2 multiplies 8-bit weights by the same quants as words. Float weights take the rows as they are.
 //! Invariant: a row's quants are its own, whatever else is in the batch. A row with a value that is not finite gives
 //! outputs that are not finite, rather than wrong ones.
 
@@ -12,16 +12,32 @@ use std::ops::Range;
 use super::SharedOut;
 use super::quantised::{BLOCK, GROUP, GROUPS};
 use crate::kernels::isa::Isa;
+use crate::kernels::prefetch::{Near, prefetch};
 use crate::kernels::threads::Threads;
 
 /// Rows that a thread takes at a time, at the least.
 const ROWS_A_CHUNK: usize = 8;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Which forms of the rows the weights of a layer read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Wants {
     pub quantised: bool,
+    /// The quants as words, besides: where bytes by bytes take longer.
+    pub words: bool,
     pub float: bool,
+}
+
+impl Wants {
+    /// What two layers want that read the same rows.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self {
+            quantised: self.quantised || other.quantised,
+            words: self.words || other.words,
+            float: self.float || other.float,
+        }
+    }
 }
 
 /// Rows of input. Its memory is used again by the next layer.
@@ -34,6 +50,8 @@ pub struct Activations {
     wants: Wants,
     /// `[tile][block][group][row][4]`.
     quants: Vec<i8>,
+    /// As `quants`, if they are wanted; even columns of a group before odd ones. Anything where a tile has a single row.
+    words: Vec<i16>,
     /// `[tile][block][row]`.
     scales: Vec<f32>,
     /// As `scales`: the sum of a block's quants.
@@ -52,6 +70,8 @@ pub struct Tile<'a> {
     pub rows: usize,
     /// `[block][group][row][4]`.
     pub quants: &'a [i8],
+    /// As `quants`, or none, if nobody wanted them: of several rows, columns 0, 2, 1, 3 of each group.
+    pub words: &'a [i16],
     /// `[block][row]`.
     pub scales: &'a [f32],
     /// As `scales`.
@@ -76,6 +96,7 @@ impl Activations {
             inputs: 0,
             wants: Wants::default(),
             quants: Vec::new(),
+            words: Vec::new(),
             scales: Vec::new(),
             counts: Vec::new(),
             sums: Vec::new(),
@@ -117,6 +138,19 @@ impl Activations {
         });
     }
 
+    /// Takes rows that lie somewhere already, `[rows, inputs]`.
+    pub fn take(&mut self, threads: &mut Threads, values: &[f32], inputs: usize, wants: Wants) {
+        let (rows, chunk) = (values.len() / inputs, ROWS_A_CHUNK.next_multiple_of(self.tile));
+        assert_eq!(values.len(), rows * inputs, "a part of a row");
+        let (places, _) = self.places(rows, inputs, wants);
+        threads.run(rows.div_ceil(chunk), |index| {
+            let rows = index * chunk..rows.min((index + 1) * chunk);
+            let values = &values[rows.start * inputs..rows.end * inputs];
+            // SAFETY: borrowed for the whole run; only this call has these rows.
+            unsafe { places.put(rows, 0..inputs, values, inputs) };
+        });
+    }
+
     /// Makes room for rows that are put in by parts, and what each thread may work in. What is not put in is anything.
     pub(super) fn places(&mut self, rows: usize, inputs: usize, wants: Wants) -> (Places<'_>, &mut [Vec<f32>]) {
         (self.rows, self.inputs, self.wants) = (rows, inputs, wants);
@@ -126,6 +160,9 @@ impl Activations {
             self.scales.resize(rows * inputs / BLOCK, 0.0);
             self.counts.resize(rows * inputs / BLOCK, 0);
             self.sums.resize(rows * inputs / BLOCK, 0.0);
+        }
+        if wants.words {
+            self.words.resize(rows * inputs, 0);
         }
         if wants.float {
             self.floats.resize(rows * inputs, 0.0);
@@ -137,6 +174,7 @@ impl Activations {
             inputs,
             wants,
             quants: SharedOut::new(&mut self.quants),
+            words: SharedOut::new(&mut self.words),
             scales: SharedOut::new(&mut self.scales),
             counts: SharedOut::new(&mut self.counts),
             sums: SharedOut::new(&mut self.sums),
@@ -156,6 +194,7 @@ impl Activations {
         Tile {
             rows,
             quants: &self.quants[start..][..rows * self.inputs],
+            words: if self.wants.words { &self.words[start..][..rows * self.inputs] } else { &[] },
             scales: &self.scales[per_block..][..count],
             counts: &self.counts[per_block..][..count],
             sums: &self.sums[per_block..][..count],
@@ -172,7 +211,7 @@ impl Activations {
     pub(super) fn equals(&self, other: &Self) -> bool {
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
         let of = |rows: &Self| {
-            let (quants, counts) = (rows.quants.clone(), rows.counts.clone());
+            let (quants, counts) = ((rows.quants.clone(), rows.words.clone()), rows.counts.clone());
             (
                 rows.rows,
                 rows.inputs,
@@ -199,6 +238,7 @@ pub(super) struct Places<'a> {
     inputs: usize,
     wants: Wants,
     quants: SharedOut<i8>,
+    words: SharedOut<i16>,
     scales: SharedOut<f32>,
     counts: SharedOut<i32>,
     sums: SharedOut<f32>,
@@ -262,6 +302,22 @@ impl Places<'_> {
         unsafe { self.quantise_plain(rows, columns, values, stride) }
     }
 
+    /// Has the lines brought that a block of the tile from row `first` on will be written to, if there is one: a few bytes
+    /// here and there, for which the processor would wait row by row.
+    #[inline(always)]
+    fn prefetch(&self, first: usize, block: usize) {
+        if first >= self.rows {
+            return;
+        }
+        let rows = self.tile.min(self.rows - first);
+        let quants = self.quants.at(first * self.inputs + block * BLOCK * rows, BLOCK * rows);
+        (0..BLOCK * rows).step_by(LINE).for_each(|at| prefetch(quants.wrapping_add(at), Near::First));
+        let at = first * self.inputs / BLOCK + block * rows;
+        prefetch(self.scales.at(at, rows), Near::First);
+        prefetch(self.counts.at(at, rows), Near::First);
+        prefetch(self.sums.at(at, rows), Near::First);
+    }
+
     /// # Safety
     /// As `put`.
     #[inline(always)]
@@ -271,12 +327,26 @@ impl Places<'_> {
             let (rows, place) = (self.tile.min(self.rows - first), row - first);
             let (blocks, _) = values[..columns.len()].as_chunks::<BLOCK>();
             for (block, values) in (columns.start / BLOCK..).zip(blocks) {
+                if place == 0 {
+                    self.prefetch(first + self.tile, block);
+                }
                 let Block { quants, scale, count } = quantise_block(values);
+                let at = first * self.inputs + block * BLOCK * rows;
+                // The tile's block, of which the row has a group every `rows`.
+                let bytes = self.quants.at(at, BLOCK * rows).wrapping_add(place * GROUP);
                 let (groups, _) = quants.as_chunks::<GROUP>();
                 for (group, quants) in groups.iter().enumerate() {
-                    let at = first * self.inputs + ((block * GROUPS + group) * rows + place) * GROUP;
-                    // SAFETY: the caller's promise.
-                    unsafe { self.quants.write(at, quants) };
+                    let to = bytes.wrapping_add(group * rows * GROUP).cast::<[i8; GROUP]>();
+                    // SAFETY: inside the block (`at` looked), and this thread's alone by the caller's promise.
+                    unsafe { to.write(*quants) };
+                }
+                if self.wants.words && rows > 1 {
+                    let words = self.words.at(at, BLOCK * rows).wrapping_add(place * GROUP);
+                    for (group, &[a, b, c, d]) in groups.iter().enumerate() {
+                        let to = words.wrapping_add(group * rows * GROUP).cast::<[i16; GROUP]>();
+                        // SAFETY: as above.
+                        unsafe { to.write([a, c, b, d].map(i16::from)) };
+                    }
                 }
                 let at = first * self.inputs / BLOCK + block * rows + place;
                 // SAFETY: the caller's promise.
@@ -352,7 +422,7 @@ mod tests {
         let row = |row: usize, values: &mut [f32]| {
             values.iter_mut().enumerate().for_each(|(i, v)| *v = ((row * 31 + i * 17) % 101) as f32 - 50.5);
         };
-        let wants = Wants { quantised: true, float: true };
+        let wants = Wants { quantised: true, words: true, float: true };
         for isa in Isa::available() {
             let (mut one, mut two) = (Threads::new(1).unwrap(), Threads::new(2).unwrap());
             let (mut alone, mut batch) = (Activations::new(isa, 1), Activations::new(isa, 2));
@@ -367,10 +437,16 @@ mod tests {
                     assert_eq!((ours.counts[block], ours.sums[block]), (tile.counts[there], tile.sums[there]));
                     for column in 0..BLOCK {
                         assert_eq!(ours.quant(0, block, column), tile.quant(place, block, column));
+                        let group = (block * GROUPS + column / GROUP) * tile.rows + place;
+                        let word = tile.words[group * GROUP + [0, 2, 1, 3][column % GROUP]];
+                        assert!(tile.rows == 1 || word == i16::from(tile.quant(place, block, column)));
                     }
                 }
                 assert_eq!(alone.floats(), &batch.floats()[at * inputs..][..inputs]);
             }
+            let mut taken = Activations::new(isa, 2);
+            taken.take(&mut two, batch.floats(), inputs, wants);
+            assert!(taken.equals(&batch), "{isa}");
         }
     }
 }

@@ -16,6 +16,7 @@ use half::{bf16, f16};
 use super::SharedOut;
 use super::huge_pages::HugePages;
 use super::isa::Isa;
+use super::prefetch::{Near, prefetch};
 use super::threads::Threads;
 pub use activations::{Activations, Wants};
 pub use quantised::Encoding;
@@ -131,8 +132,11 @@ impl Linear {
 
     /// In which forms the layer reads its input.
     pub fn wants(&self) -> Wants {
-        let quantised = |(_, matrix): &(usize, Matrix)| matches!(matrix, Matrix::Quantised(_));
-        Wants { quantised: self.parts.iter().any(quantised), float: !self.parts.iter().all(quantised) }
+        let wants = |matrix: &Matrix| match matrix {
+            Matrix::Quantised(panels) => panels.wants(self.isa),
+            Matrix::F32(_) | Matrix::F16(_) | Matrix::BF16(_) => Wants { float: true, ..Wants::default() },
+        };
+        self.parts.iter().map(|(_, matrix)| wants(matrix)).fold(Wants::default(), Wants::and)
     }
 
     /// Copies row `row` of the weights to `out`, `[inputs]`: what an embedding does.
@@ -180,7 +184,7 @@ impl Linear {
     fn check(&self, input: &Activations) {
         let (wants, has) = (self.wants(), input.wants());
         assert_eq!(input.inputs(), self.inputs, "an input of another width");
-        assert!(has.quantised >= wants.quantised && has.float >= wants.float, "an input of another form");
+        assert_eq!(has.and(wants), has, "an input of another form");
     }
 
     /// Some panels of one matrix by some rows, from the start of a tile.
@@ -242,6 +246,21 @@ impl Out {
         let column = (panel - self.panel) * PANEL;
         let at = (self.row + row) * self.stride + self.first + column;
         (column + PANEL <= self.outputs).then(|| self.out.at(at, PANEL))
+    }
+
+    /// Has the lines brought that a panel's products with `rows` rows of the tile will be written to. The processor would
+    /// ask for them only when it comes to write, in their order, and the next tile's products would queue behind these.
+    ///
+    /// # Safety
+    /// The rows are some of the product.
+    #[inline(always)]
+    unsafe fn prefetch(&self, rows: usize, panel: usize) {
+        for row in 0..rows {
+            // SAFETY: the caller's promise.
+            if let Some(at) = unsafe { self.whole(row, panel) } {
+                prefetch(at, Near::First);
+            }
+        }
     }
 
     /// Takes the products of a panel with row `row` of the tile.

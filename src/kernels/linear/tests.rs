@@ -128,7 +128,7 @@ proptest! {
         threads in 1..4_usize,
         seed in any::<u64>(),
     ) {
-        let (inputs, wants) = (64, Wants { quantised: wants.0, float: wants.1 });
+        let (inputs, wants) = (64, Wants { quantised: wants.0, words: wants.0, float: wants.1 });
         let width = if wants.quantised { width.next_multiple_of(32) } else { width };
         let input = values(seed ^ 9, rows * inputs);
         for isa in Isa::available() {

@@ -87,6 +87,12 @@ unsafe fn multiply_tile<F: Packing, const T: usize, const P: usize>(
     let counted = T * panels.blocks;
     assert!(tile.quants.len() == counted * GROUPS * GROUP && tile.scales.len() == counted, "a tile of another shape");
     assert!(tile.sums.len() == counted && tile.counts.len() == counted, "a tile of another shape");
+    if T > 1 {
+        for p in 0..P {
+            // SAFETY: the caller's promise.
+            unsafe { out.prefetch(T, panel + p) };
+        }
+    }
     let mut sums = [[_mm512_setzero_ps(); P]; T];
     for block in 0..panels.blocks {
         // SAFETY: the tile has `T` rows of `panels.blocks` blocks, and each walk as many blocks (above), here and below.

@@ -23,7 +23,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::activations::Tile;
+use super::activations::{Tile, Wants};
 use super::{Out, PANEL};
 use crate::kernels::huge_pages::Piece;
 use crate::kernels::isa::Isa;
@@ -171,6 +171,11 @@ pub(super) fn kernel(isa: Isa) -> (Kernel, usize) {
 impl Panels {
     pub(super) fn panels(&self) -> usize {
         self.outputs.div_ceil(PANEL)
+    }
+
+    /// In which forms the kernel for these instructions reads rows.
+    pub(super) fn wants(&self, isa: Isa) -> Wants {
+        Wants { quantised: true, words: isa == Isa::Avx2 && self.form == Form::Eight, float: false }
     }
 
     /// Writes row `row`, dequantised, to `out`.

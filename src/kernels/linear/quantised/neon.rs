@@ -69,6 +69,10 @@ unsafe fn multiply_tile<F: Packing, const T: usize>(
     let counted = T * panels.blocks;
     assert!(tile.quants.len() == counted * GROUPS * GROUP && tile.scales.len() == counted, "a tile of another shape");
     assert!(tile.sums.len() == counted, "a tile of another shape");
+    if T > 1 && half == 0 {
+        // SAFETY: the caller's promise.
+        unsafe { out.prefetch(T, panel) };
+    }
     let mut sums = [[vdupq_n_f32(0.0); HALF]; T];
     for block in 0..panels.blocks {
         // SAFETY: the tile has `T` rows of `panels.blocks` blocks, and the panel as many (above), here and below.

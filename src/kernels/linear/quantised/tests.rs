@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::super::activations::{Activations, Wants};
+use super::super::activations::Activations;
 use super::super::{Linear, Source, Update};
 use super::pack::{Block, Encoding, decode};
 use super::*;
@@ -92,7 +92,7 @@ proptest! {
         let mut first: Option<Vec<u32>> = None;
         for (name, isa, kernel) in kernels() {
             let mut input = Activations::new(isa, 2);
-            input.fill(&mut threads, rows, inputs, Wants { quantised: true, float: false }, |row, out| {
+            input.fill(&mut threads, rows, inputs, panels.wants(isa), |row, out| {
                 out.copy_from_slice(&values[row * inputs..][..inputs]);
             });
             let mut out = vec![f32::NAN; rows * outputs];
@@ -192,17 +192,19 @@ fn the_largest_and_the_smallest_quants_saturate_nowhere() {
             }
             let mut threads = Threads::new(1).unwrap();
             let panels = Panels::pack((&mut threads, &mut HugePages::default()), 16, inputs, encoding, &bytes);
-            for value in [1.0, -1.0] {
+            // A row alone, and rows that make a tile.
+            for (rows, value) in [(1, 1.0), (1, -1.0), (3, 1.0), (3, -1.0)] {
                 for (name, isa, kernel) in kernels() {
                     let mut input = Activations::new(isa, 1);
-                    let wants = Wants { quantised: true, float: false };
-                    input.fill(&mut threads, 1, inputs, wants, |_, out| out.fill(value));
-                    let mut out = [0.0; 16];
+                    input.fill(&mut threads, rows, inputs, panels.wants(isa), |_, out| out.fill(value));
+                    let mut out = vec![0.0; rows * 16];
                     multiply(kernel, &panels, &input, Update::Set, &mut out);
                     let mut weights = vec![0.0; inputs];
                     panels.copy_row(3, &mut weights);
                     let wanted: f32 = weights.iter().map(|weight| weight * value).sum();
-                    assert!((out[3] - wanted).abs() <= 1e-3, "{name} of {isa}: {} for {wanted}", out[3]);
+                    for out in out.chunks_exact(16) {
+                        assert!((out[3] - wanted).abs() <= 1e-3, "{name} of {isa}: {} for {wanted}", out[3]);
+                    }
                 }
             }
         }

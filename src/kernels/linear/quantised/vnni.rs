@@ -83,6 +83,10 @@ macro_rules! kernel {
                     "a tile of another shape"
                 );
                 assert!(tile.sums.len() == counted && tile.counts.len() == counted, "a tile of another shape");
+                if T > 1 && half == 0 {
+                    // SAFETY: the caller's promise.
+                    unsafe { out.prefetch(T, panel) };
+                }
                 let mut sums = [_mm256_setzero_ps(); T];
                 for block in 0..panels.blocks {
                     // SAFETY: the tile has `T` rows of `panels.blocks` blocks, and the panel as many (above), here and
