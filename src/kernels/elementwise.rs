@@ -12,7 +12,7 @@ const EXP_HIGHEST: f32 = 88.0;
 const EXP2: [f32; 7] = [1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, 6.931_472e-1, 1.0];
 
 /// Added to a small number, it leaves the nearest whole one, even at ties, in the lowest bits: 1.5 * 2^23.
-const ROUND: f32 = 12_582_912.0;
+pub(super) const ROUND: f32 = 12_582_912.0;
 
 /// `e^x`, clamped to the range of normal floats; for NaN, any number.
 #[inline(always)]

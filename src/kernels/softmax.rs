@@ -3,6 +3,7 @@
 //! The sums of a softmax, chunk by chunk. Each is made in lanes that the compiler turns into vectors; additions and
 //! multiplications only, none of them fused, in an order that the lanes fix: the same bits with all instruction sets.
 
+use super::elementwise::ROUND;
 use super::isa::vectorised;
 
 /// Tokens of a chunk; the last may have fewer.
@@ -30,8 +31,6 @@ impl Curve {
     /// bits on every machine: additions and multiplications only, none of them fused.
     #[inline(always)]
     pub fn weight(self, logit: f32) -> f32 {
-        /// Adding it to a small float leaves no room for a fraction, so the sum is rounded to a whole number.
-        const ROUND: f32 = 12_582_912.0;
         /// Of 2^f for f in -0.5..=0.5, highest power first; the largest relative error is the least that the degree allows.
         const POWERS: [f32; 5] = [9.582_853e-3, 5.590_642_6e-2, 2.402_41e-1, 6.931_242e-1, 1.0];
         let power = (logit - self.top) * self.halvings;

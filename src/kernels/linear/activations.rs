@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use super::SharedOut;
 use super::quantised::{BLOCK, GROUP, GROUPS};
+use crate::kernels::elementwise::ROUND;
 use crate::kernels::isa::Isa;
 use crate::kernels::prefetch::{Near, prefetch};
 use crate::kernels::threads::Threads;
@@ -370,8 +371,6 @@ struct Block {
 /// Rounds to the nearest of 255 steps, even ones at ties.
 #[inline(always)]
 fn quantise_block(values: &[f32; BLOCK]) -> Block {
-    /// Added to a small number, it leaves the nearest whole number in the lowest bits: 1.5 * 2^23.
-    const ROUND: f32 = 12_582_912.0;
     /// Blocks of smaller values are zeros: the inverse of their scale would overflow.
     const SMALLEST: f32 = 1e-30;
     // As bits, so that NaN counts as larger than all.
